@@ -1,0 +1,1 @@
+"""The synthetic world: chain-arithmetic problems, their authors and verifier, documents, tokenizer."""

@@ -1,0 +1,42 @@
+"""Accuracy of a model on test problems of every domain: mean@n at temperature 1, and greedy."""
+
+import random
+
+from data.arithmetic import BUDGET, make_problem, verify
+from data.documents import plain_prompt
+from data.tokenizer import END, decode, encode
+from model import GPT, generate
+from runs import torch_generator
+
+
+def test_problems(domain: str, count: int, seed: int) -> list[str]:
+    rng = random.Random(f"test {domain} {seed}")
+    return [make_problem(domain, rng, test=True) for _ in range(count)]
+
+
+def evaluate(
+    model: GPT, domains: tuple[str, ...], problems: int = 64, samples: int = 16, seed: int = 0, temperature: float = 1.0
+) -> dict[str, dict]:
+    """domain -> mean@samples, greedy accuracy, shares of short cuts and unfinished rollouts, and their counts."""
+    result = {}
+    for domain in domains:
+        texts = test_problems(domain, problems, seed)
+        prompts = [encode(plain_prompt(problem)) for problem in texts]
+        sampled = generate(
+            model, prompts, BUDGET, END, samples, temperature, generator=torch_generator("evaluate", domain, seed)
+        )
+        verdicts = [verify(texts[i // samples], decode(tokens)) for i, tokens in enumerate(sampled)]
+        greedy = generate(model, prompts, BUDGET, END, temperature=0)
+        greedy_right = sum(
+            verify(problem, decode(tokens)).correct for problem, tokens in zip(texts, greedy, strict=True)
+        )
+        n = len(verdicts)
+        result[domain] = {
+            "mean": sum(v.correct for v in verdicts) / n,
+            "greedy": greedy_right / problems,
+            "shortcut": sum(v.shortcut for v in verdicts) / n,
+            "unfinished": sum(not v.finished for v in verdicts) / n,
+            "problems": problems,
+            "samples": samples,
+        }
+    return result

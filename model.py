@@ -1,0 +1,265 @@
+"""A compact GPT in the manner of Qwen3, the family both papers train: a whole model in one file.
+
+RMSNorm before every block, rotary positions, grouped-query attention with normalized queries and keys, SwiGLU, no
+biases, tied embeddings. With equal weights its logits equal `transformers`' Qwen3ForCausalLM (tests/test_model.py).
+
+>>> model = GPT(GPTConfig(vocab_size=10, n_layer=1, n_embd=8, n_head=2, n_kv_head=1, head_dim=4, n_hidden=16))
+>>> model(torch.tensor([[1, 2, 3]])).shape
+torch.Size([1, 3, 10])
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    vocab_size: int
+    block_size: int = 256  # longest sequence, prompt and response together
+    n_layer: int = 6
+    n_embd: int = 64
+    n_head: int = 4
+    n_kv_head: int = 2  # each key/value head serves n_head / n_kv_head query heads
+    head_dim: int = 32
+    n_hidden: int = 192  # width of the SwiGLU
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+
+
+class KVCache:
+    """Pre-allocated keys and values of every layer, filled from the left; `length` positions are in use."""
+
+    def __init__(self, config: GPTConfig, batch: int, max_length: int, like: Tensor) -> None:
+        shape = (config.n_layer, batch, config.n_kv_head, max_length, config.head_dim)
+        self.keys, self.values, self.length = like.new_empty(shape), like.new_empty(shape), 0
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write one layer's k and v (B, n_kv_head, T, head_dim) after what it holds; return all of them so far."""
+        end = self.length + k.size(2)
+        self.keys[layer, :, :, self.length : end] = k
+        self.values[layer, :, :, self.length : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat) these rows of the batch."""
+        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+
+
+def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the pairs (x_i, x_{i + D/2}) by their position's angles; x (B, T, H, D), cos and sin (B, T, 1, D)."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
+
+
+Rope = tuple[Tensor, Tensor]
+
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.layer, self.n_head, self.n_kv_head, self.head_dim = layer, config.n_head, config.n_kv_head, config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=False)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
+        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.k_rope = nn.Identity()  # the finished keys pass through it: a place for the hooks of subspace.py
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
+        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        q = apply_rope(self.q_norm(q), *rope).transpose(1, 2)  # (B, n_head, T, head_dim)
+        k = self.k_rope(apply_rope(self.k_norm(k), *rope)).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, n_kv_head, S, head_dim)
+        if T == 1:  # one token a row: plain products beat the fused kernel and need no copies of the shared heads
+            q = q.reshape(B, self.n_kv_head, -1, self.head_dim)  # (B, n_kv_head, n_head / n_kv_head, head_dim)
+            scores = q @ k.transpose(2, 3) * self.head_dim**-0.5  # (B, n_kv_head, n_head / n_kv_head, S)
+            if mask is not None:
+                scores = scores.masked_fill(~mask, float("-inf"))
+            y = (scores.softmax(dim=-1) @ v).reshape(B, 1, -1)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
+            y = y.transpose(1, 2).reshape(B, T, -1)
+        return self.o_proj(y)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, mask, cache)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.n_embd)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
+        frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+        angles = torch.outer(torch.arange(config.block_size), frequency).repeat(1, 2)  # (block_size, head_dim)
+        self.register_buffer("cos", angles.cos(), persistent=False)
+        self.register_buffer("sin", angles.sin(), persistent=False)
+        self.apply(self._init_weights)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.5 * module.in_features**-0.5)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Last hidden states, before the output layer: tokens (B, T) -> (B, T, n_embd).
+
+        positions (B, T) count from 0 where not given. mask is True where a query may look, broadcast to
+        (B, heads, T, S), and causal where not given. cache holds the keys and values of all earlier positions; to
+        read several tokens into one that is not empty, give the mask.
+        """
+        if positions is None:
+            positions = torch.arange(tokens.size(1), device=tokens.device)[None]
+        rope = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)  # (B, T, 1, head_dim)
+        x = self.embed(tokens)  # (B, T, n_embd)
+        for block in self.blocks:
+            x = block(x, rope, mask, cache)
+        if cache is not None:
+            cache.length += tokens.size(1)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The output layer, tied to the embedding: (..., n_embd) -> (..., vocab_size)."""
+        return F.linear(hidden, self.embed.weight)
+
+    def forward(
+        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Logits of every next token: tokens (B, T) -> (B, T, vocab_size); the rest as for `hidden`."""
+        return self.logits(self.hidden(tokens, positions, mask, cache))
+
+
+def response_logprobs(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+    """log pi(. | prompt, response_<t) for every t of every response -> (B, longest response, vocab_size).
+
+    Rows are padded on the right, where causal attention never looks; what lies beyond a row's response is arbitrary.
+    """
+    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+    tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
+    for row, prompt, response, length in zip(tokens, prompts, responses, lengths, strict=True):
+        row[:length] = torch.tensor(prompt + response)
+    first = torch.tensor([len(prompt) - 1 for prompt in prompts])  # the position that predicts response token 0
+    at = (first[:, None] + torch.arange(max(map(len, responses)))).clamp(max=max(lengths) - 1)  # (B, T)
+    hidden = model.hidden(tokens.to(model.device))
+    hidden = hidden.gather(1, at.to(model.device).unsqueeze(-1).expand(-1, -1, hidden.size(-1)))  # (B, T, n_embd)
+    return model.logits(hidden).float().log_softmax(dim=-1)
+
+
+def next_token_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """Sampling distribution over the next token, not renormalized: logits (B, V) -> (B, V).
+
+    top_k = 0 and top_p = 1 keep every token; temperature 0 puts everything on the likeliest.
+    """
+    if temperature == 0:
+        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
+    logits = logits.float() / temperature
+    if 0 < top_k < logits.size(-1):
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
+    probs = logits.softmax(dim=-1)
+    if top_p < 1:
+        ordered, index = probs.sort(dim=-1, descending=True)
+        outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the tokens before this one already hold top_p
+        outside[:, 0] = False  # the likeliest token always stays
+        probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), 0.0)
+    return probs
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    stop: int,
+    samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> list[list[int]]:
+    """Sample responses: `samples` per prompt, side by side, each up to and with its first stop token.
+
+    Prompts of unequal length are padded on the left and read once for all of their samples. Finished rows leave the
+    batch. Row i draws its token at step t by inverting the cumulative distribution at the t-th uniform number of its
+    own, so neither padding nor the other rows change what it samples; the generator is a CPU one on every device.
+    """
+    device, longest = model.device, max(map(len, prompts))
+    tokens = torch.tensor([[stop] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    real = torch.arange(longest) >= longest - torch.tensor([len(prompt) for prompt in prompts])[:, None]
+    real = real.to(device)  # (prompts, longest): False on the padding
+    positions = (real.cumsum(dim=1) - 1).clamp(min=0)
+    mask = None
+    if not real.all():
+        causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
+        itself = torch.eye(longest, dtype=torch.bool, device=device)  # or padding would look at nothing at all
+        mask = ((real[:, None] & causal) | itself)[:, None]  # (prompts, 1, longest, longest)
+    cache = KVCache(model.config, len(prompts), longest + max_new_tokens, like=model.embed.weight)
+    logits = model.logits(model.hidden(tokens, positions, mask, cache)[:, -1])  # (prompts, V)
+
+    total = len(prompts) * samples
+    uniform = torch.rand(max_new_tokens, total, generator=generator).to(device)
+    responses = torch.full((total, max_new_tokens), stop, device=device)
+    rows = torch.arange(total, device=device)  # the responses still being written; all below is about these
+    parent = rows // samples
+    logits, position, real = logits[parent], positions[parent, -1:], real[parent]
+    cache.select(parent)
+    for t in range(max_new_tokens):
+        cdf = next_token_probs(logits, temperature, top_k, top_p).cumsum(dim=-1)  # (rows, V)
+        token = (cdf <= uniform[t, rows, None] * cdf[:, -1:]).sum(dim=-1).clamp(max=cdf.size(1) - 1)
+        if t > 0:
+            token = token.masked_fill(responses[rows, t - 1] == stop, stop)  # finished, and still in the batch
+        responses[rows, t] = token
+        alive = (token != stop).nonzero()[:, 0]
+        if len(alive) == 0 or t == max_new_tokens - 1:
+            break
+        if len(alive) < 0.8 * len(rows):
+            rows, token, position, real = rows[alive], token[alive], position[alive], real[alive]
+            cache.select(alive)
+        position = position + 1
+        if mask is not None:
+            real = F.pad(real, (0, 1), value=True)
+        logits = model(token[:, None], position, None if mask is None else real[:, None, None], cache)[:, -1]
+    ends = (responses == stop).long().argmax(dim=1) + 1
+    finished = (responses == stop).any(dim=1)
+    return [
+        row[: end if done else None]
+        for row, end, done in zip(responses.tolist(), ends.tolist(), finished.tolist(), strict=True)
+    ]

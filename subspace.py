@@ -1,0 +1,209 @@
+"""Capability-selective subspaces of keys and values: where correctness lives, found by SVD, and projection into it.
+
+On a calibration set of labelled (q, y) the aligned loss looks only at the positions S on which being right depends:
+
+    L_align = -1/|S| sum_{t in S} log p(z_t | z_<t)
+
+Its gradients at a layer's keys and values, at *all* token positions of all examples, are stacked to G_K, G_V (M, d):
+
+    G = U diag(s) V^T      V_r = the first r right singular vectors      P = V_r V_r^T
+
+and while the model generates, K <- K P_K and V <- V P_V. Gradient rows of K lie in the span of the queries that matter
+for correctness, rows of V in the span of what later layers read for it: projection keeps those decisions and blunts all
+others, which fall back to what they would be without context.
+
+>>> G = torch.tensor([[3.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
+>>> singular_values, V = principal_directions(G)
+>>> [round(s, 3) for s in singular_values.tolist()], (projector(V, 1).round(decimals=3) + 0.0).tolist()
+([4.243, 1.0], [[1.0, 0.0], [0.0, 0.0]])
+
+`python subspace.py` prints the spectrum of every layer of the base model and one prompt answered with and without.
+"""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from data.arithmetic import golden_solution, make_problem
+from data.documents import plain_prompt
+from data.tokenizer import END, encode, pieces
+from model import GPT
+
+Place = tuple[int, str]  # (layer counted from 0, "k" or "v")
+COORDINATES = ("linear", "head", "norm", "rope")
+
+
+@dataclass(frozen=True)
+class Example:
+    """A labelled calibration example: prompt and solution tokens, and the positions S within the solution."""
+
+    prompt: list[int]
+    solution: list[int]
+    positions: list[int]
+
+
+def correctness_positions(tokens: list[str]) -> list[int]:
+    """S: the result of every step (the token after '=') and the final answer (the token after '#').
+
+    >>> correctness_positions(list("3+8=1;1-5=6;#6"))
+    [4, 10, 13]
+    """
+    return [i for i in range(1, len(tokens)) if tokens[i - 1] in ("=", "#")]
+
+
+def calibration_set(domains: tuple[str, ...], size: int, seed: int) -> list[Example]:
+    """Training problems of the domains in turn, each with its golden solution."""
+    rng = random.Random(f"calibration {seed}")
+    examples = []
+    for i in range(size):
+        problem = make_problem(domains[i % len(domains)], rng)
+        solution = [*encode(golden_solution(problem)), END]
+        examples.append(Example(encode(plain_prompt(problem)), solution, correctness_positions(pieces(solution))))
+    return examples
+
+
+def target_layers(spec: str, n_layer: int) -> list[int]:
+    """Layers counted from 0: 'paper' is {floor(L/2), L} counted from 1; or 'last', 'all', or numbers like '3,4'."""
+    named = {"paper": [n_layer // 2 - 1, n_layer - 1], "last": [n_layer - 1], "all": list(range(n_layer))}
+    return sorted(set(named[spec])) if spec in named else [int(number) - 1 for number in spec.split(",")]
+
+
+def hook_module(model: GPT, place: Place, coordinate: str) -> nn.Module:
+    """The module whose output is projected at a place; values have no norm and no rotation, so theirs never changes."""
+    layer, kind = place
+    attention = model.blocks[layer].attn
+    if kind == "v":
+        return attention.v_proj
+    return {"linear": attention.k_proj, "head": attention.k_proj, "norm": attention.k_norm, "rope": attention.k_rope}[
+        coordinate
+    ]
+
+
+def aligned_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
+    """Sum over examples of L_align: logits (B, T, V), tokens and weights (B, T), weights 1/|S| on S and else 0."""
+    logp = logits[:, :-1].log_softmax(dim=-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)  # (B, T - 1)
+    return -(logp * weights[:, 1:]).sum()
+
+
+def capability_gradients(
+    model: GPT,
+    examples: list[Example],
+    places: list[Place],
+    loss: str = "aligned",
+    coordinate: str = "linear",
+    batch: int = 64,
+) -> dict[Place, Tensor]:
+    """dL/dK_t and dL/dV_t at all positions of all examples, stacked: place -> (M, d).
+
+    One backward a batch: each example's loss is a mean over its own S and examples do not see one another, so the
+    gradient of their sum holds each one's own. loss 'full' takes every position of the solution for S.
+    """
+    rows: dict[Place, list[Tensor]] = {place: [] for place in places}
+    for start in range(0, len(examples), batch):
+        chunk = examples[start : start + batch]
+        lengths = torch.tensor([len(e.prompt) + len(e.solution) for e in chunk])
+        tokens = torch.zeros(len(chunk), int(lengths.max()), dtype=torch.long)  # (B, T)
+        weights = torch.zeros(tokens.shape)
+        for i, example in enumerate(chunk):
+            tokens[i, : lengths[i]] = torch.tensor(example.prompt + example.solution)
+            S = example.positions if loss == "aligned" else range(len(example.solution))
+            weights[i, [len(example.prompt) + t for t in S]] = 1 / len(S)
+        outputs: dict[Place, Tensor] = {}
+        hooks = [
+            hook_module(model, place, coordinate).register_forward_hook(
+                lambda module, inputs, output, place=place, outputs=outputs: outputs.update({place: output})
+            )
+            for place in places
+        ]
+        try:
+            logits = model(tokens.to(model.device))
+        finally:
+            for hook in hooks:
+                hook.remove()
+        total = aligned_loss(logits, tokens.to(model.device), weights.to(model.device))
+        gradients = torch.autograd.grad(total, [outputs[place] for place in places])
+        real = torch.arange(tokens.size(1)) < lengths[:, None]  # (B, T)
+        for place, gradient in zip(places, gradients, strict=True):
+            rows[place].append(gradient.reshape(*tokens.shape, -1).cpu()[real])  # (tokens of the batch, d)
+    return {place: torch.cat(parts) for place, parts in rows.items()}
+
+
+def principal_directions(G: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values (d,), falling, and right singular vectors as the columns of V (d, d), of G (M, d).
+
+    Where M is much larger than d they come from the Gram matrix G^T G = V diag(s^2) V^T, in float64.
+    """
+    G = G.double()
+    if G.size(0) > 4 * G.size(1):
+        squares, V = torch.linalg.eigh(G.T @ G)
+        return squares.clamp(min=0).sqrt().flip(0).float(), V.flip(1).float()
+    _, singular_values, Vt = torch.linalg.svd(G, full_matrices=True)
+    padded = torch.zeros(G.size(1), dtype=G.dtype)
+    padded[: len(singular_values)] = singular_values
+    return padded.float(), Vt.T.float()
+
+
+def choose_rank(spec: str, singular_values: Tensor) -> int:
+    """Rank from a number ('16'), a fraction of d ('50%') or the energy sum s_i^2 to retain ('energy:0.99')."""
+    d = len(singular_values)
+    if spec.startswith("energy:"):
+        energy = singular_values.square().cumsum(0) / singular_values.square().sum()
+        return min(d, int((energy < float(spec[7:])).sum()) + 1)
+    return max(1, round(d * float(spec[:-1]) / 100)) if spec.endswith("%") else min(d, int(spec))
+
+
+def projector(V: Tensor, rank: int) -> Tensor:
+    """P = V_r V_r^T, the orthogonal projector onto the first r columns of V (d, d) -> (d, d)."""
+    return V[:, :rank] @ V[:, :rank].T
+
+
+def make_projectors(
+    gradients: dict[Place, Tensor],
+    rank: str,
+    coordinate: str = "linear",
+    n_head: int = 1,
+    source: str = "gradient",
+    seed: int = 0,
+) -> dict[Place, Tensor]:
+    """One projector a place, block-diagonal per head; source 'random' draws a subspace of the same rank instead."""
+    generator = torch.Generator().manual_seed(seed)
+    projectors = {}
+    for place, G in gradients.items():
+        blocks = []
+        for part in G.chunk(n_head if coordinate == "head" else 1, dim=1):
+            singular_values, V = principal_directions(part)
+            r = choose_rank(rank, singular_values)
+            if source == "random":
+                V = torch.linalg.qr(torch.randn(V.shape, generator=generator)).Q
+            blocks.append(projector(V, r))
+        projectors[place] = torch.block_diag(*blocks)
+    return projectors
+
+
+@contextmanager
+def project_kv(model: GPT, projectors: dict[Place, Tensor], coordinate: str = "linear") -> Iterator[None]:
+    """Within this context K <- K P_K and V <- V P_V at the projectors' places; the model is always restored."""
+    hooks = []
+    for place, P in projectors.items():
+
+        def project(module: nn.Module, inputs: tuple, output: Tensor, P: Tensor = P) -> Tensor:
+            return (output.flatten(2) @ P.to(output)).view_as(output)
+
+        hooks.append(hook_module(model, place, coordinate).register_forward_hook(project))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def fold(model: GPT, projectors: dict[Place, Tensor]) -> None:
+    """Write linear-coordinate projectors into the weights, in place: (W x)^T P = (P W x)^T, so W' = P W."""
+    for place, P in projectors.items():
+        weight = hook_module(model, place, "linear").weight
+        weight.copy_(P.to(weight) @ weight)

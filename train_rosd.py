@@ -1,0 +1,305 @@
+"""ROSD, Reflective On-policy Self-Distillation (arXiv 2605.28014), and everything it is compared with, in one loop.
+
+    python train_rosd.py                                   ROSD, then SDPO from the same base, then the table of both
+    python train_rosd.py --method grpo --no-baseline       any other method by itself
+    python train_rosd.py --mask whole                      ROSD without localization
+    python train_rosd.py --context peer                    ROSD without reflection
+    python train_rosd.py --mask oracle                     ROSD with the verifier's true first error
+
+One step: the student samples G rollouts a problem; the verifier scores them; the frozen base, as reflector, quotes each
+wrong rollout's first error and says what belongs there; the frozen base, as teacher, reads that idea and the student's
+own tokens; from the error on, the student is drawn to the teacher's distribution.
+
+Simplified against the released code, in plain sight: one process, rollouts from the training weights themselves (so one
+update a batch is exactly on-policy), synthetic problems without end instead of a data set, and no reward model.
+"""
+
+import random
+import time
+from copy import deepcopy
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import losses
+import runs
+from data.arithmetic import DOMAINS, golden_solution, make_problem
+from data.documents import plain_prompt
+from data.tokenizer import END, encode, pieces
+from evaluate import evaluate
+from model import GPT, response_logprobs
+from reflect import (
+    Reflection,
+    Rollout,
+    error_mask,
+    locate,
+    reflect,
+    sample_rollouts,
+    teacher_prompt,
+    true_position,
+)
+from runs import option
+
+METHODS = {  # name: (what the teacher holds, where the mask begins)
+    "rosd": ("reflection", "quote"),
+    "sdpo": ("peer", "whole"),  # OPSD in the setting of RL: a correct peer's solution
+    "opsd": ("gold", "whole"),  # OPSD in the setting of SFT: the data set's golden solution
+    "grpo": ("none", "whole"),  # no teacher: group-relative advantage
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    method: str = option("rosd", "what to train; sets --context and --mask", choices=tuple(METHODS))
+    context: str = option(
+        "",
+        "what the teacher holds, where it differs from the method's",
+        choices=("", "reflection", "peer", "gold", "both"),
+    )
+    mask: str = option(
+        "", "where the loss begins, where it differs from the method's", choices=("", "quote", "whole", "oracle")
+    )
+    peer: str = option(
+        "shortest", "which correct rollout of the group is y*", "shortest; released code: first", ("shortest", "first")
+    )
+    domain: str = option("add", "domain to train on; all others are out of domain", choices=tuple(DOMAINS))
+    steps: int = option(50, "updates", minimum=1)
+    batch: int = option(32, "problems a step", "32", minimum=1)
+    group: int = option(8, "rollouts a problem, G", "8", minimum=2)
+    temperature: float = option(1.0, "sampling temperature of the rollouts", "1")
+    reflect_temperature: float = option(1.0, "sampling temperature of the reflector", minimum=0)
+    alpha: float = option(0.5, "divergence: 0 forward KL, 0.5 Jensen-Shannon, 1 reverse KL", "0.5", (), 0, 1)
+    top_k: int = option(
+        100, "tokens compared besides one tail bucket; the vocabulary here is smaller", "100", minimum=1
+    )
+    clip_low: float = option(0.2, "GRPO: lower clip of the ratio", "0.2")
+    clip_high: float = option(0.28, "GRPO: upper clip of the ratio", "0.28")
+    ratio_clip: float = option(2.0, "upper clip of the token importance ratio", "2.0", minimum=1)
+    updates: int = option(1, "updates a batch", "1", minimum=1)
+    ema: float = option(0.0, "rate at which the teacher follows the student; 0 keeps it frozen", "0.0", (), 0, 1)
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW", "1e-5", minimum=0)
+    warmup: int = option(5, "steps of linear warm-up", "10", minimum=0)
+    grad_clip: float = option(1.0, "largest gradient norm", "1.0", minimum=0)
+    seed: int = option(0, "seed of everything random")
+    base: str = option(str(runs.BASE_CHECKPOINT), "checkpoint to start from; also teacher and reflector")
+    out: str = option("out", "folder for runs")
+    baseline: bool = option(True, "train SDPO afterwards, for the table")
+    eval_problems: int = option(64, "test problems a domain", minimum=1)
+    eval_samples: int = option(16, "samples a test problem", "16", minimum=1)
+    resume: bool = option(False, "go on from the last checkpoint of the same command")
+    device: str = option("auto", "cpu, cuda, mps or auto")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
+
+
+def choose_peers(rollouts: list[Rollout], config: Config) -> list[Rollout | None]:
+    """y* of each rollout: a correct rollout of its group, another one than itself where there is another."""
+    peers: list[Rollout | None] = []
+    for start in range(0, len(rollouts), config.group):
+        group = rollouts[start : start + config.group]
+        correct = [rollout for rollout in group if rollout.verdict.correct]
+        if config.peer == "shortest":
+            correct.sort(key=lambda rollout: len(rollout.tokens))
+        for rollout in group:
+            others = [peer for peer in correct if peer is not rollout]
+            peers.append(others[0] if others else rollout if rollout.verdict.correct else None)
+    return peers
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """A rollout the student learns from: what the teacher reads before it, and where the mask begins."""
+
+    rollout: Rollout
+    teacher_prompt: str
+    start: int  # k
+    advantage: float  # of GRPO; unused by the others
+
+
+def make_lessons(
+    rollouts: list[Rollout], reflector: GPT, config: Config, step: int
+) -> tuple[list[Lesson], dict[str, float]]:
+    """Turn rollouts into lessons, and measure the reflector against the verifier, which no lesson ever sees."""
+    context, mask = teaching(config)
+    if context == "none":
+        rewards = torch.tensor([float(rollout.verdict.correct) for rollout in rollouts]).view(-1, config.group)
+        advantages = losses.group_advantage(rewards).flatten().tolist()
+        return [Lesson(r, "", 0, a) for r, a in zip(rollouts, advantages, strict=True) if a != 0], {}
+
+    peers = choose_peers(rollouts, config)
+    if context != "gold":  # a group without a correct rollout has no peer to learn from
+        rollouts, peers = [r for r, p in zip(rollouts, peers, strict=True) if p], [p for p in peers if p]
+    reflections = [Reflection(None, None)] * len(rollouts)
+    if rollouts and (context in ("reflection", "both") or mask == "quote"):
+        generator = runs.torch_generator("reflect", config.seed, step)
+        reflections = reflect(reflector, rollouts, [p and p.text for p in peers], generator, config.reflect_temperature)
+
+    lessons, quotes = [], []
+    for rollout, peer, reflection in zip(rollouts, peers, reflections, strict=True):
+        if context in ("reflection", "both") and reflection.idea is None:
+            continue  # malformed: there is nothing for the teacher to hold
+        found = locate(reflection.quote, pieces(rollout.tokens))
+        start = 0
+        if not rollout.verdict.correct:
+            oracle = true_position(rollout)
+            start = {"quote": found or 0, "whole": 0, "oracle": oracle}[mask]
+            quotes.append((found is not None, found == oracle, start / len(rollout.tokens)))
+        solution = golden_solution(rollout.problem) if context == "gold" else peer.text
+        lessons.append(Lesson(rollout, teacher_prompt(context, rollout.problem, reflection.idea, solution), start, 0.0))
+    if not quotes or reflections[0] == Reflection(None, None):
+        return lessons, {}
+    matched, exact, position = (sum(column) / len(quotes) for column in zip(*quotes, strict=True))
+    return lessons, {"quote_match": matched, "quote_accuracy": exact, "error_position": position}
+
+
+def lesson_loss(
+    student: GPT, teacher: GPT, lessons: list[Lesson], sampled: torch.Tensor | None, config: Config
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The loss of a batch, and its log pi_S(y_t) (B, T); `sampled` is the latter as it was before any update."""
+    responses = [lesson.rollout.tokens for lesson in lessons]
+    prompts = [encode(plain_prompt(lesson.rollout.problem)) for lesson in lessons]
+    student_logp = response_logprobs(student, prompts, responses)  # (B, T, V)
+    device = student_logp.device
+    T = student_logp.size(1)
+    tokens = torch.tensor([response + [END] * (T - len(response)) for response in responses], device=device)  # (B, T)
+    mask = error_mask([lesson.start for lesson in lessons], [len(response) for response in responses]).to(device)  # m_t
+    token_logp = student_logp.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)  # (B, T)
+    ratio = losses.importance_ratio(token_logp, token_logp if sampled is None else sampled)  # (B, T)
+
+    if teaching(config)[0] == "none":  # GRPO
+        advantage = torch.tensor([lesson.advantage for lesson in lessons], device=device).unsqueeze(-1)  # (B, 1)
+        values = losses.clipped_surrogate(ratio, advantage, config.clip_low, config.clip_high)
+    else:  # sum_t m_t D( pi_S(.|x, y_<t) || stopgrad pi_T(.|x, e, y_<t) )
+        with torch.no_grad():
+            teacher_logp = response_logprobs(teacher, [encode(lesson.teacher_prompt) for lesson in lessons], responses)
+        values = losses.divergence(*losses.top_k_with_tail(student_logp, teacher_logp, config.top_k), config.alpha)
+        values = values * ratio.detach().clamp(max=config.ratio_clip)
+    return losses.masked_mean(values, mask), token_logp.detach()
+
+
+def teaching(config: Config) -> tuple[str, str]:
+    """(context, mask): those of the method, unless a flag says otherwise."""
+    context, mask = METHODS[config.method]
+    return config.context or context, config.mask or mask
+
+
+def update(
+    student: GPT, teacher: GPT, optimizer: torch.optim.Optimizer, lessons: list[Lesson], config: Config, step: int
+) -> float:
+    """Warm-up, loss, clipped gradient, AdamW; `updates` times on the same batch -> the last loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
+    sampled = None
+    for _ in range(config.updates):
+        loss, token_logp = lesson_loss(student, teacher, lessons, sampled, config)
+        if not loss.isfinite():
+            raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
+        sampled = token_logp if sampled is None else sampled
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip)
+        optimizer.step()
+    for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
+        ours.lerp_(theirs.detach(), config.ema)  # ema = 0 leaves the teacher as it is
+    return loss.item()
+
+
+def train(config: Config, before: dict | None = None) -> dict:
+    """One run: evaluate the base, train, evaluate again; everything it leaves behind lies in its folder."""
+    started, device = time.time(), runs.pick_device(config.device)
+    base = runs.load_checkpoint(config.base)[0].to(device).requires_grad_(False)  # the reflector
+    folder = runs.make_folder(Path(config.out) / run_name(config))
+    student, teacher = deepcopy(base).requires_grad_(True), deepcopy(base)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    scale = {"problems": config.eval_problems, "samples": config.eval_samples}
+    state_file, history, seconds = folder / "state.pt", [], 0.0
+    if config.resume and state_file.exists():
+        saved, state = runs.load_checkpoint(state_file)
+        runs.same_config(state["settings"], config, state_file)
+        student.load_state_dict(saved.state_dict())
+        teacher.load_state_dict(state["teacher"])
+        optimizer.load_state_dict(state["optimizer"])
+        history, before, seconds = state["history"], state["before"], state["seconds"]
+    before = before or evaluate(student, tuple(DOMAINS), **scale)
+
+    progress = tqdm(range(len(history), config.steps), initial=len(history), total=config.steps, desc=folder.name)
+    for step in progress:
+        began = time.time()
+        rng = random.Random(f"problems {config.seed} {step}")
+        problems = [make_problem(config.domain, rng) for _ in range(config.batch)]
+        generator = runs.torch_generator("rollout", config.seed, step)
+        rollouts = sample_rollouts(student, problems, config.group, generator, config.temperature)
+        lessons, quotes = make_lessons(rollouts, base, config, step)
+        try:
+            loss = update(student, teacher, optimizer, lessons, config, step) if lessons else 0.0
+        except FloatingPointError as error:
+            runs.write_json(folder / "bad_batch.json", [asdict(lesson) for lesson in lessons])
+            raise runs.UserError(
+                f"{error}; its batch is in {folder}/bad_batch.json, try a lower --learning-rate"
+            ) from error
+        verdicts = [rollout.verdict for rollout in rollouts]
+        share = {
+            "accuracy": sum(v.correct for v in verdicts) / len(verdicts),
+            "shortcut": sum(v.shortcut for v in verdicts) / len(verdicts),
+            "unfinished": sum(not v.finished for v in verdicts) / len(verdicts),
+        }
+        history.append({"step": step, "loss": loss, **share, **quotes, "learned_from": len(lessons)})
+        extra = {"settings": asdict(config), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()}
+        spent = seconds + time.time() - started
+        runs.save_checkpoint(state_file, student, history=history, before=before, seconds=spent, **extra)
+        runs.write_lines(folder / "metrics.jsonl", history)
+        speed = sum(len(rollout.tokens) for rollout in rollouts) / (time.time() - began)
+        shown = {"loss": f"{loss:.4f}"} | {name: f"{value:.0%}" for name, value in (share | quotes).items()}
+        progress.set_postfix(shown | {"tok/s": f"{speed:.0f}"})
+
+    results = {
+        "name": folder.name,
+        "config": asdict(config),
+        **runs.provenance(),
+        "before": before,
+        "after": evaluate(student, tuple(DOMAINS), **scale),
+        "seconds": seconds + time.time() - started,
+        "peak_memory_mb": runs.peak_memory_mb(),
+    }
+    runs.save_checkpoint(folder / "model.pt", student)
+    runs.write_json(folder / "results.json", results)
+    state_file.unlink(missing_ok=True)
+    return results
+
+
+def run_name(config: Config) -> str:
+    """E.g. 'rosd-add-seed0' or, with a flag that departs from the method, 'rosd-whole-add-seed0'."""
+    flags = [part for part, usual in zip(teaching(config), METHODS[config.method], strict=True) if part != usual]
+    return "-".join([config.method, *flags, config.domain, f"seed{config.seed}"])
+
+
+def comparison(results: list[dict]) -> str:
+    """The closing table: mean@n of base and runs in every domain, the training domain first, and style in domain."""
+    home = results[0]["config"]["domain"]
+    away = [domain for domain in DOMAINS if domain != home]
+
+    def row(name: str, scores: dict) -> list[str]:
+        out_of_domain = sum(scores[domain]["mean"] for domain in away) / len(away)
+        columns = [scores[home]["mean"], out_of_domain, *(scores[domain]["mean"] for domain in away)]
+        columns += [scores[home]["greedy"], scores[home]["shortcut"], scores[home]["unfinished"]]
+        return [name, *(f"{100 * value:.1f}" for value in columns)]
+
+    header = [f"mean@{results[0]['config']['eval_samples']}, %", f"{home} (in domain)", "OOD average", *away]
+    rows = [row("base", results[0]["before"]), *(row(result["name"], result["after"]) for result in results)]
+    return runs.markdown_table([*header, "greedy", "short cuts", "unfinished"], rows)
+
+
+def main() -> None:
+    config = runs.parse_config(Config, __doc__)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    results = [train(config)]
+    if config.baseline and config.method != "sdpo":
+        baseline = replace(config, method="sdpo", context="", mask="")
+        results.append(train(baseline, before=results[0]["before"]))
+    print(f"\n{comparison(results)}\n\nEvery figure is in {config.out}/<run>/results.json.")
+
+
+if __name__ == "__main__":
+    runs.run_script(main)

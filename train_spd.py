@@ -1,0 +1,203 @@
+"""SPD, Self-Policy Distillation by capability-selective subspace projection (arXiv 2605.22675), in one file.
+
+    python train_spd.py                        SPD, then plain self-retraining (PSR) and SSD, then the table of all
+    python train_spd.py --loss full            subspace from the loss of the whole sequence
+    python train_spd.py --subspace random      a random subspace of the same rank: the control the paper lacks
+
+No teacher, no verifier, no reward: (1) calibrate: SVD of the gradients of the correctness-aligned loss gives a subspace
+of keys and values; (2) generate one raw completion a training prompt with keys and values projected into it; (3) remove
+the projection and fine-tune the original weights on prompt + completion. Nothing is filtered, inference is unprojected.
+"""
+
+import math
+import random
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import runs
+from data.arithmetic import BUDGET, DOMAINS, make_problem
+from data.documents import plain_prompt
+from data.tokenizer import END, encode
+from evaluate import evaluate
+from lora import add_lora, merge_lora
+from model import GPT, generate
+from runs import option
+from subspace import (
+    COORDINATES,
+    Place,
+    calibration_set,
+    capability_gradients,
+    make_projectors,
+    project_kv,
+    target_layers,
+)
+
+METHODS = {  # name: (project while generating, sampling temperature)
+    "spd": (True, 0.6),
+    "psr": (False, 1.0),  # plain self-retraining
+    "ssd": (False, 0.6),  # simple self-distillation: temperature-shifted, truncated sampling
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    method: str = option("spd", "what to train", choices=tuple(METHODS))
+    domain: str = option("add", "domain of the training prompts", choices=tuple(DOMAINS))
+    calibration_domain: tuple[str, ...] = option(
+        (), "domains of the calibration set; none means the training domain", choices=tuple(DOMAINS)
+    )
+    calibration_size: int = option(200, "calibration examples, N_cal", "20 to 500", minimum=1)
+    loss: str = option("aligned", "calibration loss: on S, or on the full sequence", "aligned", ("aligned", "full"))
+    subspace: str = option("gradient", "where the subspace comes from", "gradient", ("gradient", "random"))
+    layers: str = option(
+        "last", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L"
+    )
+    rank: str = option("25%", "rank of the projectors: a number, a share like 50%, or energy:0.99", "50%")
+    project: str = option("kv", "what is projected", "kv", ("kv", "k", "v"))
+    coordinate: str = option("linear", "where the projector acts", "not stated", COORDINATES)
+    temperature: float = option(
+        0.0, "sampling temperature of the completions; 0 takes the method's", "not stated", minimum=0
+    )
+    top_k: int = option(0, "truncated sampling: keep so many tokens; 0 keeps all", minimum=0)
+    top_p: float = option(1.0, "truncated sampling: keep this much probability")
+    prompts: int = option(2000, "training prompts, one completion each", minimum=1)
+    rounds: int = option(1, "times to calibrate, generate and fine-tune", "1", minimum=1)
+    finetune: str = option("lora", "what is trained", "lora", ("lora", "full"))
+    lora_rank: int = option(8, "rank of the updates", "8", minimum=1)
+    lora_alpha: float = option(8.0, "scale of the updates times their rank", "8")
+    lora_dropout: float = option(0.05, "dropout before the updates", "0.05", minimum=0)
+    completion_only: bool = option(False, "take the loss on the completion alone", "no")
+    epochs: int = option(5, "passes over the completions", "5", minimum=1)
+    batch: int = option(64, "completions an update", minimum=1)
+    learning_rate: float = option(3e-3, "peak learning rate of AdamW, cosine to 0", "1e-5", minimum=0)
+    weight_decay: float = option(0.01, "weight decay of AdamW", "0.01", minimum=0)
+    seed: int = option(0, "seed of everything random", "42")
+    base: str = option(str(runs.BASE_CHECKPOINT), "checkpoint to start from")
+    out: str = option("out", "folder for runs")
+    baseline: bool = option(True, "train PSR and SSD afterwards, for the table")
+    eval_problems: int = option(64, "test problems a domain", minimum=1)
+    eval_samples: int = option(16, "samples a test problem", minimum=1)
+    device: str = option("auto", "cpu, cuda, mps or auto")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
+
+
+def calibrate(model: GPT, config: Config) -> dict[Place, torch.Tensor]:
+    """Phase 1: the projectors P_K, P_V of every target layer."""
+    examples = calibration_set(config.calibration_domain or (config.domain,), config.calibration_size, config.seed)
+    layers = target_layers(config.layers, model.config.n_layer)
+    places = [(layer, kind) for layer in layers for kind in config.project]
+    gradients = capability_gradients(model, examples, places, config.loss, config.coordinate)
+    return make_projectors(
+        gradients, config.rank, config.coordinate, model.config.n_kv_head, config.subspace, config.seed
+    )
+
+
+def self_generate(model: GPT, config: Config, round: int) -> list[tuple[list[int], list[int]]]:
+    """Phase 2: one raw completion a training prompt, nothing filtered -> (prompt, completion) tokens."""
+    rng = random.Random(f"prompts {config.seed} {round}")
+    prompts = [encode(plain_prompt(make_problem(config.domain, rng))) for _ in range(config.prompts)]
+    generator = runs.torch_generator("completion", config.seed, round)
+    completions = generate(
+        model, prompts, BUDGET, END, 1, sampling_temperature(config), config.top_k, config.top_p, generator
+    )
+    return list(zip(prompts, completions, strict=True))
+
+
+def finetune(model: GPT, pairs: list[tuple[list[int], list[int]]], config: Config, round: int) -> list[float]:
+    """Phase 3: next-token loss on prompt + completion."""
+    torch.manual_seed(1000 * config.seed + round)  # of LoRA's A and of dropout
+    parameters = list(model.parameters())
+    if config.finetune == "lora":
+        parameters = add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+    updates = config.epochs * math.ceil(len(pairs) / config.batch)
+    losses, model = [], model.train()
+    rng = random.Random(f"order {config.seed} {round}")
+    progress = tqdm(total=updates, desc=f"fine-tune {config.method}", dynamic_ncols=True)
+    for _ in range(config.epochs):
+        order = rng.sample(pairs, len(pairs))
+        for start in range(0, len(order), config.batch):
+            chunk = order[start : start + config.batch]
+            width = max(len(prompt) + len(completion) for prompt, completion in chunk)
+            tokens = torch.full((len(chunk), width), END)
+            targets = torch.full((len(chunk), width), -100)
+            for i, (prompt, completion) in enumerate(chunk):
+                row = torch.tensor(prompt + completion)
+                tokens[i, : len(row)] = row
+                first = len(prompt) if config.completion_only else 0
+                targets[i, first : len(row)] = row[first:]
+            logits = model(tokens.to(model.device))
+            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten().to(model.device))
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress.n / updates))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+            progress.update()
+            progress.set_postfix(loss=f"{losses[-1]:.3f}")
+    progress.close()
+    model.eval()
+    if config.finetune == "lora":
+        merge_lora(model)
+    return losses
+
+
+def train(config: Config) -> dict:
+    started, name = time.time(), run_name(config)
+    folder = runs.make_folder(Path(config.out) / name)
+    device = runs.pick_device(config.device)
+    model = runs.load_checkpoint(config.base)[0].to(device).eval()
+    projected, temperature = METHODS[config.method][0], sampling_temperature(config)
+    quick = {"problems": config.eval_problems, "samples": config.eval_samples}
+    results = {"name": name, "config": asdict(config), **runs.provenance(), "rounds": []}
+    results["before"] = evaluate(model, tuple(DOMAINS), **quick)
+    results["own_generation"] = evaluate(model, (config.domain,), **quick, temperature=temperature)
+    for round in range(config.rounds):
+        projectors = calibrate(model, config) if projected else {}
+        with project_kv(model, projectors, config.coordinate):
+            generation = evaluate(model, (config.domain,), **quick, temperature=temperature)
+            pairs = self_generate(model, config, round)
+        losses = finetune(model, pairs, config, round)
+        results["rounds"].append({"generation": generation, "loss": [losses[0], losses[-1]]})
+    results["after"] = evaluate(model, tuple(DOMAINS), **quick)
+    runs.save_checkpoint(folder / "model.pt", model)
+    results |= {"seconds": time.time() - started, "peak_memory_mb": runs.peak_memory_mb()}
+    runs.write_json(folder / "results.json", results)
+    return results
+
+
+def sampling_temperature(config: Config) -> float:
+    return config.temperature or METHODS[config.method][1]
+
+
+def run_name(config: Config) -> str:
+    return "-".join([config.method, config.domain, f"seed{config.seed}"])
+
+
+def main() -> None:
+    config = runs.parse_config(Config, __doc__)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    results = [train(config)]
+    if config.baseline:
+        results += [
+            train(replace(config, method=method, temperature=0.0)) for method in METHODS if method != config.method
+        ]
+    rows = []
+    for result in results:
+        stages = {"base": result["before"], "base, sampled for training": result["own_generation"]}
+        stages |= {"sampled for training": result["rounds"][0]["generation"], "trained": result["after"]}
+        for stage, scores in stages.items():
+            cells = [f"{100 * scores[domain]['mean']:.1f}" if domain in scores else "" for domain in DOMAINS]
+            rows.append([result["name"], stage, *cells])
+    print(runs.markdown_table(["run", f"mean@{config.eval_samples}, %", *DOMAINS], rows))
+
+
+if __name__ == "__main__":
+    runs.run_script(main)
