@@ -33,6 +33,7 @@ def evaluate(
         n = len(verdicts)
         result[domain] = {
             "mean": sum(v.correct for v in verdicts) / n,
+            "correct": sum(v.correct for v in verdicts),
             "greedy": greedy_right / problems,
             "shortcut": sum(v.shortcut for v in verdicts) / n,
             "unfinished": sum(not v.finished for v in verdicts) / n,

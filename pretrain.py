@@ -19,11 +19,11 @@ from tqdm import tqdm
 
 import runs
 from data.arithmetic import BUDGET, DOMAINS, golden_solution, true_steps, verify
-from data.documents import hint_prompt, plain_prompt, reflect_prompt, right_attempt, sample_document, solution_prompt
+from data.documents import hint_prompt, sample_document, solution_prompt
 from data.tokenizer import END, VOCAB_SIZE, decode, encode
 from evaluate import test_problems
 from model import GPT, GPTConfig, generate
-from reflect import REFLECTION_BUDGET, parse_reflection
+from reflect import reflect, sample_rollouts
 from runs import option
 
 Document = tuple[list[int], list[int]]  # prompt and response tokens
@@ -114,29 +114,35 @@ def pretrain(config: Config) -> GPT:
     return model.eval()
 
 
-def measure(model: GPT, domain: str = "mix", count: int = 500, seed: int = 0) -> dict[str, float]:
-    """Accuracy in every part the model plays, at temperature 1 on test problems."""
+def measure(model: GPT, domain: str = "mix", count: int = 200, seed: int = 0) -> dict[str, float]:
+    """Accuracy in every part the model plays, on test problems: solutions at temperature 1, reflections greedy."""
     problems, rng = test_problems(domain, count, seed), random.Random(seed)
+    group = 8
+    rollouts = sample_rollouts(model, problems, group, runs.torch_generator("measure plain", seed))
 
-    def write(prompts: list[str], budget: int = BUDGET) -> list[str]:
-        generator = runs.torch_generator("measure", prompts[0][:8], seed)
-        return [decode(t) for t in generate(model, [encode(p) for p in prompts], budget, END, generator=generator)]
+    def accuracy(part: str, prompts: list[str]) -> float:
+        generator = runs.torch_generator("measure", part, seed)
+        solutions = map(decode, generate(model, [encode(p) for p in prompts], BUDGET, END, generator=generator))
+        return sum(verify(p, s).correct for p, s in zip(problems, solutions, strict=True)) / count
 
-    def accuracy(solutions: list[str]) -> float:
-        return sum(verify(p, s).correct for p, s in zip(problems, solutions, strict=True)) / len(problems)
-
-    plain = write([plain_prompt(p) for p in problems])
-    hinted = write([hint_prompt(p, rng.choice(true_steps(p))) for p in problems])
-    informed = write([solution_prompt(p, golden_solution(p)) for p in problems])
-    wrong = [(p, s, verify(p, s).error) for p, s in zip(problems, plain, strict=True) if verify(p, s).error]
-    reflections = write([reflect_prompt(p, s, right_attempt(p, rng)) for p, s, _ in wrong], REFLECTION_BUDGET)
-    quotes = [parse_reflection(text).quote for text in reflections]
-    exact = sum(q == s[start:end] for q, (_, s, (start, end)) in zip(quotes, wrong, strict=True)) / len(wrong)
+    wrong, peers = [], []
+    for start in range(0, len(rollouts), group):
+        members = rollouts[start : start + group]
+        correct = sorted((r for r in members if r.verdict.correct), key=lambda r: len(r.tokens))
+        for rollout in members:
+            if correct and rollout.verdict.error:
+                wrong.append(rollout)
+                peers.append(correct[0].text)
+    reflections = reflect(model, wrong, peers)
+    exact = sum(
+        reflection.quote == rollout.text[slice(*rollout.verdict.error)]
+        for rollout, reflection in zip(wrong, reflections, strict=True)
+    )
     return {
-        "plain": accuracy(plain),
-        "with a hint": accuracy(hinted),
-        "with a reference": accuracy(informed),
-        "first error quoted": exact,
+        "plain": sum(rollout.verdict.correct for rollout in rollouts) / len(rollouts),
+        "with a hint": accuracy("hint", [hint_prompt(p, rng.choice(true_steps(p))) for p in problems]),
+        "with a reference": accuracy("reference", [solution_prompt(p, golden_solution(p)) for p in problems]),
+        "first error quoted": exact / len(wrong),
     }
 
 

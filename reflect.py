@@ -105,8 +105,8 @@ def reflect(
     reflector: GPT,
     rollouts: list[Rollout],
     peers: list[str | None],
-    generator: torch.Generator,
-    temperature: float = 1.0,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
 ) -> list[Reflection]:
     """Let the reflector write one reflection on each rollout; a wrong one is paired with a correct peer's text."""
     prompts = [
@@ -135,10 +135,10 @@ class Config:
 
 
 @torch.no_grad()
-def worked_example(model: GPT, problem: str, rollout: Rollout, peer: str, generator: torch.Generator) -> str:
+def worked_example(model: GPT, problem: str, rollout: Rollout, peer: str) -> str:
     """One wrong rollout from its problem to the per-token divergence, as text."""
     prompt = encode(reflect_prompt(problem, rollout.text, peer))
-    written = decode(generate(model, [prompt], REFLECTION_BUDGET, END, generator=generator)[0])
+    written = decode(generate(model, [prompt], REFLECTION_BUDGET, END, temperature=0)[0])
     reflection, tokens = parse_reflection(written), pieces(rollout.tokens)
     k = locate(reflection.quote, tokens)
     lines = [
@@ -173,7 +173,7 @@ def main() -> None:
         correct = sorted((r for r in group if r.verdict.correct), key=lambda r: len(r.tokens))
         wrong = [r for r in group if r.verdict.error]
         if correct and wrong:
-            print(worked_example(model, problem, wrong[0], correct[0].text, generator))
+            print(worked_example(model, problem, wrong[0], correct[0].text))
             return
 
 

@@ -127,7 +127,7 @@ def figures(scores: dict, home: str) -> dict[str, float]:
 
 
 def table(collected: dict) -> str:
-    """Markdown: mean over seeds ± half of its 95 % interval; * where the paired difference to variant one excludes 0."""
+    """Markdown: mean over seeds ± half of its 95 % interval; * where the paired difference to the first excludes 0."""
     variants = collected["variants"]
     first = next(iter(variants.values()))
     home = first["config"]["domain"]

@@ -28,10 +28,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from data.arithmetic import golden_solution, make_problem
+import runs
+from data.arithmetic import BUDGET, DOMAINS, golden_solution, make_problem, verify
 from data.documents import plain_prompt
-from data.tokenizer import END, encode, pieces
-from model import GPT
+from data.tokenizer import END, decode, encode, pieces
+from model import GPT, generate
+from runs import option
 
 Place = tuple[int, str]  # (layer counted from 0, "k" or "v")
 COORDINATES = ("linear", "head", "norm", "rope")
@@ -207,3 +209,53 @@ def fold(model: GPT, projectors: dict[Place, Tensor]) -> None:
     for place, P in projectors.items():
         weight = hook_module(model, place, "linear").weight
         weight.copy_(P.to(weight) @ weight)
+
+
+@dataclass(frozen=True)
+class Config:
+    domain: str = option("add", "domain of the calibration set and the prompt", choices=tuple(DOMAINS))
+    calibration_size: int = option(200, "calibration examples, N_cal", "20 to 500", minimum=1)
+    loss: str = option("aligned", "calibration loss: on S, or on the full sequence", "aligned", ("aligned", "full"))
+    layers: str = option("last", "projected layers: paper, last, all, or numbers from 1 like 3,4", "floor(L/2) and L")
+    rank: str = option("25%", "rank: a number, a share like 50%, or energy:0.99", "50%")
+    coordinate: str = option("linear", "where the projector acts", "not stated", COORDINATES)
+    temperature: float = option(1.0, "sampling temperature of the answers", minimum=0)
+    seed: int = option(0, "seed of calibration set, prompt and sampling")
+    base: str = option(str(runs.BASE_CHECKPOINT), "checkpoint of the model")
+
+
+def main() -> None:
+    config = runs.parse_config(Config, "Singular-value spectra, and one prompt with and without projection.")
+    model, _ = runs.load_checkpoint(config.base)
+    examples = calibration_set((config.domain,), config.calibration_size, config.seed)
+    n_layer, chosen = model.config.n_layer, target_layers(config.layers, model.config.n_layer)
+    places = [(layer, kind) for layer in range(n_layer) for kind in "kv"]
+    gradients = capability_gradients(model, examples, places, config.loss, config.coordinate)
+    rows = []
+    for (layer, kind), G in gradients.items():
+        singular_values, _ = principal_directions(G)
+        energy = singular_values.square().cumsum(0) / singular_values.square().sum()
+        r = choose_rank(config.rank, singular_values)
+        relative = (singular_values / singular_values[0]).tolist()
+        bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * s))] for s in relative)
+        mark = "projected" if layer in chosen else ""
+        rows.append(
+            [f"layer {layer + 1} {kind.upper()}", bars, f"{r} of {len(relative)}", f"{energy[r - 1]:.1%}", mark]
+        )
+    print(runs.markdown_table(["place", "singular values s_i / s_1", "r", "energy kept", ""], rows))
+
+    problem = make_problem(config.domain, random.Random(f"prompt {config.seed}"), test=True)
+    kept = {place: G for place, G in gradients.items() if place[0] in chosen}
+    projectors = make_projectors(kept, config.rank, config.coordinate, model.config.n_kv_head)
+    print(f"\nproblem   {problem}\nsolution  {golden_solution(problem)}")
+    for name, active in (("without", {}), ("with", projectors)):
+        with project_kv(model, active, config.coordinate):
+            generator = runs.torch_generator("demo", config.seed)
+            prompt = [encode(plain_prompt(problem))]
+            answers = generate(model, prompt, BUDGET, END, 4, config.temperature, generator=generator)
+        for answer in map(decode, answers):
+            print(f"{name:8s}  {answer}  {'right' if verify(problem, answer).correct else 'wrong'}")
+
+
+if __name__ == "__main__":
+    runs.run_script(main)

@@ -65,11 +65,11 @@ class Config:
         "shortest", "which correct rollout of the group is y*", "shortest; released code: first", ("shortest", "first")
     )
     domain: str = option("add", "domain to train on; all others are out of domain", choices=tuple(DOMAINS))
-    steps: int = option(50, "updates", minimum=1)
+    steps: int = option(40, "updates", minimum=1)
     batch: int = option(32, "problems a step", "32", minimum=1)
     group: int = option(8, "rollouts a problem, G", "8", minimum=2)
     temperature: float = option(1.0, "sampling temperature of the rollouts", "1")
-    reflect_temperature: float = option(1.0, "sampling temperature of the reflector", minimum=0)
+    reflect_temperature: float = option(0.0, "temperature of the reflector; 0 is greedy", "not stated", minimum=0)
     alpha: float = option(0.5, "divergence: 0 forward KL, 0.5 Jensen-Shannon, 1 reverse KL", "0.5", (), 0, 1)
     top_k: int = option(
         100, "tokens compared besides one tail bucket; the vocabulary here is smaller", "100", minimum=1
@@ -133,7 +133,8 @@ def make_lessons(
     reflections = [Reflection(None, None)] * len(rollouts)
     if rollouts and (context in ("reflection", "both") or mask == "quote"):
         generator = runs.torch_generator("reflect", config.seed, step)
-        reflections = reflect(reflector, rollouts, [p and p.text for p in peers], generator, config.reflect_temperature)
+        peer_texts = [peer and peer.text for peer in peers]
+        reflections = reflect(reflector, rollouts, peer_texts, config.reflect_temperature, generator)
 
     lessons, quotes = [], []
     for rollout, peer, reflection in zip(rollouts, peers, reflections, strict=True):

@@ -12,7 +12,11 @@ the projection and fine-tune the original weights on prompt + completion. Nothin
 import math
 import random
 import time
+import zlib
+from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,6 +40,8 @@ from subspace import (
     project_kv,
     target_layers,
 )
+
+Pair = tuple[list[int], list[int]]  # prompt and completion tokens
 
 METHODS = {  # name: (project while generating, sampling temperature)
     "spd": (True, 0.6),
@@ -82,6 +88,7 @@ class Config:
     baseline: bool = option(True, "train PSR and SSD afterwards, for the table")
     eval_problems: int = option(64, "test problems a domain", minimum=1)
     eval_samples: int = option(16, "samples a test problem", minimum=1)
+    resume: bool = option(False, "go on from the last checkpoint of the same command")
     device: str = option("auto", "cpu, cuda, mps or auto")
     threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
 
@@ -97,7 +104,7 @@ def calibrate(model: GPT, config: Config) -> dict[Place, torch.Tensor]:
     )
 
 
-def self_generate(model: GPT, config: Config, round: int) -> list[tuple[list[int], list[int]]]:
+def self_generate(model: GPT, config: Config, round: int) -> list[Pair]:
     """Phase 2: one raw completion a training prompt, nothing filtered -> (prompt, completion) tokens."""
     rng = random.Random(f"prompts {config.seed} {round}")
     prompts = [encode(plain_prompt(make_problem(config.domain, rng))) for _ in range(config.prompts)]
@@ -108,67 +115,109 @@ def self_generate(model: GPT, config: Config, round: int) -> list[tuple[list[int
     return list(zip(prompts, completions, strict=True))
 
 
-def finetune(model: GPT, pairs: list[tuple[list[int], list[int]]], config: Config, round: int) -> list[float]:
-    """Phase 3: next-token loss on prompt + completion."""
-    torch.manual_seed(1000 * config.seed + round)  # of LoRA's A and of dropout
-    parameters = list(model.parameters())
+def next_token_loss(model: GPT, pairs: list[Pair], completion_only: bool) -> torch.Tensor:
+    """Mean next-token loss over prompt + completion, or over the completion alone."""
+    width = max(len(prompt) + len(completion) for prompt, completion in pairs)
+    tokens = torch.full((len(pairs), width), END)  # (B, T)
+    targets = torch.full((len(pairs), width), -100)
+    for i, (prompt, completion) in enumerate(pairs):
+        row = torch.tensor(prompt + completion)
+        first = len(prompt) if completion_only else 0
+        tokens[i, : len(row)] = row
+        targets[i, first : len(row)] = row[first:]
+    logits = model(tokens[:, :-1].to(model.device))  # (B, T - 1, V)
+    return F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten().to(model.device), ignore_index=-100)
+
+
+def finetune(model: GPT, state: dict, config: Config, save: Callable[[], None]) -> None:
+    """Phase 3: fine-tune the unprojected weights on state["pairs"], from state["epoch"] on; every epoch is saved."""
+    key = f"{config.seed} {len(state['rounds'])}"
+    torch.manual_seed(zlib.crc32(key.encode()))
+    trained = list(model.parameters())
     if config.finetune == "lora":
-        parameters = add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    updates = config.epochs * math.ceil(len(pairs) / config.batch)
-    losses, model = [], model.train()
-    rng = random.Random(f"order {config.seed} {round}")
-    progress = tqdm(total=updates, desc=f"fine-tune {config.method}", dynamic_ncols=True)
-    for _ in range(config.epochs):
-        order = rng.sample(pairs, len(pairs))
-        for start in range(0, len(order), config.batch):
-            chunk = order[start : start + config.batch]
-            width = max(len(prompt) + len(completion) for prompt, completion in chunk)
-            tokens = torch.full((len(chunk), width), END)
-            targets = torch.full((len(chunk), width), -100)
-            for i, (prompt, completion) in enumerate(chunk):
-                row = torch.tensor(prompt + completion)
-                tokens[i, : len(row)] = row
-                first = len(prompt) if config.completion_only else 0
-                targets[i, first : len(row)] = row[first:]
-            logits = model(tokens.to(model.device))
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten().to(model.device))
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress.n / updates))
+        trained = add_lora(model, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    optimizer = torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
+    if state["epoch"] > 0:
+        optimizer.load_state_dict(state["optimizer"])
+        for parameter, saved in zip(trained, state["trained"], strict=True):
+            parameter.data.copy_(saved)
+    updates = math.ceil(len(state["pairs"]) / config.batch)  # an epoch
+    model.train()
+    for epoch in range(state["epoch"], config.epochs):
+        torch.manual_seed(zlib.crc32(f"{key} {epoch}".encode()))  # of dropout
+        order = random.Random(f"order {key} {epoch}").sample(state["pairs"], len(state["pairs"]))
+        progress = tqdm(range(updates), desc=f"{config.method}: fine-tune, epoch {epoch + 1} of {config.epochs}")
+        for update in progress:
+            done = (epoch * updates + update) / (config.epochs * updates)
+            optimizer.param_groups[0]["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+            pairs = order[update * config.batch : (update + 1) * config.batch]
+            loss = next_token_loss(model, pairs, config.completion_only)
+            if not loss.isfinite():
+                raise runs.UserError(f"the loss is {loss.item()} in epoch {epoch + 1}; try a lower --learning-rate")
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.item())
-            progress.update()
-            progress.set_postfix(loss=f"{losses[-1]:.3f}")
-    progress.close()
+            state["losses"].append(loss.item())
+            progress.set_postfix(loss=f"{loss.item():.3f}")
+        state |= {"epoch": epoch + 1, "optimizer": optimizer.state_dict(), "trained": [p.detach() for p in trained]}
+        save()
     model.eval()
     if config.finetune == "lora":
         merge_lora(model)
-    return losses
 
 
-def train(config: Config) -> dict:
-    started, name = time.time(), run_name(config)
-    folder = runs.make_folder(Path(config.out) / name)
-    device = runs.pick_device(config.device)
+def train(config: Config, before: dict | None = None) -> dict:
+    """One run: evaluate the base, then calibrate, generate and fine-tune, evaluate again."""
+    started, device = time.time(), runs.pick_device(config.device)
     model = runs.load_checkpoint(config.base)[0].to(device).eval()
+    folder = runs.make_folder(Path(config.out) / run_name(config))
     projected, temperature = METHODS[config.method][0], sampling_temperature(config)
-    quick = {"problems": config.eval_problems, "samples": config.eval_samples}
-    results = {"name": name, "config": asdict(config), **runs.provenance(), "rounds": []}
-    results["before"] = evaluate(model, tuple(DOMAINS), **quick)
-    results["own_generation"] = evaluate(model, (config.domain,), **quick, temperature=temperature)
-    for round in range(config.rounds):
-        projectors = calibrate(model, config) if projected else {}
-        with project_kv(model, projectors, config.coordinate):
-            generation = evaluate(model, (config.domain,), **quick, temperature=temperature)
-            pairs = self_generate(model, config, round)
-        losses = finetune(model, pairs, config, round)
-        results["rounds"].append({"generation": generation, "loss": [losses[0], losses[-1]]})
-    results["after"] = evaluate(model, tuple(DOMAINS), **quick)
+    scale = {"problems": config.eval_problems, "samples": config.eval_samples}
+    state_file, state = folder / "state.pt", {"rounds": [], "pairs": None, "epoch": 0, "losses": [], "seconds": 0.0}
+    if config.resume and state_file.exists():
+        model, state = runs.load_checkpoint(state_file)
+        runs.same_config(state["settings"], config, state_file)
+        model = model.to(device).eval()
+    spent = state["seconds"]
+    state.setdefault("settings", asdict(config))
+    state.setdefault("before", before or evaluate(model, tuple(DOMAINS), **scale))
+    if "own" not in state:  # the base's own generation, at the temperature of this method
+        state["own"] = evaluate(model, (config.domain,), **scale, temperature=temperature)
+
+    def save(start: GPT) -> None:
+        state["seconds"] = spent + time.time() - started
+        runs.save_checkpoint(state_file, start, **state)
+
+    while len(state["rounds"]) < config.rounds:
+        if state["pairs"] is None:
+            projectors = calibrate(model, config) if projected else {}
+            with project_kv(model, projectors, config.coordinate):
+                state["generation"] = evaluate(model, (config.domain,), **scale, temperature=temperature)
+                state["pairs"] = self_generate(model, config, len(state["rounds"]))
+        save_round = partial(save, deepcopy(model))  # with the weights this round began with
+        save_round()
+        finetune(model, state, config, save_round)
+        state["rounds"].append({"generation": state["generation"], "losses": state["losses"]})
+        state |= {"pairs": None, "epoch": 0, "losses": []}
+
+    results = {
+        "name": folder.name,
+        "config": asdict(config),
+        **runs.provenance(),
+        "before": state["before"],
+        "own_generation": state["own"],
+        "rounds": [{**entry, "losses": [entry["losses"][0], entry["losses"][-1]]} for entry in state["rounds"]],
+        "after": evaluate(model, tuple(DOMAINS), **scale),
+        "seconds": spent + time.time() - started,
+        "peak_memory_mb": runs.peak_memory_mb(),
+    }
+    lines = [
+        {"round": i, "update": j, "loss": x} for i, r in enumerate(state["rounds"]) for j, x in enumerate(r["losses"])
+    ]
+    runs.write_lines(folder / "metrics.jsonl", lines)
     runs.save_checkpoint(folder / "model.pt", model)
-    results |= {"seconds": time.time() - started, "peak_memory_mb": runs.peak_memory_mb()}
     runs.write_json(folder / "results.json", results)
+    state_file.unlink(missing_ok=True)
     return results
 
 
@@ -186,9 +235,9 @@ def main() -> None:
         torch.set_num_threads(config.threads)
     results = [train(config)]
     if config.baseline:
-        results += [
-            train(replace(config, method=method, temperature=0.0)) for method in METHODS if method != config.method
-        ]
+        for method in METHODS:
+            if method != config.method:
+                results.append(train(replace(config, method=method, temperature=0.0), results[0]["before"]))
     rows = []
     for result in results:
         stages = {"base": result["before"], "base, sampled for training": result["own_generation"]}

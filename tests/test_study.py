@@ -1,0 +1,52 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import runs
+import study
+
+RESULTS = sorted((runs.ROOT / "results").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_the_readme_shows_exactly_what_the_results_files_hold(path: Path) -> None:
+    collected = json.loads(path.read_text())
+    shown = (runs.ROOT / "README.md").read_text().split(f"<!-- table {path.stem} -->\n")[1].split("\n<!-- end -->")[0]
+    assert shown == study.table(collected)
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
+def test_results_name_every_variant_seed_and_commit_of_their_study(path: Path) -> None:
+    collected, declared = json.loads(path.read_text()), study.STUDIES[path.stem]
+    assert list(collected["variants"]) == list(declared.variants)
+    for variant in collected["variants"].values():
+        assert set(variant["seeds"]) == {str(seed) for seed in declared.seeds}
+        assert len(variant["commit"]) >= 40
+
+
+def test_interval_covers_the_mean_and_shrinks_with_agreement() -> None:
+    low, high = study.interval(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
+    assert 1 < low < 3 < high < 5
+    assert study.interval(np.array([3.0, 3.0, 3.0])) == (3.0, 3.0)
+
+
+def test_a_column_is_marked_only_where_the_paired_difference_excludes_zero() -> None:
+    def seed(home: float, away: float) -> dict:
+        scores = {"mean": away, "shortcut": 0.0, "unfinished": 0.0}
+        return {
+            "before": {d: scores for d in study.DOMAINS},
+            "after": {d: scores for d in study.DOMAINS} | {"add": scores | {"mean": home}},
+        }
+
+    def variant(home: list[float]) -> dict:
+        seeds = {str(i): seed(value, 0.5) for i, value in enumerate(home)}
+        return {"flags": "", "config": {"domain": "add"}, "seeds": seeds}
+
+    collected = {
+        "variants": {"A": variant([0.2, 0.5, 0.8]), "B": variant([0.3, 0.6, 0.9]), "C": variant([0.1, 0.6, 0.8])}
+    }
+    rows = {line.split("|")[1].strip(): line.split("|")[2] for line in study.table(collected).splitlines()[2:]}
+    assert "*" in rows["B"] and "60.0" in rows["B"]  # ten points on every seed, though the seeds differ by sixty
+    assert "*" not in rows["C"] and "*" not in rows["A"]
