@@ -47,6 +47,23 @@ STUDIES = {
             "ROSD, oracle localization": ["--mask", "oracle"],
         },
     ),
+    "spd-generation": Study(
+        "train_spd.py",
+        {
+            "SPD": [],
+            "full-sequence loss": ["--loss", "full"],
+            "random subspace": ["--subspace", "random"],
+            "keys only": ["--project", "k"],
+            "values only": ["--project", "v"],
+            "calibrated on mul": ["--calibration-domain", "mul"],
+            "20 calibration examples": ["--calibration-size", "20"],
+            "paper's layers, half rank": ["--layers", "paper", "--rank", "50%"],
+            "the same, full-sequence loss": ["--layers", "paper", "--rank", "50%", "--loss", "full"],
+            "the same, random subspace": ["--layers", "paper", "--rank", "50%", "--subspace", "random"],
+        },
+        seeds=(1, 2, 3, 4, 5),
+        flags=["--epochs", "0", "--prompts", "1"],
+    ),
 }
 
 
@@ -58,12 +75,16 @@ class Config:
     readme: bool = option(False, "put the table into README.md")
 
 
+def folder_name(variant: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in variant)
+
+
 def run_all(name: str, study: Study, config: Config) -> None:
     """Run what has no results.json yet, `processes` at a time, each in a process with one thread."""
     waiting = []
     for seed in study.seeds:
         for variant, flags in study.variants.items():
-            folder = Path(config.out) / name / variant.replace(" ", "_").replace(",", "")
+            folder = Path(config.out) / name / folder_name(variant)
             if not list(folder.glob(f"*seed{seed}/results.json")):
                 command = [
                     sys.executable,
@@ -100,12 +121,15 @@ def collect(name: str, study: Study, config: Config) -> dict:
     """variant -> seed -> the figures of its results.json that the tables need."""
     collected: dict = {"study": name, "variants": {}}
     for variant, flags in study.variants.items():
-        folder = Path(config.out) / name / variant.replace(" ", "_").replace(",", "")
+        folder = Path(config.out) / name / folder_name(variant)
         entry = collected["variants"][variant] = {"flags": " ".join(study.flags + flags), "seeds": {}}
         for seed in study.seeds:
             result = json.loads(next(folder.glob(f"*seed{seed}/results.json")).read_text())
             entry["commit"], entry["config"] = result["commit"], result["config"]
-            entry["seeds"][str(seed)] = {when: result[when] for when in ("before", "after")}
+            before, after = result["before"], result["after"]
+            if "rounds" in result:  # of SPD: what it would train on, without and with projection
+                before, after = result["own_generation"], result["rounds"][0]["generation"]
+            entry["seeds"][str(seed)] = {"before": before, "after": after}
     return collected
 
 
@@ -119,9 +143,9 @@ def interval(values: np.ndarray, resamples: int = 10_000) -> tuple[float, float]
 
 def figures(scores: dict, home: str) -> dict[str, float]:
     """The columns of a table, in percent, of one model's evaluation."""
-    away = [scores[domain]["mean"] for domain in DOMAINS if domain != home]
-    columns = {"in domain": scores[home]["mean"], "OOD average": sum(away) / len(away)}
-    columns |= {domain: scores[domain]["mean"] for domain in DOMAINS if domain != home}
+    away = {domain: scores[domain]["mean"] for domain in DOMAINS if domain != home and domain in scores}
+    columns = {"in domain": scores[home]["mean"]}
+    columns |= {"OOD average": sum(away.values()) / len(away), **away} if away else {}
     columns |= {"short cuts": scores[home]["shortcut"], "unfinished": scores[home]["unfinished"]}
     return {name: 100 * value for name, value in columns.items()}
 

@@ -60,10 +60,8 @@ class Config:
     calibration_size: int = option(200, "calibration examples, N_cal", "20 to 500", minimum=1)
     loss: str = option("aligned", "calibration loss: on S, or on the full sequence", "aligned", ("aligned", "full"))
     subspace: str = option("gradient", "where the subspace comes from", "gradient", ("gradient", "random"))
-    layers: str = option(
-        "last", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L"
-    )
-    rank: str = option("25%", "rank of the projectors: a number, a share like 50%, or energy:0.99", "50%")
+    layers: str = option("3", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L")
+    rank: str = option("20", "rank of the projectors, of 32: a number, a share like 50%, or energy:0.99", "50%")
     project: str = option("kv", "what is projected", "kv", ("kv", "k", "v"))
     coordinate: str = option("linear", "where the projector acts", "not stated", COORDINATES)
     temperature: float = option(
@@ -78,7 +76,7 @@ class Config:
     lora_alpha: float = option(8.0, "scale of the updates times their rank", "8")
     lora_dropout: float = option(0.05, "dropout before the updates", "0.05", minimum=0)
     completion_only: bool = option(False, "take the loss on the completion alone", "no")
-    epochs: int = option(5, "passes over the completions", "5", minimum=1)
+    epochs: int = option(5, "passes over the completions; 0 stops at the generation", "5", minimum=0)
     batch: int = option(64, "completions an update", minimum=1)
     learning_rate: float = option(3e-3, "peak learning rate of AdamW, cosine to 0", "1e-5", minimum=0)
     weight_decay: float = option(0.01, "weight decay of AdamW", "0.01", minimum=0)
@@ -172,7 +170,7 @@ def train(config: Config, before: dict | None = None) -> dict:
     model = runs.load_checkpoint(config.base)[0].to(device).eval()
     folder = runs.make_folder(Path(config.out) / run_name(config))
     projected, temperature = METHODS[config.method][0], sampling_temperature(config)
-    scale = {"problems": config.eval_problems, "samples": config.eval_samples}
+    scale = {"problems": config.eval_problems, "samples": config.eval_samples, "seed": config.seed}
     state_file, state = folder / "state.pt", {"rounds": [], "pairs": None, "epoch": 0, "losses": [], "seconds": 0.0}
     if config.resume and state_file.exists():
         model, state = runs.load_checkpoint(state_file)
@@ -206,8 +204,8 @@ def train(config: Config, before: dict | None = None) -> dict:
         **runs.provenance(),
         "before": state["before"],
         "own_generation": state["own"],
-        "rounds": [{**entry, "losses": [entry["losses"][0], entry["losses"][-1]]} for entry in state["rounds"]],
-        "after": evaluate(model, tuple(DOMAINS), **scale),
+        "rounds": [{**entry, "losses": entry["losses"][:1] + entry["losses"][-1:]} for entry in state["rounds"]],
+        "after": evaluate(model, tuple(DOMAINS), **scale) if config.epochs else state["before"],
         "seconds": spent + time.time() - started,
         "peak_memory_mb": runs.peak_memory_mb(),
     }
