@@ -9,21 +9,28 @@ from model import GPT, generate
 from runs import torch_generator
 
 
-def test_problems(domain: str, count: int, seed: int) -> list[str]:
+def held_out_problems(domain: str, count: int, seed: int) -> list[str]:
     rng = random.Random(f"test {domain} {seed}")
     return [make_problem(domain, rng, test=True) for _ in range(count)]
 
 
 def evaluate(
-    model: GPT, domains: tuple[str, ...], problems: int = 64, samples: int = 16, seed: int = 0, temperature: float = 1.0
+    model: GPT,
+    domains: tuple[str, ...],
+    problems: int = 64,
+    samples: int = 16,
+    seed: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
 ) -> dict[str, dict]:
     """domain -> mean@samples, greedy accuracy, shares of short cuts and unfinished rollouts, and their counts."""
     result = {}
     for domain in domains:
-        texts = test_problems(domain, problems, seed)
+        texts = held_out_problems(domain, problems, seed)
         prompts = [encode(plain_prompt(problem)) for problem in texts]
         sampled = generate(
-            model, prompts, BUDGET, END, samples, temperature, generator=torch_generator("evaluate", domain, seed)
+            model, prompts, BUDGET, END, samples, temperature, top_k, top_p, torch_generator("evaluate", domain, seed)
         )
         verdicts = [verify(texts[i // samples], decode(tokens)) for i, tokens in enumerate(sampled)]
         greedy = generate(model, prompts, BUDGET, END, temperature=0)

@@ -21,7 +21,7 @@ import runs
 from data.arithmetic import BUDGET, DOMAINS, golden_solution, true_steps, verify
 from data.documents import hint_prompt, sample_document, solution_prompt
 from data.tokenizer import END, VOCAB_SIZE, decode, encode
-from evaluate import test_problems
+from evaluate import held_out_problems
 from model import GPT, GPTConfig, generate
 from reflect import reflect, sample_rollouts
 from runs import option
@@ -116,7 +116,7 @@ def pretrain(config: Config) -> GPT:
 
 def measure(model: GPT, domain: str = "mix", count: int = 200, seed: int = 0) -> dict[str, float]:
     """Accuracy in every part the model plays, on test problems: solutions at temperature 1, reflections greedy."""
-    problems, rng = test_problems(domain, count, seed), random.Random(seed)
+    problems, rng = held_out_problems(domain, count, seed), random.Random(seed)
     group = 8
     rollouts = sample_rollouts(model, problems, group, runs.torch_generator("measure plain", seed))
 
@@ -153,6 +153,7 @@ def main() -> None:
     if config.check_only:
         model = runs.load_checkpoint(config.out)[0]
     else:
+        runs.make_folder(Path(config.out).resolve().parent)
         started = time.time()
         model = pretrain(config)
         runs.save_checkpoint(Path(config.out), model)

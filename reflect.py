@@ -167,7 +167,7 @@ def main() -> None:
     config = runs.parse_config(Config, "One worked example of first-error reflection.")
     model = runs.load_checkpoint(config.base)[0]
     rng, generator = random.Random(config.seed), torch_generator("example", config.seed)
-    while True:
+    for _ in range(200):
         problem = make_problem(config.domain, rng, test=True)
         group = sample_rollouts(model, [problem], 8, generator)
         correct = sorted((r for r in group if r.verdict.correct), key=lambda r: len(r.tokens))
@@ -175,6 +175,7 @@ def main() -> None:
         if correct and wrong:
             print(worked_example(model, problem, wrong[0], correct[0].text))
             return
+    raise runs.UserError("in 200 problems no group had a right and a wrong rollout; give the base model with --base")
 
 
 if __name__ == "__main__":

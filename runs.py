@@ -89,16 +89,14 @@ def parse_config(config_class: type[Config], description: str, argv: list[str] |
     return config_class(**values)
 
 
-def run_script(main: Callable[[], None]) -> None:
-    """Call main; turn a UserError into one sentence and exit code 2, Ctrl-C into exit code 130."""
+def run_script(main: Callable[[], None], stopped: str = "Stopped.") -> None:
+    """Call main; turn a UserError into one sentence and exit code 2, Ctrl-C into `stopped` and exit code 130."""
     try:
         main()
     except UserError as error:
         sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
     except KeyboardInterrupt:
-        sys.exit(
-            print("\nStopped. The same command with --resume goes on from the last checkpoint.", file=sys.stderr) or 130
-        )
+        sys.exit(print(f"\n{stopped}", file=sys.stderr) or 130)
 
 
 def torch_generator(*key: object) -> torch.Generator:
@@ -184,10 +182,34 @@ def load_checkpoint(path: Path | str) -> tuple[GPT, dict]:
     return model, state
 
 
+def finished(folder: Path, config: Any) -> dict | None:
+    """The results of a run that is to be resumed but had come to its end already."""
+    path = folder / "results.json"
+    if not config.resume or not path.exists() or (folder / "state.pt").exists():
+        return None
+    results = json.loads(path.read_text())
+    same_config(results["config"], config, path)
+    return results
+
+
+def name_run(config: Any, told: tuple[str, ...]) -> str:
+    """Name of a run: the fields told, and every other one that departs from its default and shapes the run."""
+    apart = ("out", "resume", "device", "threads", "baseline", "base", "eval_problems", "eval_samples", *told)
+    flags = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in apart and value != field.default:
+            shown = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flags.append(f"{field.name}={''.join(c if c.isalnum() or c in '+.-' else '_' for c in shown)}")
+    first, *others = (str(getattr(config, name)) for name in told)
+    return "-".join([first, *flags, *others])
+
+
 def same_config(saved: dict, config: Any, path: Path) -> None:
     """UserError where a run that is to be resumed was started with other settings."""
-    now = dataclasses.asdict(config)
-    other = [name for name in now if name != "resume" and saved.get(name) != now[name]]
+    now = json.loads(json.dumps(dataclasses.asdict(config)))  # as a results file holds it: lists for tuples
+    saved = json.loads(json.dumps(saved))
+    other = [name for name in now if name not in ("resume", "threads") and saved.get(name) != now[name]]
     if other:
         raise UserError(
             f"{path} was started with another {', '.join(other)}; give the same flags, or leave out --resume"
@@ -210,7 +232,7 @@ def provenance() -> dict[str, str]:
 
 
 def peak_memory_mb() -> float:
-    """The largest resident memory of this process so far (and of the GPU, where there is one), in MB."""
+    """The largest memory of this process so far, in MB: the GPU's where there is one, else the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     try:

@@ -84,7 +84,7 @@ def run_all(name: str, study: Study, config: Config) -> None:
     waiting = []
     for seed in study.seeds:
         for variant, flags in study.variants.items():
-            folder = Path(config.out) / name / folder_name(variant)
+            folder = Path(config.out).resolve() / name / folder_name(variant)
             if not list(folder.glob(f"*seed{seed}/results.json")):
                 command = [
                     sys.executable,
@@ -121,7 +121,7 @@ def collect(name: str, study: Study, config: Config) -> dict:
     """variant -> seed -> the figures of its results.json that the tables need."""
     collected: dict = {"study": name, "variants": {}}
     for variant, flags in study.variants.items():
-        folder = Path(config.out) / name / folder_name(variant)
+        folder = Path(config.out).resolve() / name / folder_name(variant)
         entry = collected["variants"][variant] = {"flags": " ".join(study.flags + flags), "seeds": {}}
         for seed in study.seeds:
             result = json.loads(next(folder.glob(f"*seed{seed}/results.json")).read_text())
@@ -196,4 +196,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    runs.run_script(main, "Stopped. The same command goes on where it was.")

@@ -8,9 +8,8 @@ Its gradients at a layer's keys and values, at *all* token positions of all exam
 
     G = U diag(s) V^T      V_r = the first r right singular vectors      P = V_r V_r^T
 
-and while the model generates, K <- K P_K and V <- V P_V. Gradient rows of K lie in the span of the queries that matter
-for correctness, rows of V in the span of what later layers read for it: projection keeps those decisions and blunts all
-others, which fall back to what they would be without context.
+and while the model generates, K <- K P_K and V <- V P_V. The idea: gradient rows of K come from the queries that matter
+for correctness, rows of V from what later layers read for it, so that projection keeps those and blunts the rest.
 
 >>> G = torch.tensor([[3.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
 >>> singular_values, V = principal_directions(G)
@@ -21,6 +20,7 @@ others, which fall back to what they would be without context.
 """
 
 import random
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -71,7 +71,17 @@ def calibration_set(domains: tuple[str, ...], size: int, seed: int) -> list[Exam
 def target_layers(spec: str, n_layer: int) -> list[int]:
     """Layers counted from 0: 'paper' is {floor(L/2), L} counted from 1; or 'last', 'all', or numbers like '3,4'."""
     named = {"paper": [n_layer // 2 - 1, n_layer - 1], "last": [n_layer - 1], "all": list(range(n_layer))}
-    return sorted(set(named[spec])) if spec in named else [int(number) - 1 for number in spec.split(",")]
+    if spec in named:
+        return sorted(set(named[spec]))
+    numbers = spec.split(",")
+    if not all(number.isdecimal() and 1 <= int(number) <= n_layer for number in numbers):
+        raise runs.UserError(f"layers {spec!r}: give paper, last, all, or numbers from 1 to {n_layer} like 1,2")
+    return sorted({int(number) - 1 for number in numbers})
+
+
+def place_width(model: GPT, coordinate: str) -> int:
+    """d: the dimensions a projector acts in, of one head or of all heads flattened."""
+    return model.config.head_dim * (1 if coordinate == "head" else model.config.n_kv_head)
 
 
 def hook_module(model: GPT, place: Place, coordinate: str) -> nn.Module:
@@ -152,10 +162,15 @@ def principal_directions(G: Tensor) -> tuple[Tensor, Tensor]:
 def choose_rank(spec: str, singular_values: Tensor) -> int:
     """Rank from a number ('16'), a fraction of d ('50%') or the energy sum s_i^2 to retain ('energy:0.99')."""
     d = len(singular_values)
-    if spec.startswith("energy:"):
+    form = re.fullmatch(r"energy:(0?\.\d+|1(?:\.0*)?)|(\d+(?:\.\d+)?)%|([1-9]\d*)", spec)
+    if form is None:
+        raise runs.UserError(f"rank {spec!r}: give a number like 16, a share like 50%, or an energy like energy:0.99")
+    if form[1]:
         energy = singular_values.square().cumsum(0) / singular_values.square().sum()
-        return min(d, int((energy < float(spec[7:])).sum()) + 1)
-    return max(1, round(d * float(spec[:-1]) / 100)) if spec.endswith("%") else min(d, int(spec))
+        return min(d, int((energy < float(form[1])).sum()) + 1)
+    if form[3] and int(form[3]) > d:
+        raise runs.UserError(f"rank {spec}: what is projected has only {d} dimensions, give at most {d}")
+    return max(1, min(d, round(d * float(form[2]) / 100))) if form[2] else int(form[3])
 
 
 def projector(V: Tensor, rank: int) -> Tensor:

@@ -68,21 +68,25 @@ class Config:
     steps: int = option(40, "updates", minimum=1)
     batch: int = option(32, "problems a step", "32", minimum=1)
     group: int = option(8, "rollouts a problem, G", "8", minimum=2)
-    temperature: float = option(1.0, "sampling temperature of the rollouts", "1")
+    temperature: float = option(1.0, "sampling temperature of the rollouts", "1", minimum=0)
     reflect_temperature: float = option(0.0, "temperature of the reflector; 0 is greedy", "not stated", minimum=0)
-    alpha: float = option(0.5, "divergence: 0 forward KL, 0.5 Jensen-Shannon, 1 reverse KL", "0.5", (), 0, 1)
+    alpha: float = option(
+        0.5, "divergence: 0 forward KL, 0.5 Jensen-Shannon, 1 reverse KL", "0.5", minimum=0, maximum=1
+    )
     top_k: int = option(
         100, "tokens compared besides one tail bucket; the vocabulary here is smaller", "100", minimum=1
     )
-    clip_low: float = option(0.2, "GRPO: lower clip of the ratio", "0.2")
-    clip_high: float = option(0.28, "GRPO: upper clip of the ratio", "0.28")
+    clip_low: float = option(0.2, "GRPO: lower clip of the ratio", "0.2", minimum=0, maximum=1)
+    clip_high: float = option(0.28, "GRPO: upper clip of the ratio", "0.28", minimum=0)
     ratio_clip: float = option(2.0, "upper clip of the token importance ratio", "2.0", minimum=1)
     updates: int = option(1, "updates a batch", "1", minimum=1)
-    ema: float = option(0.0, "rate at which the teacher follows the student; 0 keeps it frozen", "0.0", (), 0, 1)
+    ema: float = option(
+        0.0, "rate at which the teacher follows the student; 0 keeps it frozen", "0.0", minimum=0, maximum=1
+    )
     learning_rate: float = option(1e-3, "peak learning rate of AdamW", "1e-5", minimum=0)
     warmup: int = option(5, "steps of linear warm-up", "10", minimum=0)
-    grad_clip: float = option(1.0, "largest gradient norm", "1.0", minimum=0)
-    seed: int = option(0, "seed of everything random")
+    grad_clip: float = option(1.0, "largest gradient norm", "1.0", minimum=1e-9)
+    seed: int = option(0, "seed of everything random but the evaluation, which is the same for all")
     base: str = option(str(runs.BASE_CHECKPOINT), "checkpoint to start from; also teacher and reflector")
     out: str = option("out", "folder for runs")
     baseline: bool = option(True, "train SDPO afterwards, for the table")
@@ -120,7 +124,7 @@ class Lesson:
 def make_lessons(
     rollouts: list[Rollout], reflector: GPT, config: Config, step: int
 ) -> tuple[list[Lesson], dict[str, float]]:
-    """Turn rollouts into lessons, and measure the reflector against the verifier, which no lesson ever sees."""
+    """Turn rollouts into lessons, and measure the reflector against the verifier's true first errors."""
     context, mask = teaching(config)
     if context == "none":
         rewards = torch.tensor([float(rollout.verdict.correct) for rollout in rollouts]).view(-1, config.group)
@@ -131,24 +135,24 @@ def make_lessons(
     if context != "gold":  # a group without a correct rollout has no peer to learn from
         rollouts, peers = [r for r, p in zip(rollouts, peers, strict=True) if p], [p for p in peers if p]
     reflections = [Reflection(None, None)] * len(rollouts)
-    if rollouts and (context in ("reflection", "both") or mask == "quote"):
+    reflecting = bool(rollouts) and (context in ("reflection", "both") or mask == "quote")
+    if reflecting:
         generator = runs.torch_generator("reflect", config.seed, step)
-        peer_texts = [peer and peer.text for peer in peers]
+        peer_texts = [p.text if p else golden_solution(r.problem) for r, p in zip(rollouts, peers, strict=True)]
         reflections = reflect(reflector, rollouts, peer_texts, config.reflect_temperature, generator)
 
     lessons, quotes = [], []
     for rollout, peer, reflection in zip(rollouts, peers, reflections, strict=True):
-        if context in ("reflection", "both") and reflection.idea is None:
-            continue  # malformed: there is nothing for the teacher to hold
-        found = locate(reflection.quote, pieces(rollout.tokens))
         start = 0
         if not rollout.verdict.correct:
-            oracle = true_position(rollout)
+            found, oracle = locate(reflection.quote, pieces(rollout.tokens)), true_position(rollout)
             start = {"quote": found or 0, "whole": 0, "oracle": oracle}[mask]
-            quotes.append((found is not None, found == oracle, start / len(rollout.tokens)))
+            quotes.append((found is not None, found == oracle, (found or 0) / len(rollout.tokens)))
+        if context in ("reflection", "both") and reflection.idea is None:
+            continue  # malformed: there is nothing for the teacher to hold
         solution = golden_solution(rollout.problem) if context == "gold" else peer.text
         lessons.append(Lesson(rollout, teacher_prompt(context, rollout.problem, reflection.idea, solution), start, 0.0))
-    if not quotes or reflections[0] == Reflection(None, None):
+    if not quotes or not reflecting:
         return lessons, {}
     matched, exact, position = (sum(column) / len(quotes) for column in zip(*quotes, strict=True))
     return lessons, {"quote_match": matched, "quote_accuracy": exact, "error_position": position}
@@ -210,7 +214,9 @@ def train(config: Config, before: dict | None = None) -> dict:
     """One run: evaluate the base, train, evaluate again; everything it leaves behind lies in its folder."""
     started, device = time.time(), runs.pick_device(config.device)
     base = runs.load_checkpoint(config.base)[0].to(device).requires_grad_(False)  # the reflector
-    folder = runs.make_folder(Path(config.out) / run_name(config))
+    folder = runs.make_folder(Path(config.out) / runs.name_run(config, ("method", "domain", "seed")))
+    if results := runs.finished(folder, config):
+        return results
     student, teacher = deepcopy(base).requires_grad_(True), deepcopy(base)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
     scale = {"problems": config.eval_problems, "samples": config.eval_samples}
@@ -269,12 +275,6 @@ def train(config: Config, before: dict | None = None) -> dict:
     return results
 
 
-def run_name(config: Config) -> str:
-    """E.g. 'rosd-add-seed0' or, with a flag that departs from the method, 'rosd-whole-add-seed0'."""
-    flags = [part for part, usual in zip(teaching(config), METHODS[config.method], strict=True) if part != usual]
-    return "-".join([config.method, *flags, config.domain, f"seed{config.seed}"])
-
-
 def comparison(results: list[dict]) -> str:
     """The closing table: mean@n of base and runs in every domain, the training domain first, and style in domain."""
     home = results[0]["config"]["domain"]
@@ -295,6 +295,8 @@ def main() -> None:
     config = runs.parse_config(Config, __doc__)
     if config.threads:
         torch.set_num_threads(config.threads)
+    if config.method == "grpo" and (config.context or config.mask):
+        raise runs.UserError("--method grpo has no teacher and no mask; leave out --context and --mask")
     results = [train(config)]
     if config.baseline and config.method != "sdpo":
         baseline = replace(config, method="sdpo", context="", mask="")
@@ -303,4 +305,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    runs.run_script(main, "Stopped. The same command with --resume goes on from the last checkpoint.")

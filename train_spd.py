@@ -36,7 +36,9 @@ from subspace import (
     Place,
     calibration_set,
     capability_gradients,
+    choose_rank,
     make_projectors,
+    place_width,
     project_kv,
     target_layers,
 )
@@ -45,8 +47,8 @@ Pair = tuple[list[int], list[int]]  # prompt and completion tokens
 
 METHODS = {  # name: (project while generating, sampling temperature)
     "spd": (True, 0.6),
-    "psr": (False, 1.0),  # plain self-retraining
-    "ssd": (False, 0.6),  # simple self-distillation: temperature-shifted, truncated sampling
+    "psr": (False, 1.0),  # plain self-retraining, on samples as they come
+    "ssd": (False, 0.6),  # simple self-distillation: shifted temperature (and --top-k, --top-p); else like spd
 }
 
 
@@ -68,13 +70,13 @@ class Config:
         0.0, "sampling temperature of the completions; 0 takes the method's", "not stated", minimum=0
     )
     top_k: int = option(0, "truncated sampling: keep so many tokens; 0 keeps all", minimum=0)
-    top_p: float = option(1.0, "truncated sampling: keep this much probability")
+    top_p: float = option(1.0, "truncated sampling: keep this much probability", minimum=0.01, maximum=1)
     prompts: int = option(2000, "training prompts, one completion each", minimum=1)
     rounds: int = option(1, "times to calibrate, generate and fine-tune", "1", minimum=1)
     finetune: str = option("lora", "what is trained", "lora", ("lora", "full"))
     lora_rank: int = option(8, "rank of the updates", "8", minimum=1)
     lora_alpha: float = option(8.0, "scale of the updates times their rank", "8")
-    lora_dropout: float = option(0.05, "dropout before the updates", "0.05", minimum=0)
+    lora_dropout: float = option(0.05, "dropout before the updates", "0.05", minimum=0, maximum=1)
     completion_only: bool = option(False, "take the loss on the completion alone", "no")
     epochs: int = option(5, "passes over the completions; 0 stops at the generation", "5", minimum=0)
     batch: int = option(64, "completions an update", minimum=1)
@@ -168,8 +170,13 @@ def train(config: Config, before: dict | None = None) -> dict:
     """One run: evaluate the base, then calibrate, generate and fine-tune, evaluate again."""
     started, device = time.time(), runs.pick_device(config.device)
     model = runs.load_checkpoint(config.base)[0].to(device).eval()
-    folder = runs.make_folder(Path(config.out) / run_name(config))
+    choose_rank(config.rank, torch.ones(place_width(model, config.coordinate)))  # a bad one is told before any work
+    target_layers(config.layers, model.config.n_layer)
+    folder = runs.make_folder(Path(config.out) / runs.name_run(config, ("method", "domain", "seed")))
+    if results := runs.finished(folder, config):
+        return results
     projected, temperature = METHODS[config.method][0], sampling_temperature(config)
+    sampling = {"temperature": temperature, "top_k": config.top_k, "top_p": config.top_p}
     scale = {"problems": config.eval_problems, "samples": config.eval_samples, "seed": config.seed}
     state_file, state = folder / "state.pt", {"rounds": [], "pairs": None, "epoch": 0, "losses": [], "seconds": 0.0}
     if config.resume and state_file.exists():
@@ -178,9 +185,11 @@ def train(config: Config, before: dict | None = None) -> dict:
         model = model.to(device).eval()
     spent = state["seconds"]
     state.setdefault("settings", asdict(config))
-    state.setdefault("before", before or evaluate(model, tuple(DOMAINS), **scale))
+    domains = tuple(DOMAINS) if config.epochs else ()  # without fine-tuning there is no before and after
+    if "before" not in state:
+        state["before"] = before or evaluate(model, domains, **scale)
     if "own" not in state:  # the base's own generation, at the temperature of this method
-        state["own"] = evaluate(model, (config.domain,), **scale, temperature=temperature)
+        state["own"] = evaluate(model, (config.domain,), **scale, **sampling)
 
     def save(start: GPT) -> None:
         state["seconds"] = spent + time.time() - started
@@ -190,7 +199,7 @@ def train(config: Config, before: dict | None = None) -> dict:
         if state["pairs"] is None:
             projectors = calibrate(model, config) if projected else {}
             with project_kv(model, projectors, config.coordinate):
-                state["generation"] = evaluate(model, (config.domain,), **scale, temperature=temperature)
+                state["generation"] = evaluate(model, (config.domain,), **scale, **sampling)
                 state["pairs"] = self_generate(model, config, len(state["rounds"]))
         save_round = partial(save, deepcopy(model))  # with the weights this round began with
         save_round()
@@ -205,7 +214,7 @@ def train(config: Config, before: dict | None = None) -> dict:
         "before": state["before"],
         "own_generation": state["own"],
         "rounds": [{**entry, "losses": entry["losses"][:1] + entry["losses"][-1:]} for entry in state["rounds"]],
-        "after": evaluate(model, tuple(DOMAINS), **scale) if config.epochs else state["before"],
+        "after": evaluate(model, domains, **scale),
         "seconds": spent + time.time() - started,
         "peak_memory_mb": runs.peak_memory_mb(),
     }
@@ -223,10 +232,6 @@ def sampling_temperature(config: Config) -> float:
     return config.temperature or METHODS[config.method][1]
 
 
-def run_name(config: Config) -> str:
-    return "-".join([config.method, config.domain, f"seed{config.seed}"])
-
-
 def main() -> None:
     config = runs.parse_config(Config, __doc__)
     if config.threads:
@@ -238,13 +243,13 @@ def main() -> None:
                 results.append(train(replace(config, method=method, temperature=0.0), results[0]["before"]))
     rows = []
     for result in results:
-        stages = {"base": result["before"], "base, sampled for training": result["own_generation"]}
-        stages |= {"sampled for training": result["rounds"][0]["generation"], "trained": result["after"]}
-        for stage, scores in stages.items():
+        stages = {"base": result["before"], "base, at its temperature": result["own_generation"]}
+        stages |= {"with its projection": result["rounds"][0]["generation"], "trained": result["after"]}
+        for stage, scores in [(stage, scores) for stage, scores in stages.items() if scores]:
             cells = [f"{100 * scores[domain]['mean']:.1f}" if domain in scores else "" for domain in DOMAINS]
             rows.append([result["name"], stage, *cells])
     print(runs.markdown_table(["run", f"mean@{config.eval_samples}, %", *DOMAINS], rows))
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    runs.run_script(main, "Stopped. The same command with --resume goes on from the last checkpoint.")

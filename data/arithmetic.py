@@ -67,12 +67,12 @@ def golden_solution(problem: str) -> str:
 
 
 def is_test(problem: str) -> bool:
-    """Train and test problems are disjoint by construction: its checksum puts a problem in one or the other."""
+    """Train and test problems are disjoint by construction: its checksum puts a quarter of all problems in test."""
     return zlib.crc32(problem.encode()) % 4 == 0
 
 
 def make_problem(domain: str, rng: random.Random, test: bool = False) -> str:
-    """A random problem of a domain (a key of DOMAINS), from the train or from the test half."""
+    """A random problem of a domain (a key of DOMAINS), from the train or from the test part."""
     operators, lengths = DOMAINS[domain]
     while True:
         chain = "".join(rng.choice(operators) + str(rng.randint(1, 9)) for _ in range(rng.choice(lengths)))

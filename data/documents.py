@@ -96,6 +96,6 @@ def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str
 
 
 def sample_document(rng: random.Random) -> tuple[str, str]:
-    """A random document: kind by MIXTURE, domain uniform, problem from the train half."""
+    """A random document: kind by MIXTURE, domain uniform, problem from the train part."""
     kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
     return make_document(kind, make_problem(rng.choice(list(DOMAINS)), rng), rng)

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import runs
 from data.tokenizer import END, VOCAB_SIZE, encode
 from lora import add_lora, merge_lora
 from model import GPT, GPTConfig, generate
@@ -61,7 +62,8 @@ def test_projector_is_orthogonal_of_its_rank_and_keeps_the_most_energy() -> None
 def test_rank_by_number_fraction_and_energy() -> None:
     singular_values = torch.tensor([3.0, 2.0, 1.0, 0.0])  # energies 9, 4, 1 of 14
     assert choose_rank("2", singular_values) == 2
-    assert choose_rank("9", singular_values) == 4
+    with pytest.raises(runs.UserError, match="only 4 dimensions"):
+        choose_rank("9", singular_values)
     assert choose_rank("75%", singular_values) == 3
     assert choose_rank("energy:0.6", singular_values) == 1
     assert choose_rank("energy:0.9", singular_values) == 2
