@@ -192,17 +192,28 @@ def finished(folder: Path, config: Any) -> dict | None:
     return results
 
 
-def name_run(config: Any, told: tuple[str, ...]) -> str:
-    """Name of a run: the fields told, and every other one that departs from its default and shapes the run."""
-    apart = ("out", "resume", "device", "threads", "baseline", "base", "eval_problems", "eval_samples", *told)
+def run_name(config: Any) -> str:
+    """E.g. 'rosd-mask=whole-add-seed0': method, domain, seed, and every other field that departs from its default."""
+    left_out = (
+        "out",
+        "resume",
+        "device",
+        "threads",
+        "baseline",
+        "base",
+        "eval_problems",
+        "eval_samples",
+        "method",
+        "domain",
+        "seed",
+    )
     flags = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in apart and value != field.default:
+        if field.name not in left_out and value != field.default:
             shown = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
             flags.append(f"{field.name}={''.join(c if c.isalnum() or c in '+.-' else '_' for c in shown)}")
-    first, *others = (str(getattr(config, name)) for name in told)
-    return "-".join([first, *flags, *others])
+    return "-".join([config.method, *flags, config.domain, f"seed{config.seed}"])
 
 
 def same_config(saved: dict, config: Any, path: Path) -> None:

@@ -214,7 +214,7 @@ def train(config: Config, before: dict | None = None) -> dict:
     """One run: evaluate the base, train, evaluate again; everything it leaves behind lies in its folder."""
     started, device = time.time(), runs.pick_device(config.device)
     base = runs.load_checkpoint(config.base)[0].to(device).requires_grad_(False)  # the reflector
-    folder = runs.make_folder(Path(config.out) / runs.name_run(config, ("method", "domain", "seed")))
+    folder = runs.make_folder(Path(config.out) / runs.run_name(config))
     if results := runs.finished(folder, config):
         return results
     student, teacher = deepcopy(base).requires_grad_(True), deepcopy(base)

@@ -172,7 +172,7 @@ def train(config: Config, before: dict | None = None) -> dict:
     model = runs.load_checkpoint(config.base)[0].to(device).eval()
     choose_rank(config.rank, torch.ones(place_width(model, config.coordinate)))  # a bad one is told before any work
     target_layers(config.layers, model.config.n_layer)
-    folder = runs.make_folder(Path(config.out) / runs.name_run(config, ("method", "domain", "seed")))
+    folder = runs.make_folder(Path(config.out) / runs.run_name(config))
     if results := runs.finished(folder, config):
         return results
     projected, temperature = METHODS[config.method][0], sampling_temperature(config)

@@ -103,7 +103,7 @@ def test_a_killed_run_resumes_to_the_very_same_metrics(tmp_path: Path) -> None:
 
 def test_resuming_with_other_settings_is_refused(base: str, tmp_path: Path) -> None:
     config = runs.parse_config(train_rosd.Config, "", [*SMALL, "--steps", "2", "--resume", "--out", str(tmp_path)])
-    folder = runs.make_folder(tmp_path / runs.name_run(config, ("method", "domain", "seed")))
+    folder = runs.make_folder(tmp_path / runs.run_name(config))
     model, _ = runs.load_checkpoint(base)
     runs.save_checkpoint(folder / "state.pt", model, settings={"steps": 99})
     with pytest.raises(runs.UserError, match="steps"):
