@@ -130,7 +130,7 @@ def teacher_prompt(context: str, problem: str, idea: str | None, solution: str |
 @dataclass(frozen=True)
 class Config:
     domain: str = option("mix", "domain of the problem", choices=tuple(DOMAINS))
-    seed: int = option(0, "which problem")
+    seed: int = option(3, "which problem")
     base: str = option(str(runs.BASE_CHECKPOINT), "checkpoint of the base model")
 
 
@@ -173,7 +173,8 @@ def main() -> None:
         correct = sorted((r for r in group if r.verdict.correct), key=lambda r: len(r.tokens))
         wrong = [r for r in group if r.verdict.error]
         if correct and wrong:
-            print(worked_example(model, problem, wrong[0], correct[0].text))
+            latest = max(wrong, key=lambda rollout: rollout.verdict.error[0])  # it shows the mask best
+            print(worked_example(model, problem, latest, correct[0].text))
             return
     raise runs.UserError("in 200 problems no group had a right and a wrong rollout; give the base model with --base")
 
