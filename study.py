@@ -125,7 +125,8 @@ def collect(name: str, study: Study, config: Config) -> dict:
         entry = collected["variants"][variant] = {"flags": " ".join(study.flags + flags), "seeds": {}}
         for seed in study.seeds:
             result = json.loads(next(folder.glob(f"*seed{seed}/results.json")).read_text())
-            entry["commit"], entry["config"] = result["commit"], result["config"]
+            config_of_run = json.dumps(result["config"]).replace(f"{runs.ROOT}/", "")  # no path of this machine
+            entry["commit"], entry["config"] = result["commit"], json.loads(config_of_run)
             before, after = result["before"], result["after"]
             if "rounds" in result:  # of SPD: what it would train on, without and with projection
                 before, after = result["own_generation"], result["rounds"][0]["generation"]
