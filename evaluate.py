@@ -1,12 +1,12 @@
-"""Accuracy of a model on test problems of every domain: mean@n at temperature 1, and greedy."""
+"""Accuracy of a model on test problems of every domain, mean@n at temperature 1 and greedy, and the closing table."""
 
 import random
 
-from data.arithmetic import BUDGET, make_problem, verify
+import runs
+from data.arithmetic import BUDGET, DOMAINS, make_problem, verify
 from data.documents import plain_prompt
 from data.tokenizer import END, decode, encode
 from model import GPT, generate
-from runs import torch_generator
 
 
 def held_out_problems(domain: str, count: int, seed: int) -> list[str]:
@@ -30,7 +30,15 @@ def evaluate(
         texts = held_out_problems(domain, problems, seed)
         prompts = [encode(plain_prompt(problem)) for problem in texts]
         sampled = generate(
-            model, prompts, BUDGET, END, samples, temperature, top_k, top_p, torch_generator("evaluate", domain, seed)
+            model,
+            prompts,
+            BUDGET,
+            END,
+            samples,
+            temperature,
+            top_k,
+            top_p,
+            runs.torch_generator("evaluate", domain, seed),
         )
         verdicts = [verify(texts[i // samples], decode(tokens)) for i, tokens in enumerate(sampled)]
         greedy = generate(model, prompts, BUDGET, END, temperature=0)
@@ -48,3 +56,19 @@ def evaluate(
             "samples": samples,
         }
     return result
+
+
+def comparison(results: list[dict]) -> str:
+    """The closing table: mean@n of base and runs in every domain, the training domain first, and style in domain."""
+    home = results[0]["config"]["domain"]
+    away = [domain for domain in DOMAINS if domain != home]
+
+    def row(name: str, scores: dict) -> list[str]:
+        out_of_domain = sum(scores[domain]["mean"] for domain in away) / len(away)
+        columns = [scores[home]["mean"], out_of_domain, *(scores[domain]["mean"] for domain in away)]
+        columns += [scores[home]["greedy"], scores[home]["shortcut"], scores[home]["unfinished"]]
+        return [name, *(f"{100 * value:.1f}" for value in columns)]
+
+    header = [f"mean@{results[0]['config']['eval_samples']}, %", f"{home} (in domain)", "OOD average", *away]
+    rows = [row("base", results[0]["before"]), *(row(result["name"], result["after"]) for result in results)]
+    return runs.markdown_table([*header, "greedy", "short cuts", "unfinished"], rows)

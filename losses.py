@@ -55,9 +55,12 @@ def divergence(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Tensor:
     return alpha * kl(teacher, mixture) + (1 - alpha) * kl(student, mixture)
 
 
-def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
-    """sum m_t values_t / sum m_t over the whole batch; 0 where nothing is unmasked. values, mask (B, T) -> ()."""
-    return (values * mask).sum() / mask.sum().clamp(min=1)
+def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
+    """sum m_t values_t / sum m_t over the whole batch; 0 where nothing is unmasked. values, mask (B, T) -> ().
+
+    count takes the place of sum m_t where the batch is only one process's part of a larger one.
+    """
+    return (values * mask).sum() / (mask.sum() if count is None else count).clamp(min=1)
 
 
 def importance_ratio(logp: Tensor, logp_sampling: Tensor) -> Tensor:

@@ -50,9 +50,9 @@ class KVCache:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + D/2}) by their position's angles; x (B, T, H, D), cos and sin (B, T, 1, D)."""
-    left, right = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-right, left), dim=-1) * sin
+    """Rotate the pairs (x_i, x_{i + D/2}) by their position's angles; x (B, T, H, D), cos and sin (B, T, >= H, D)."""
+    (left, right), heads = x.chunk(2, dim=-1), x.size(2)
+    return x * cos[:, :, :heads] + torch.cat((-right, left), dim=-1) * sin[:, :, :heads]
 
 
 Rope = tuple[Tensor, Tensor]
@@ -149,10 +149,11 @@ class GPT(nn.Module):
         """
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)[None]
-        rope = self.cos[positions].unsqueeze(2), self.sin[positions].unsqueeze(2)  # (B, T, 1, head_dim)
+        heads = (-1, -1, self.config.n_head, -1)  # written out for every head: to broadcast over them is slower
+        cos, sin = (f[positions].unsqueeze(2).expand(heads).contiguous() for f in (self.cos, self.sin))
         x = self.embed(tokens)  # (B, T, n_embd)
         for block in self.blocks:
-            x = block(x, rope, mask, cache)
+            x = block(x, (cos, sin), mask, cache)
         if cache is not None:
             cache.length += tokens.size(1)
         return self.norm(x)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader, IterableDataset
 from tqdm import tqdm
 
 import runs
@@ -61,6 +62,16 @@ def batches(size: int, rng: random.Random) -> Iterator[list[Document]]:
         yield from chunks
 
 
+class Documents(IterableDataset):
+    """The batches of a seed, for a DataLoader: another process writes documents while this one trains."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+
+    def __iter__(self) -> Iterator[list[Document]]:
+        return batches(self.size, random.Random(self.seed))
+
+
 def response_loss(model: GPT, batch: list[Document]) -> torch.Tensor:
     """Mean next-token loss over the responses of a batch of (prompt, response)."""
     width = max(len(prompt) + len(response) for prompt, response in batch)
@@ -79,7 +90,6 @@ def schedule(step: int, steps: int, warmup: int = 20) -> float:
 
 def pretrain(config: Config) -> GPT:
     torch.manual_seed(config.seed)
-    rng = random.Random(config.seed)
     shape = {
         "n_layer": config.layers,
         "n_embd": config.width,
@@ -95,8 +105,9 @@ def pretrain(config: Config) -> GPT:
         torch.optim.AdamW(others, lr=config.adamw_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     peaks = [config.muon_rate, config.adamw_rate]
+    documents = DataLoader(Documents(config.batch, config.seed), batch_size=None, num_workers=1, prefetch_factor=32)
     progress = tqdm(
-        zip(range(config.steps), batches(config.batch, rng), strict=False),
+        zip(range(config.steps), documents, strict=False),
         total=config.steps,
         desc="pretrain",
         dynamic_ncols=True,

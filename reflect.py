@@ -21,7 +21,9 @@ Reflection(quote='6*2=8', idea='6*2=2')
 
 import random
 import re
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -30,8 +32,7 @@ import runs
 from data.arithmetic import BUDGET, DOMAINS, Verdict, make_problem, verify
 from data.documents import hint_prompt, plain_prompt, reflect_prompt, solution_prompt
 from data.tokenizer import END, decode, encode, pieces
-from losses import divergence
-from model import GPT, generate, response_logprobs
+from model import GPT, generate
 from runs import option, torch_generator
 
 REFLECTION_BUDGET = 80  # tokens of the longest reflection: the thinking, the quote and the idea
@@ -124,7 +125,7 @@ def teacher_prompt(context: str, problem: str, idea: str | None, solution: str |
     return solution_prompt(problem, solution, hint=idea if context == "both" else None)
 
 
-# ---------------------------------------------------------------------------------------------- worked example
+# ---------------------------------------------------------------------------------------------- worked example, X-ray
 
 
 @dataclass(frozen=True)
@@ -132,38 +133,14 @@ class Config:
     domain: str = option("mix", "domain of the problem", choices=tuple(DOMAINS))
     seed: int = option(3, "which problem")
     base: str = option(str(runs.BASE_CHECKPOINT), "checkpoint of the base model")
-
-
-@torch.no_grad()
-def worked_example(model: GPT, problem: str, rollout: Rollout, peer: str) -> str:
-    """One wrong rollout from its problem to the per-token divergence, as text."""
-    prompt = encode(reflect_prompt(problem, rollout.text, peer))
-    written = decode(generate(model, [prompt], REFLECTION_BUDGET, END, temperature=0)[0])
-    reflection, tokens = parse_reflection(written), pieces(rollout.tokens)
-    k = locate(reflection.quote, tokens)
-    lines = [
-        f"problem x            {problem}",
-        f"correct peer y*      {peer}",
-        f"wrong rollout y-     {rollout.text}",
-        f"reflector writes     {written}",
-        f"error quote q        {reflection.quote}",
-        f"corrective idea e    {reflection.idea}",
-        f"k = Locate(q, y-)    {k}  (the verifier's own first error: {true_position(rollout)})",
-    ]
-    if reflection.idea is None:
-        return "\n".join([*lines, "The reflection is malformed: this rollout is left out of the loss."])
-    mask = error_mask([k or 0], [len(tokens)])[0]  # (T,)
-    student = response_logprobs(model, [encode(plain_prompt(problem))], [rollout.tokens])
-    teacher = response_logprobs(model, [encode(hint_prompt(problem, reflection.idea))], [rollout.tokens])
-    D = divergence(student, teacher)[0]  # (T,)
-    lines += ["", " t  y_t      m_t  D(student || teacher), before any training"]
-    for t, (token, m, d) in enumerate(zip(tokens, mask.tolist(), D.tolist(), strict=True)):
-        lines.append(f"{t:2d}  {token:8s} {m:.0f}    {d:.3f} {'#' * round(60 * d)}")
-    lines.append(f"loss: mean over the mask {(D * mask).sum() / mask.sum():.3f}, over all tokens {D.mean():.3f}")
-    return "\n".join(lines)
+    html: str = option("", "write the X-ray of the whole group to this file, e.g. out/xray.html")
+    rosd: str = option("out/rosd-add-seed0/model.pt", "X-ray: the student after ROSD, as train_rosd.py leaves it")
+    sdpo: str = option("out/sdpo-add-seed0/model.pt", "X-ray: the student after SDPO")
 
 
 def main() -> None:
+    import xray  # which imports this module in turn
+
     config = runs.parse_config(Config, "One worked example of first-error reflection.")
     model = runs.load_checkpoint(config.base)[0]
     rng, generator = random.Random(config.seed), torch_generator("example", config.seed)
@@ -172,11 +149,20 @@ def main() -> None:
         group = sample_rollouts(model, [problem], 8, generator)
         correct = sorted((r for r in group if r.verdict.correct), key=lambda r: len(r.tokens))
         wrong = [r for r in group if r.verdict.error]
-        if correct and wrong:
-            latest = max(wrong, key=lambda rollout: rollout.verdict.error[0])  # it shows the mask best
-            print(worked_example(model, problem, latest, correct[0].text))
-            return
-    raise runs.UserError("in 200 problems no group had a right and a wrong rollout; give the base model with --base")
+        if correct and len({rollout.text for rollout in wrong}) > 1:
+            break
+    else:
+        raise runs.UserError(
+            "in 200 problems no group had a right and two wrong rollouts; give the base model with --base"
+        )
+    latest = max(wrong, key=lambda rollout: rollout.verdict.error[0])  # it shows the mask best
+    print(xray.worked_example(model, latest, correct[0].text, sys.stdout.isatty()))
+    if config.html:
+        runs.make_folder(Path(config.html).resolve().parent)
+        paths = {"rosd": Path(config.rosd), "sdpo": Path(config.sdpo)}
+        students = {name: runs.load_checkpoint(path)[0] for name, path in paths.items() if path.exists()}
+        runs.write_text(Path(config.html), xray.reflection_page(model, students, group, correct[0].text))
+        print(f"\n-> {config.html}")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import numpy
 import tiktoken
 import torch
 
+import parallel
 from data.tokenizer import VOCAB_SIZE
 from model import GPT, GPTConfig
 
@@ -94,9 +95,11 @@ def run_script(main: Callable[[], None], stopped: str = "Stopped.") -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(print(f"error: {error}", file=sys.stderr) or 2)
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
-        sys.exit(print(f"\n{stopped}", file=sys.stderr) or 130)
+        print(f"\n{stopped}", file=sys.stderr)
+        sys.exit(130)
 
 
 def torch_generator(*key: object) -> torch.Generator:
@@ -145,14 +148,17 @@ def replacing(path: Path) -> typing.Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(text)
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def write_lines(path: Path, rows: list[dict]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def save_checkpoint(path: Path, model: GPT, **extra: Any) -> None:
@@ -194,23 +200,11 @@ def finished(folder: Path, config: Any) -> dict | None:
 
 def run_name(config: Any) -> str:
     """E.g. 'rosd-mask=whole-add-seed0': method, domain, seed, and every other field that departs from its default."""
-    left_out = (
-        "out",
-        "resume",
-        "device",
-        "threads",
-        "baseline",
-        "base",
-        "eval_problems",
-        "eval_samples",
-        "method",
-        "domain",
-        "seed",
-    )
+    unnamed = {"out", "resume", "device", "threads", "baseline", "base", "eval_problems", "eval_samples"}
     flags = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in left_out and value != field.default:
+        if field.name not in unnamed | {"method", "domain", "seed"} and value != field.default:
             shown = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
             flags.append(f"{field.name}={''.join(c if c.isalnum() or c in '+.-' else '_' for c in shown)}")
     return "-".join([config.method, *flags, config.domain, f"seed{config.seed}"])
@@ -227,8 +221,8 @@ def same_config(saved: dict, config: Any, path: Path) -> None:
         )
 
 
-def provenance() -> dict[str, str]:
-    """Versions and commit, for every results file."""
+def provenance() -> dict[str, Any]:
+    """Versions, commit and number of processes, for every results file."""
     try:
         git = ["git", "-C", str(ROOT)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
@@ -239,7 +233,7 @@ def provenance() -> dict[str, str]:
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     versions = {"torch": torch.__version__, "numpy": numpy.__version__, "tiktoken": tiktoken.__version__}
-    return {"commit": commit, "python": platform.python_version(), **versions}
+    return {"commit": commit, "python": platform.python_version(), **versions, "processes": parallel.WORLD}
 
 
 def peak_memory_mb() -> float:
@@ -261,3 +255,12 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
         return "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
 
     return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
+
+
+def put_into_readme(name: str, text: str) -> None:
+    """Replace what stands in README.md between `<!-- table NAME -->` and the next `<!-- end -->`."""
+    path, begin, end = ROOT / "README.md", f"<!-- table {name} -->\n", "<!-- end -->"
+    if begin not in path.read_text():
+        raise UserError(f"README.md has no line <!-- table {name} -->; put one there with <!-- end --> below it")
+    before, rest = path.read_text().split(begin)
+    write_text(path, before + begin + text + "\n" + end + rest.split(end, 1)[1])

@@ -3,11 +3,13 @@
     python study.py                    lists the studies
     python study.py rosd               runs what is missing of one, prints its table, writes results/rosd.json
     python study.py rosd --readme      also puts the table into README.md, between its markers
+    python study.py all                every study that is missing or unfinished, and their tables
 
 A study is data: a script, variants by their flags, seeds. One process a core, one thread each; finished runs are
 skipped, so Ctrl-C and the same command again go on where it stopped.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -23,16 +25,22 @@ import runs
 from data.arithmetic import DOMAINS
 from runs import option
 
+CURVES = ("step", "accuracy", "tested", "error_position", "quote_match", "quote_accuracy", "shortcut")
+
 
 @dataclass(frozen=True)
 class Study:
-    """Variants (name -> flags) of a script over seeds; the first variant is the one the others are compared with."""
+    """Variants (name -> flags) of a script over seeds; all are compared with the first, or with the base."""
 
     script: str
     variants: dict[str, list[str]]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     flags: list[str] = field(default_factory=list)  # of every run
+    against_base: bool = False
 
+
+SHORT = ["--eval-problems", "32"]
+GENERATION = ["--epochs", "0", "--prompts", "1"]  # of SPD: only what the base writes under projection, before training
 
 STUDIES = {
     "rosd": Study(
@@ -47,56 +55,104 @@ STUDIES = {
             "ROSD, oracle localization": ["--mask", "oracle"],
         },
     ),
-    "spd-generation": Study(
+    "rosd-domains": Study(
+        "train_rosd.py",
+        {
+            f"{method.upper()} on {domain}": ["--method", method, "--domain", domain]
+            for domain in ("sub", "mul", "mix", "long")
+            for method in ("rosd", "sdpo", "opsd", "grpo")
+        },
+        seeds=(0, 1),
+        flags=SHORT,
+    ),
+    "rosd-curves": Study(
+        "train_rosd.py",
+        {"ROSD": [], "SDPO": ["--method", "sdpo"], "GRPO": ["--method", "grpo"]},
+        seeds=(0, 1, 2),
+        flags=["--eval-every", "4"],
+    ),
+    "reflector": Study(
+        "train_rosd.py",
+        {"ROSD": []}
+        | {f"{share:.0%} of the reflections spoiled": ["--spoil", str(share)] for share in (0.25, 0.5, 0.75, 1.0)},
+        seeds=(0, 1, 2),
+        flags=SHORT,
+    ),
+    "composition": Study(
+        "train_rosd.py",
+        {"ROSD": [], "teacher projected": ["--project", "teacher"], "rollouts projected": ["--project", "rollouts"]},
+        seeds=(0, 1, 2),
+        flags=SHORT,
+    ),
+    "spd": Study(
         "train_spd.py",
         {
             "SPD": [],
-            "full-sequence loss": ["--loss", "full"],
-            "random subspace": ["--subspace", "random"],
-            "keys only": ["--project", "k"],
-            "values only": ["--project", "v"],
-            "calibrated on mul": ["--calibration-domain", "mul"],
-            "20 calibration examples": ["--calibration-size", "20"],
-            "paper's layers, half rank": ["--layers", "paper", "--rank", "50%"],
-            "the same, full-sequence loss": ["--layers", "paper", "--rank", "50%", "--loss", "full"],
-            "the same, random subspace": ["--layers", "paper", "--rank", "50%", "--subspace", "random"],
+            "PSR": ["--method", "psr"],
+            "SSD": ["--method", "ssd"],
+            "SSD, temperature 0.3": ["--method", "ssd", "--temperature", "0.3"],
+            "SSD, temperature 0.6": ["--method", "ssd", "--temperature", "0.6"],
+            "SPD, full-sequence loss": ["--loss", "full"],
+            "SPD, random subspace": ["--subspace", "random"],
+            "SPD, loss on the prompt too": ["--no-completion-only"],
         },
         seeds=(1, 2, 3, 4, 5),
-        flags=["--epochs", "0", "--prompts", "1"],
+    ),
+    "spd-ablations": Study(
+        "train_spd.py",
+        {"SPD": []}
+        | {f"rank {share}": ["--rank", share] for share in ("12.5%", "25%", "37.5%", "62.5%", "75%", "87.5%")}
+        | {f"full-sequence loss, rank {share}": ["--loss", "full", "--rank", share] for share in ("25%", "50%", "75%")}
+        | {f"random, rank {share}": ["--subspace", "random", "--rank", share] for share in ("25%", "50%", "75%")}
+        | {f"{size} calibration examples": ["--calibration-size", str(size)] for size in (20, 50, 100, 200)}
+        | {f"calibrated on {domain}": ["--calibration-domain", domain] for domain in ("sub", "mul", "mix")}
+        | {"keys only": ["--project", "k"], "values only": ["--project", "v"]}
+        | {f"layers {layers}": ["--layers", layers] for layers in ("paper", "2", "4", "3,4")}
+        | {
+            f"layers paper, {loss}": ["--layers", "paper", *flags]
+            for loss, flags in (("full-sequence loss", ["--loss", "full"]), ("random", ["--subspace", "random"]))
+        }
+        | {f"coordinate {coordinate}": ["--coordinate", coordinate] for coordinate in ("head", "norm", "rope")}
+        | {"S: whole steps": ["--loss", "steps"]},
+        seeds=(1, 2, 3, 4, 5),
+        flags=GENERATION,
+        against_base=True,
+    ),
+    "spd-temperature": Study(
+        "train_spd.py",
+        {f"temperature {t}": ["--temperature", str(t)] for t in (0.0, 0.1, 0.3, 0.6, 1.0)},
+        seeds=(1, 2, 3, 4, 5),
+        flags=GENERATION,
+        against_base=True,
     ),
 }
 
 
 @dataclass(frozen=True)
 class Config:
-    study: str = option("", "which study; without one they are listed", choices=("", *STUDIES), positional=True)
+    study: str = option("", "which study; without one they are listed", choices=("", "all", *STUDIES), positional=True)
     out: str = option("out/studies", "folder for the runs")
     processes: int = option(os.cpu_count() or 1, "runs side by side", minimum=1)
     readme: bool = option(False, "put the table into README.md")
 
 
-def folder_name(variant: str) -> str:
-    return "".join(letter if letter.isalnum() else "_" for letter in variant)
+def run_folder(name: str, study: Study, variant: str, seed: int, config: Config) -> tuple[Path, list[str], object]:
+    """Where a run leaves its results, its flags, and the configuration they make."""
+    folder = Path(config.out).resolve() / name / "".join(c if c.isalnum() else "_" for c in variant)
+    flags = [*study.flags, *study.variants[variant], "--seed", str(seed), "--out", str(folder)]
+    flags += ["--no-baseline", "--threads", "1", "--resume"]
+    settings = runs.parse_config(importlib.import_module(study.script.removesuffix(".py")).Config, "", flags)
+    return folder / runs.run_name(settings), flags, settings
 
 
 def run_all(name: str, study: Study, config: Config) -> None:
-    """Run what has no results.json yet, `processes` at a time, each in a process with one thread."""
+    """Run what is not finished yet, `processes` at a time, each in a process with one thread."""
     waiting = []
     for seed in study.seeds:
-        for variant, flags in study.variants.items():
-            folder = Path(config.out).resolve() / name / folder_name(variant)
-            if not list(folder.glob(f"*seed{seed}/results.json")):
-                command = [
-                    sys.executable,
-                    study.script,
-                    *study.flags,
-                    *flags,
-                    "--seed",
-                    str(seed),
-                    "--out",
-                    str(folder),
-                ]
-                waiting.append(([*command, "--no-baseline", "--threads", "1", "--resume"], folder / f"seed{seed}.log"))
+        for variant in study.variants:
+            folder, flags, settings = run_folder(name, study, variant, seed, config)
+            if not runs.finished(folder, settings):
+                waiting.append(([sys.executable, study.script, *flags], folder.with_suffix(".log")))
     running: list[tuple[subprocess.Popen, Path]] = []
     with tqdm(total=len(waiting), desc=name, unit="run") as progress:
         try:
@@ -118,19 +174,23 @@ def run_all(name: str, study: Study, config: Config) -> None:
 
 
 def collect(name: str, study: Study, config: Config) -> dict:
-    """variant -> seed -> the figures of its results.json that the tables need."""
-    collected: dict = {"study": name, "variants": {}}
+    """variant -> seed -> the figures of its results.json that tables and pictures need."""
+    collected: dict = {"study": name, "against_base": study.against_base, "variants": {}}
     for variant, flags in study.variants.items():
-        folder = Path(config.out).resolve() / name / folder_name(variant)
         entry = collected["variants"][variant] = {"flags": " ".join(study.flags + flags), "seeds": {}}
         for seed in study.seeds:
-            result = json.loads(next(folder.glob(f"*seed{seed}/results.json")).read_text())
-            config_of_run = json.dumps(result["config"]).replace(f"{runs.ROOT}/", "")  # no path of this machine
-            entry["commit"], entry["config"] = result["commit"], json.loads(config_of_run)
-            before, after = result["before"], result["after"]
-            if "rounds" in result:  # of SPD: what it would train on, without and with projection
-                before, after = result["own_generation"], result["rounds"][0]["generation"]
-            entry["seeds"][str(seed)] = {"before": before, "after": after}
+            folder, _, _ = run_folder(name, study, variant, seed, config)
+            result = json.loads((folder / "results.json").read_text())
+            seeds = {"commit": result["commit"], "before": result["before"], "after": result["after"]}
+            if "rounds" in result:  # of SPD: what it trains on, and what the base would have written by itself
+                seeds["generation"] = result["rounds"][0]["generation"]
+                if not result["after"]:
+                    seeds |= {"before": result["own_generation"], "after": seeds.pop("generation")}
+            steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+            seeds["curve"] = [{key: step[key] for key in CURVES if key in step} for step in steps if "tested" in step]
+            entry["seeds"][str(seed)] = seeds
+            entry["config"] = json.loads(json.dumps(result["config"]).replace(f"{runs.ROOT}/", ""))  # no local path
+    collected["summary"] = summarize(collected)
     return collected
 
 
@@ -151,49 +211,80 @@ def figures(scores: dict, home: str) -> dict[str, float]:
     return {name: 100 * value for name, value in columns.items()}
 
 
+def summarize(collected: dict) -> dict:
+    """row -> column -> mean, 95 % interval, and the same of the paired difference.
+
+    Every training domain has a row for the base and one for every variant. The difference is that to the first variant
+    of the domain, or to what the base does at the same seed and temperature.
+    """
+    measured: dict[str, list[dict[str, float]]] = {}
+    others: dict[str, list[dict[str, float]]] = {}  # what each row is compared with
+    first: dict[str, list[dict[str, float]]] = {}  # the first variant of every training domain
+    homes = {name: entry["config"]["domain"] for name, entry in collected["variants"].items()}
+    for name, entry in collected["variants"].items():
+        home, seeds = homes[name], entry["seeds"].values()
+        base = "base" if len(set(homes.values())) == 1 else f"base, {home}"
+        before = [figures(seed["before"], home) for seed in seeds]
+        rows = [figures(seed["after"], home) for seed in seeds]
+        for row, own, seed in zip(rows, before, seeds, strict=True):
+            if "generation" in seed:
+                row["trained on"] = 100 * seed["generation"][home]["mean"]
+            if collected["against_base"]:
+                own["gain"], row["gain"] = 0.0, row["in domain"] - own["in domain"]
+        reference = before if collected["against_base"] else first.setdefault(home, rows)
+        for label, values in ((base, before), (name, rows)):
+            measured.setdefault(label, values)
+            others.setdefault(label, reference)
+    summary: dict = {}
+    for name, rows in measured.items():
+        for column in rows[0]:
+            values = np.array([row[column] for row in rows])
+            difference = values - np.array([row[column] for row in others[name]])
+            (low, high), (low_difference, high_difference) = interval(values), interval(difference)
+            summary.setdefault(name, {})[column] = {
+                "mean": values.mean(),
+                "interval": [low, high],
+                "difference": difference.mean(),
+                "difference_interval": [low_difference, high_difference],
+                "significant": low_difference > 0 or high_difference < 0,
+            }
+    return summary
+
+
 def table(collected: dict) -> str:
     """Markdown: mean over seeds ± half of its 95 % interval; * where the paired difference to the first excludes 0."""
-    variants = collected["variants"]
-    first = next(iter(variants.values()))
-    home = first["config"]["domain"]
-    measured = {"base": [figures(seed["before"], home) for seed in first["seeds"].values()]}
-    measured |= {name: [figures(s["after"], home) for s in entry["seeds"].values()] for name, entry in variants.items()}
-    reference = measured[next(iter(variants))]
+    summary, variants, columns = collected["summary"], collected["variants"], []
+    for row in summary.values():
+        columns += [column for column in row if column not in columns]
+    if len({entry["config"]["domain"] for entry in variants.values()}) > 1:
+        columns = [column for column in columns if column not in DOMAINS]
     rows = []
-    for name, seeds in measured.items():
+    for name, row in summary.items():
         cells = []
-        for column in seeds[0]:
-            values = np.array([seed[column] for seed in seeds])
-            low, high = interval(values)
-            low_difference, high_difference = interval(values - np.array([seed[column] for seed in reference]))
-            differs = low_difference > 0 or high_difference < 0
-            cells.append(f"{values.mean():.1f} ± {(high - low) / 2:.1f}" + (" *" if differs else ""))
+        for column in columns:
+            cell = row.get(column)
+            half = (cell["interval"][1] - cell["interval"][0]) / 2 if cell else 0
+            cells.append(f"{cell['mean']:.1f} ± {half:.1f}" + (" *" if cell["significant"] else "") if cell else "")
         flags = variants[name]["flags"] if name in variants else ""
         rows.append([name, *cells, f"`{flags}`" if flags else ""])
-    return runs.markdown_table(["mean@16, %", *reference[0], "flags"], rows)
-
-
-def put_into_readme(name: str, text: str) -> None:
-    path = runs.ROOT / "README.md"
-    begin, end = f"<!-- table {name} -->\n", "<!-- end -->"
-    before, rest = path.read_text().split(begin)
-    path.write_text(before + begin + text + "\n" + end + rest.split(end, 1)[1])
+    return runs.markdown_table(["mean@16, %", *columns, "flags"], rows)
 
 
 def main() -> None:
     config = runs.parse_config(Config, __doc__)
     if not config.study:
         for name, study in STUDIES.items():
-            print(f"{name:12s} {study.script}, {len(study.seeds)} seeds of: {', '.join(study.variants)}")
+            print(f"{name:16s} {study.script}, {len(study.seeds)} seeds of: {', '.join(study.variants)}")
         return
-    study = STUDIES[config.study]
-    run_all(config.study, study, config)
-    collected = collect(config.study, study, config)
-    runs.make_folder(runs.ROOT / "results")
-    runs.write_json(runs.ROOT / "results" / f"{config.study}.json", collected)
-    print(table(collected))
-    if config.readme:
-        put_into_readme(config.study, table(collected))
+    for name in STUDIES if config.study == "all" else [config.study]:
+        study = STUDIES[name]
+        run_all(name, study, config)
+        collected = collect(name, study, config)
+        runs.make_folder(runs.ROOT / "results")
+        runs.write_json(runs.ROOT / "results" / f"{name}.json", collected)
+        print(f"\n{name}\n{table(collected)}")
+        if config.readme:
+            runs.put_into_readme(name, table(collected))
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -37,24 +38,28 @@ from runs import option
 
 Place = tuple[int, str]  # (layer counted from 0, "k" or "v")
 COORDINATES = ("linear", "head", "norm", "rope")
+LOSSES = ("aligned", "steps", "full")
 
 
 @dataclass(frozen=True)
 class Example:
-    """A labelled calibration example: prompt and solution tokens, and the positions S within the solution."""
+    """A labelled calibration example: prompt and solution tokens."""
 
     prompt: list[int]
     solution: list[int]
-    positions: list[int]
 
 
-def correctness_positions(tokens: list[str]) -> list[int]:
-    """S: the result of every step (the token after '=') and the final answer (the token after '#').
+def correctness_positions(tokens: list[str], rule: str = "aligned") -> list[int]:
+    """S of a solution: "aligned" takes the result of every step and the final answer, what follows '=' or '#'.
 
-    >>> correctness_positions(list("3+8=1;1-5=6;#6"))
-    [4, 10, 13]
+    "steps" is wider, every digit and operator; "full" takes everything, the ablation of the paper.
+
+    >>> [correctness_positions(list("3+8=1;#1"), rule) for rule in ("aligned", "steps", "full")]
+    [[4, 7], [0, 1, 2, 4, 7], [0, 1, 2, 3, 4, 5, 6, 7]]
     """
-    return [i for i in range(1, len(tokens)) if tokens[i - 1] in ("=", "#")]
+    if rule == "aligned":
+        return [i for i in range(1, len(tokens)) if tokens[i - 1] in ("=", "#")]
+    return [i for i, token in enumerate(tokens) if rule == "full" or token in [*"0123456789+-*"]]
 
 
 def calibration_set(domains: tuple[str, ...], size: int, seed: int) -> list[Example]:
@@ -63,8 +68,7 @@ def calibration_set(domains: tuple[str, ...], size: int, seed: int) -> list[Exam
     examples = []
     for i in range(size):
         problem = make_problem(domains[i % len(domains)], rng)
-        solution = [*encode(golden_solution(problem)), END]
-        examples.append(Example(encode(plain_prompt(problem)), solution, correctness_positions(pieces(solution))))
+        examples.append(Example(encode(plain_prompt(problem)), [*encode(golden_solution(problem)), END]))
     return examples
 
 
@@ -112,7 +116,7 @@ def capability_gradients(
     """dL/dK_t and dL/dV_t at all positions of all examples, stacked: place -> (M, d).
 
     One backward a batch: each example's loss is a mean over its own S and examples do not see one another, so the
-    gradient of their sum holds each one's own. loss 'full' takes every position of the solution for S.
+    gradient of their sum holds each one's own. loss is the rule of `correctness_positions`.
     """
     rows: dict[Place, list[Tensor]] = {place: [] for place in places}
     for start in range(0, len(examples), batch):
@@ -122,7 +126,7 @@ def capability_gradients(
         weights = torch.zeros(tokens.shape)
         for i, example in enumerate(chunk):
             tokens[i, : lengths[i]] = torch.tensor(example.prompt + example.solution)
-            S = example.positions if loss == "aligned" else range(len(example.solution))
+            S = correctness_positions(pieces(example.solution), loss)
             weights[i, [len(example.prompt) + t for t in S]] = 1 / len(S)
         outputs: dict[Place, Tensor] = {}
         hooks = [
@@ -201,6 +205,23 @@ def make_projectors(
     return projectors
 
 
+def calibrate(
+    model: GPT,
+    examples: list[Example],
+    layers: str,
+    rank: str,
+    project: str = "kv",
+    loss: str = "aligned",
+    coordinate: str = "linear",
+    source: str = "gradient",
+    seed: int = 0,
+) -> dict[Place, Tensor]:
+    """SPD's phase 1 in one call: the projectors P_K, P_V of every target layer."""
+    places = [(layer, kind) for layer in target_layers(layers, model.config.n_layer) for kind in project]
+    gradients = capability_gradients(model.requires_grad_(True), examples, places, loss, coordinate)
+    return make_projectors(gradients, rank, coordinate, model.config.n_kv_head, source, seed)
+
+
 @contextmanager
 def project_kv(model: GPT, projectors: dict[Place, Tensor], coordinate: str = "linear") -> Iterator[None]:
     """Within this context K <- K P_K and V <- V P_V at the projectors' places; the model is always restored."""
@@ -229,47 +250,61 @@ def fold(model: GPT, projectors: dict[Place, Tensor]) -> None:
 @dataclass(frozen=True)
 class Config:
     domain: str = option("add", "domain of the calibration set and the prompt", choices=tuple(DOMAINS))
-    calibration_size: int = option(200, "calibration examples, N_cal", "20 to 500", minimum=1)
-    loss: str = option("aligned", "calibration loss: on S, or on the full sequence", "aligned", ("aligned", "full"))
+    calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
+    loss: str = option("aligned", "calibration loss: on results, on whole steps, or on everything", "aligned", LOSSES)
     layers: str = option("3", "projected layers: paper, last, all, or numbers from 1 like 3,4", "floor(L/2) and L")
-    rank: str = option("20", "rank: a number, a share like 50%, or energy:0.99", "50%")
+    rank: str = option("50%", "rank: a number, a share like 50%, or energy:0.99", "50%")
     coordinate: str = option("linear", "where the projector acts", "not stated", COORDINATES)
     temperature: float = option(1.0, "sampling temperature of the answers", minimum=0)
     seed: int = option(0, "seed of calibration set, prompt and sampling")
     base: str = option(str(runs.BASE_CHECKPOINT), "checkpoint of the model")
+    html: str = option("", "write spectra, projected-away shares and answers to this web page, e.g. out/spd.html")
+
+
+def place_name(place: Place) -> str:
+    return f"layer {place[0] + 1} {place[1].upper()}"
 
 
 def main() -> None:
+    import xray  # which imports this module in turn
+
     config = runs.parse_config(Config, "Singular-value spectra, and one prompt with and without projection.")
     model, _ = runs.load_checkpoint(config.base)
     examples = calibration_set((config.domain,), config.calibration_size, config.seed)
     n_layer, chosen = model.config.n_layer, target_layers(config.layers, model.config.n_layer)
     places = [(layer, kind) for layer in range(n_layer) for kind in "kv"]
     gradients = capability_gradients(model, examples, places, config.loss, config.coordinate)
-    rows = []
-    for (layer, kind), G in gradients.items():
+    rows, spectra = [], {}
+    for place, G in gradients.items():
         singular_values, _ = principal_directions(G)
         energy = singular_values.square().cumsum(0) / singular_values.square().sum()
         r = choose_rank(config.rank, singular_values)
+        spectra[place] = singular_values, r
         relative = (singular_values / singular_values[0]).tolist()
         bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * s))] for s in relative)
-        mark = "projected" if layer in chosen else ""
-        rows.append(
-            [f"layer {layer + 1} {kind.upper()}", bars, f"{r} of {len(relative)}", f"{energy[r - 1]:.1%}", mark]
-        )
+        mark = "projected" if place[0] in chosen else ""
+        rows.append([place_name(place), bars, f"{r} of {len(relative)}", f"{energy[r - 1]:.1%}", mark])
     print(runs.markdown_table(["place", "singular values s_i / s_1", "r", "energy kept", ""], rows))
 
     problem = make_problem(config.domain, random.Random(f"prompt {config.seed}"), test=True)
     kept = {place: G for place, G in gradients.items() if place[0] in chosen}
     projectors = make_projectors(kept, config.rank, config.coordinate, model.config.n_kv_head)
     print(f"\nproblem   {problem}\nsolution  {golden_solution(problem)}")
+    answers = {}
     for name, active in (("without", {}), ("with", projectors)):
         with project_kv(model, active, config.coordinate):
             generator = runs.torch_generator("demo", config.seed)
             prompt = [encode(plain_prompt(problem))]
-            answers = generate(model, prompt, BUDGET, END, 4, config.temperature, generator=generator)
-        for answer in map(decode, answers):
+            written = generate(model, prompt, BUDGET, END, 4, config.temperature, generator=generator)
+        answers[name] = [decode(tokens) for tokens in written]
+        for answer in answers[name]:
             print(f"{name:8s}  {answer}  {'right' if verify(problem, answer).correct else 'wrong'}")
+    if config.html:
+        runs.make_folder(Path(config.html).resolve().parent)
+        runs.write_text(
+            Path(config.html), xray.subspace_page(model, problem, spectra, projectors, answers, config.coordinate)
+        )
+        print(f"\n-> {config.html}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ One step: the student samples G rollouts a problem; the verifier scores them; th
 wrong rollout's first error and says what belongs there; the frozen base, as teacher, reads that idea and the student's
 own tokens; from the error on, the student is drawn to the teacher's distribution.
 
-Simplified against the released code, in plain sight: one process, rollouts from the training weights themselves (so one
-update a batch is exactly on-policy), synthetic problems without end instead of a data set, and no reward model.
+Simplified against the released code, in plain sight: rollouts from the training weights themselves (so one update a
+batch is exactly on-policy), synthetic problems without end instead of a data set, and no reward model. Several
+processes or GPUs share the prompts under `torchrun --standalone --nproc_per_node=N train_rosd.py` (parallel.py).
 """
 
 import random
@@ -24,11 +25,12 @@ import torch
 from tqdm import tqdm
 
 import losses
+import parallel
 import runs
 from data.arithmetic import DOMAINS, golden_solution, make_problem
 from data.documents import plain_prompt
 from data.tokenizer import END, encode, pieces
-from evaluate import evaluate
+from evaluate import comparison, evaluate
 from model import GPT, response_logprobs
 from reflect import (
     Reflection,
@@ -41,6 +43,7 @@ from reflect import (
     true_position,
 )
 from runs import option
+from subspace import calibrate, calibration_set, project_kv
 
 METHODS = {  # name: (what the teacher holds, where the mask begins)
     "rosd": ("reflection", "quote"),
@@ -80,6 +83,14 @@ class Config:
     clip_high: float = option(0.28, "GRPO: upper clip of the ratio", "0.28", minimum=0)
     ratio_clip: float = option(2.0, "upper clip of the token importance ratio", "2.0", minimum=1)
     updates: int = option(1, "updates a batch", "1", minimum=1)
+    spoil: float = option(
+        0.0, "share of the wrong rollouts whose reflection is spoiled: a random line as quote and idea", "0", minimum=0
+    )
+    project: str = option(
+        "none", "beyond the papers: SPD's projection while one of these runs", "none", ("none", "rollouts", "teacher")
+    )
+    project_layers: str = option("3", "layers of that projection, as train_spd.py takes them")
+    project_rank: str = option("50%", "rank of that projection, as train_spd.py takes it")
     ema: float = option(
         0.0, "rate at which the teacher follows the student; 0 keeps it frozen", "0.0", minimum=0, maximum=1
     )
@@ -92,8 +103,13 @@ class Config:
     baseline: bool = option(True, "train SDPO afterwards, for the table")
     eval_problems: int = option(64, "test problems a domain", minimum=1)
     eval_samples: int = option(16, "samples a test problem", "16", minimum=1)
+    eval_every: int = option(
+        0, "steps between short tests in every domain, for learning curves; 0 tests never", minimum=0
+    )
     resume: bool = option(False, "go on from the last checkpoint of the same command")
     device: str = option("auto", "cpu, cuda, mps or auto")
+    bf16: bool = option(False, "bfloat16 autocast in student and teacher, for GPUs")
+    compile: bool = option(False, "torch.compile the blocks of student and teacher, for GPUs")
     threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
 
 
@@ -123,13 +139,16 @@ class Lesson:
 
 def make_lessons(
     rollouts: list[Rollout], reflector: GPT, config: Config, step: int
-) -> tuple[list[Lesson], dict[str, float]]:
-    """Turn rollouts into lessons, and measure the reflector against the verifier's true first errors."""
+) -> tuple[list[Lesson], list[tuple[bool, bool, float]]]:
+    """Turn rollouts into lessons, and compare the reflector's quotes with the verifier's true first errors.
+
+    Of every wrong rollout: was the quote found in it, is it where the first error is, and where (0 to 1) does it lie.
+    """
     context, mask = teaching(config)
     if context == "none":
         rewards = torch.tensor([float(rollout.verdict.correct) for rollout in rollouts]).view(-1, config.group)
         advantages = losses.group_advantage(rewards).flatten().tolist()
-        return [Lesson(r, "", 0, a) for r, a in zip(rollouts, advantages, strict=True) if a != 0], {}
+        return [Lesson(r, "", 0, a) for r, a in zip(rollouts, advantages, strict=True) if a != 0], []
 
     peers = choose_peers(rollouts, config)
     if context != "gold":  # a group without a correct rollout has no peer to learn from
@@ -140,6 +159,11 @@ def make_lessons(
         generator = runs.torch_generator("reflect", config.seed, step)
         peer_texts = [p.text if p else golden_solution(r.problem) for r, p in zip(rollouts, peers, strict=True)]
         reflections = reflect(reflector, rollouts, peer_texts, config.reflect_temperature, generator)
+    rng = random.Random(f"spoil {config.seed} {step}")
+    for i, rollout in enumerate(rollouts):
+        if not rollout.verdict.correct and rng.random() < config.spoil:
+            line = rng.choice([line for line in rollout.text.split(";") if line] or ["#"])
+            reflections[i] = Reflection(line, line)
 
     lessons, quotes = [], []
     for rollout, peer, reflection in zip(rollouts, peers, reflections, strict=True):
@@ -152,16 +176,21 @@ def make_lessons(
             continue  # malformed: there is nothing for the teacher to hold
         solution = golden_solution(rollout.problem) if context == "gold" else peer.text
         lessons.append(Lesson(rollout, teacher_prompt(context, rollout.problem, reflection.idea, solution), start, 0.0))
-    if not quotes or not reflecting:
-        return lessons, {}
-    matched, exact, position = (sum(column) / len(quotes) for column in zip(*quotes, strict=True))
-    return lessons, {"quote_match": matched, "quote_accuracy": exact, "error_position": position}
+    return lessons, quotes if reflecting else []
 
 
 def lesson_loss(
-    student: GPT, teacher: GPT, lessons: list[Lesson], sampled: torch.Tensor | None, config: Config
+    student: GPT,
+    teacher: GPT,
+    lessons: list[Lesson],
+    sampled: torch.Tensor | None,
+    config: Config,
+    count: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The loss of a batch, and its log pi_S(y_t) (B, T); `sampled` is the latter as it was before any update."""
+    """The loss of a batch, and its log pi_S(y_t) (B, T); `sampled` is the latter as it was before any update.
+
+    count is the number of unmasked tokens of all processes, where there are several.
+    """
     responses = [lesson.rollout.tokens for lesson in lessons]
     prompts = [encode(plain_prompt(lesson.rollout.problem)) for lesson in lessons]
     student_logp = response_logprobs(student, prompts, responses)  # (B, T, V)
@@ -180,7 +209,7 @@ def lesson_loss(
             teacher_logp = response_logprobs(teacher, [encode(lesson.teacher_prompt) for lesson in lessons], responses)
         values = losses.divergence(*losses.top_k_with_tail(student_logp, teacher_logp, config.top_k), config.alpha)
         values = values * ratio.detach().clamp(max=config.ratio_clip)
-    return losses.masked_mean(values, mask), token_logp.detach()
+    return losses.masked_mean(values, mask, count), token_logp.detach()
 
 
 def teaching(config: Config) -> tuple[str, str]:
@@ -195,30 +224,45 @@ def update(
     """Warm-up, loss, clipped gradient, AdamW; `updates` times on the same batch -> the last loss."""
     for group in optimizer.param_groups:
         group["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
-    sampled = None
+    count = torch.tensor(float(sum(len(lesson.rollout.tokens) - lesson.start for lesson in lessons)))
+    count = parallel.total(count.to(student.device))
+    sampled, loss = None, torch.zeros((), device=student.device)
+    if count == 0:
+        return 0.0
     for _ in range(config.updates):
-        loss, token_logp = lesson_loss(student, teacher, lessons, sampled, config)
-        if not loss.isfinite():
-            raise FloatingPointError(f"the loss of step {step} is {loss.item()}")
-        sampled = token_logp if sampled is None else sampled
         optimizer.zero_grad()
-        loss.backward()
+        if lessons:
+            with torch.autocast(student.device.type, torch.bfloat16, enabled=config.bf16):
+                loss, token_logp = lesson_loss(student, teacher, lessons, sampled, config, count)
+            loss.backward()
+            sampled = token_logp if sampled is None else sampled
+        whole_loss = parallel.total(loss)
+        if not whole_loss.isfinite():
+            raise FloatingPointError(f"the loss of step {step} is {whole_loss.item()}")
+        parallel.sum_gradients(student.parameters())
         torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip)
         optimizer.step()
     for ours, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
         ours.lerp_(theirs.detach(), config.ema)  # ema = 0 leaves the teacher as it is
-    return loss.item()
+    return whole_loss.item()
 
 
 def train(config: Config, before: dict | None = None) -> dict:
     """One run: evaluate the base, train, evaluate again; everything it leaves behind lies in its folder."""
-    started, device = time.time(), runs.pick_device(config.device)
+    started, device = time.time(), parallel.start(runs.pick_device(config.device))
     base = runs.load_checkpoint(config.base)[0].to(device).requires_grad_(False)  # the reflector
     folder = runs.make_folder(Path(config.out) / runs.run_name(config))
     if results := runs.finished(folder, config):
         return results
     student, teacher = deepcopy(base).requires_grad_(True), deepcopy(base)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
+    if config.compile:
+        for block in (*student.blocks, *teacher.blocks):
+            block.compile()
+    projectors = {}
+    if config.project != "none":
+        examples = calibration_set((config.domain,), 200, config.seed)
+        projectors = calibrate(deepcopy(base), examples, config.project_layers, config.project_rank)
     scale = {"problems": config.eval_problems, "samples": config.eval_samples}
     state_file, history, seconds = folder / "state.pt", [], 0.0
     if config.resume and state_file.exists():
@@ -228,38 +272,57 @@ def train(config: Config, before: dict | None = None) -> dict:
         teacher.load_state_dict(state["teacher"])
         optimizer.load_state_dict(state["optimizer"])
         history, before, seconds = state["history"], state["before"], state["seconds"]
-    before = before or evaluate(student, tuple(DOMAINS), **scale)
+    before = before or evaluate(student, tuple(DOMAINS) if parallel.FIRST else (), **scale)
 
-    progress = tqdm(range(len(history), config.steps), initial=len(history), total=config.steps, desc=folder.name)
+    steps = range(len(history), config.steps)
+    progress = tqdm(
+        steps,
+        initial=len(history),
+        total=config.steps,
+        desc=folder.name,
+        disable=not parallel.FIRST,
+        dynamic_ncols=True,
+    )
     for step in progress:
         began = time.time()
         rng = random.Random(f"problems {config.seed} {step}")
-        problems = [make_problem(config.domain, rng) for _ in range(config.batch)]
-        generator = runs.torch_generator("rollout", config.seed, step)
-        rollouts = sample_rollouts(student, problems, config.group, generator, config.temperature)
+        problems = parallel.share([make_problem(config.domain, rng) for _ in range(config.batch)])
+        generator = runs.torch_generator("rollout", config.seed, step, *([parallel.RANK] if parallel.RANK else []))
+        with project_kv(student, projectors if config.project == "rollouts" else {}):
+            rollouts = sample_rollouts(student, problems, config.group, generator, config.temperature)
         lessons, quotes = make_lessons(rollouts, base, config, step)
         try:
-            loss = update(student, teacher, optimizer, lessons, config, step) if lessons else 0.0
+            with project_kv(teacher, projectors if config.project == "teacher" else {}):
+                loss = update(student, teacher, optimizer, lessons, config, step)
         except FloatingPointError as error:
             runs.write_json(folder / "bad_batch.json", [asdict(lesson) for lesson in lessons])
             raise runs.UserError(
                 f"{error}; its batch is in {folder}/bad_batch.json, try a lower --learning-rate"
             ) from error
-        verdicts = [rollout.verdict for rollout in rollouts]
+        verdicts, quotes = parallel.gather([r.verdict for r in rollouts]), parallel.gather(quotes)
         share = {
             "accuracy": sum(v.correct for v in verdicts) / len(verdicts),
             "shortcut": sum(v.shortcut for v in verdicts) / len(verdicts),
             "unfinished": sum(not v.finished for v in verdicts) / len(verdicts),
         }
-        history.append({"step": step, "loss": loss, **share, **quotes, "learned_from": len(lessons)})
+        found = [sum(column) / len(quotes) for column in zip(*quotes, strict=True)]
+        found = dict(zip(("quote_match", "quote_accuracy", "error_position"), found, strict=False))
+        history.append({"step": step, "loss": loss, **share, **found, "learned_from": len(parallel.gather(lessons))})
+        if not parallel.FIRST:
+            continue
+        if config.eval_every and (step + 1) % config.eval_every == 0:
+            quick = evaluate(student, tuple(DOMAINS), problems=32, samples=4, seed=1)
+            history[-1]["tested"] = {domain: scores["mean"] for domain, scores in quick.items()}
         extra = {"settings": asdict(config), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()}
         spent = seconds + time.time() - started
         runs.save_checkpoint(state_file, student, history=history, before=before, seconds=spent, **extra)
         runs.write_lines(folder / "metrics.jsonl", history)
         speed = sum(len(rollout.tokens) for rollout in rollouts) / (time.time() - began)
-        shown = {"loss": f"{loss:.4f}"} | {name: f"{value:.0%}" for name, value in (share | quotes).items()}
+        shown = {"loss": f"{loss:.4f}"} | {name: f"{value:.0%}" for name, value in (share | found).items()}
         progress.set_postfix(shown | {"tok/s": f"{speed:.0f}"})
 
+    if not parallel.FIRST:
+        return {}
     results = {
         "name": folder.name,
         "config": asdict(config),
@@ -275,22 +338,6 @@ def train(config: Config, before: dict | None = None) -> dict:
     return results
 
 
-def comparison(results: list[dict]) -> str:
-    """The closing table: mean@n of base and runs in every domain, the training domain first, and style in domain."""
-    home = results[0]["config"]["domain"]
-    away = [domain for domain in DOMAINS if domain != home]
-
-    def row(name: str, scores: dict) -> list[str]:
-        out_of_domain = sum(scores[domain]["mean"] for domain in away) / len(away)
-        columns = [scores[home]["mean"], out_of_domain, *(scores[domain]["mean"] for domain in away)]
-        columns += [scores[home]["greedy"], scores[home]["shortcut"], scores[home]["unfinished"]]
-        return [name, *(f"{100 * value:.1f}" for value in columns)]
-
-    header = [f"mean@{results[0]['config']['eval_samples']}, %", f"{home} (in domain)", "OOD average", *away]
-    rows = [row("base", results[0]["before"]), *(row(result["name"], result["after"]) for result in results)]
-    return runs.markdown_table([*header, "greedy", "short cuts", "unfinished"], rows)
-
-
 def main() -> None:
     config = runs.parse_config(Config, __doc__)
     if config.threads:
@@ -300,7 +347,9 @@ def main() -> None:
     results = [train(config)]
     if config.baseline and config.method != "sdpo":
         baseline = replace(config, method="sdpo", context="", mask="")
-        results.append(train(baseline, before=results[0]["before"]))
+        results.append(train(baseline, before=results[0].get("before")))
+    if not parallel.FIRST:
+        return
     print(f"\n{comparison(results)}\n\nEvery figure is in {config.out}/<run>/results.json.")
 
 

@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import parallel
 import runs
 from data.arithmetic import BUDGET, DOMAINS, make_problem
 from data.documents import plain_prompt
@@ -33,11 +34,10 @@ from model import GPT, generate
 from runs import option
 from subspace import (
     COORDINATES,
-    Place,
+    LOSSES,
+    calibrate,
     calibration_set,
-    capability_gradients,
     choose_rank,
-    make_projectors,
     place_width,
     project_kv,
     target_layers,
@@ -46,9 +46,9 @@ from subspace import (
 Pair = tuple[list[int], list[int]]  # prompt and completion tokens
 
 METHODS = {  # name: (project while generating, sampling temperature)
-    "spd": (True, 0.6),
+    "spd": (True, 0.0),
     "psr": (False, 1.0),  # plain self-retraining, on samples as they come
-    "ssd": (False, 0.6),  # simple self-distillation: shifted temperature (and --top-k, --top-p); else like spd
+    "ssd": (False, 0.0),  # simple self-distillation: shifted temperature (and --top-k, --top-p); else like spd
 }
 
 
@@ -59,15 +59,15 @@ class Config:
     calibration_domain: tuple[str, ...] = option(
         (), "domains of the calibration set; none means the training domain", choices=tuple(DOMAINS)
     )
-    calibration_size: int = option(200, "calibration examples, N_cal", "20 to 500", minimum=1)
-    loss: str = option("aligned", "calibration loss: on S, or on the full sequence", "aligned", ("aligned", "full"))
+    calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
+    loss: str = option("aligned", "calibration loss: on results, on whole steps, or on everything", "aligned", LOSSES)
     subspace: str = option("gradient", "where the subspace comes from", "gradient", ("gradient", "random"))
     layers: str = option("3", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L")
-    rank: str = option("20", "rank of the projectors, of 32: a number, a share like 50%, or energy:0.99", "50%")
+    rank: str = option("50%", "rank of the projectors: a number, a share like 50%, or energy:0.99", "50%")
     project: str = option("kv", "what is projected", "kv", ("kv", "k", "v"))
     coordinate: str = option("linear", "where the projector acts", "not stated", COORDINATES)
     temperature: float = option(
-        0.0, "sampling temperature of the completions; 0 takes the method's", "not stated", minimum=0
+        -1.0, "sampling temperature of the completions, 0 is greedy; -1 takes the method's", "not stated", minimum=-1
     )
     top_k: int = option(0, "truncated sampling: keep so many tokens; 0 keeps all", minimum=0)
     top_p: float = option(1.0, "truncated sampling: keep this much probability", minimum=0.01, maximum=1)
@@ -77,7 +77,7 @@ class Config:
     lora_rank: int = option(8, "rank of the updates", "8", minimum=1)
     lora_alpha: float = option(8.0, "scale of the updates times their rank", "8")
     lora_dropout: float = option(0.05, "dropout before the updates", "0.05", minimum=0, maximum=1)
-    completion_only: bool = option(False, "take the loss on the completion alone", "no")
+    completion_only: bool = option(True, "take the loss on the completion alone, as the pretraining did", "no")
     epochs: int = option(5, "passes over the completions; 0 stops at the generation", "5", minimum=0)
     batch: int = option(64, "completions an update", minimum=1)
     learning_rate: float = option(3e-3, "peak learning rate of AdamW, cosine to 0", "1e-5", minimum=0)
@@ -90,33 +90,28 @@ class Config:
     eval_samples: int = option(16, "samples a test problem", minimum=1)
     resume: bool = option(False, "go on from the last checkpoint of the same command")
     device: str = option("auto", "cpu, cuda, mps or auto")
+    bf16: bool = option(False, "bfloat16 autocast while fine-tuning, for GPUs")
+    compile: bool = option(False, "torch.compile the blocks, for GPUs")
     threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
-
-
-def calibrate(model: GPT, config: Config) -> dict[Place, torch.Tensor]:
-    """Phase 1: the projectors P_K, P_V of every target layer."""
-    examples = calibration_set(config.calibration_domain or (config.domain,), config.calibration_size, config.seed)
-    layers = target_layers(config.layers, model.config.n_layer)
-    places = [(layer, kind) for layer in layers for kind in config.project]
-    gradients = capability_gradients(model, examples, places, config.loss, config.coordinate)
-    return make_projectors(
-        gradients, config.rank, config.coordinate, model.config.n_kv_head, config.subspace, config.seed
-    )
 
 
 def self_generate(model: GPT, config: Config, round: int) -> list[Pair]:
     """Phase 2: one raw completion a training prompt, nothing filtered -> (prompt, completion) tokens."""
     rng = random.Random(f"prompts {config.seed} {round}")
     prompts = [encode(plain_prompt(make_problem(config.domain, rng))) for _ in range(config.prompts)]
-    generator = runs.torch_generator("completion", config.seed, round)
+    prompts = parallel.share(prompts)
+    generator = runs.torch_generator("completion", config.seed, round, *([parallel.RANK] if parallel.RANK else []))
     completions = generate(
         model, prompts, BUDGET, END, 1, sampling_temperature(config), config.top_k, config.top_p, generator
     )
-    return list(zip(prompts, completions, strict=True))
+    return parallel.gather(list(zip(prompts, completions, strict=True)))
 
 
 def next_token_loss(model: GPT, pairs: list[Pair], completion_only: bool) -> torch.Tensor:
-    """Mean next-token loss over prompt + completion, or over the completion alone."""
+    """Mean next-token loss over prompt + completion, or over the completion alone.
+
+    Of several processes each has a share of the pairs; the mean is over the tokens of all, and so their losses add up.
+    """
     width = max(len(prompt) + len(completion) for prompt, completion in pairs)
     tokens = torch.full((len(pairs), width), END)  # (B, T)
     targets = torch.full((len(pairs), width), -100)
@@ -126,12 +121,14 @@ def next_token_loss(model: GPT, pairs: list[Pair], completion_only: bool) -> tor
         tokens[i, : len(row)] = row
         targets[i, first : len(row)] = row[first:]
     logits = model(tokens[:, :-1].to(model.device))  # (B, T - 1, V)
-    return F.cross_entropy(logits.flatten(0, 1), targets[:, 1:].flatten().to(model.device), ignore_index=-100)
+    targets = targets[:, 1:].flatten().to(model.device)
+    count = parallel.total((targets != -100).sum())
+    return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100, reduction="sum") / count
 
 
-def finetune(model: GPT, state: dict, config: Config, save: Callable[[], None]) -> None:
+def finetune(model: GPT, state: dict, config: Config, folder: Path, save: Callable[[], None]) -> None:
     """Phase 3: fine-tune the unprojected weights on state["pairs"], from state["epoch"] on; every epoch is saved."""
-    key = f"{config.seed} {len(state['rounds'])}"
+    key, device = f"{config.seed} {len(state['rounds'])}", model.device.type
     torch.manual_seed(zlib.crc32(key.encode()))
     trained = list(model.parameters())
     if config.finetune == "lora":
@@ -146,18 +143,26 @@ def finetune(model: GPT, state: dict, config: Config, save: Callable[[], None]) 
     for epoch in range(state["epoch"], config.epochs):
         torch.manual_seed(zlib.crc32(f"{key} {epoch}".encode()))  # of dropout
         order = random.Random(f"order {key} {epoch}").sample(state["pairs"], len(state["pairs"]))
-        progress = tqdm(range(updates), desc=f"{config.method}: fine-tune, epoch {epoch + 1} of {config.epochs}")
+        title = f"{config.method}: fine-tune, epoch {epoch + 1} of {config.epochs}"
+        progress = tqdm(range(updates), desc=title, disable=not parallel.FIRST, dynamic_ncols=True)
         for update in progress:
             done = (epoch * updates + update) / (config.epochs * updates)
             optimizer.param_groups[0]["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
             pairs = order[update * config.batch : (update + 1) * config.batch]
-            loss = next_token_loss(model, pairs, config.completion_only)
-            if not loss.isfinite():
-                raise runs.UserError(f"the loss is {loss.item()} in epoch {epoch + 1}; try a lower --learning-rate")
+            if len(pairs) < parallel.WORLD:
+                continue  # a rest too small to share
+            with torch.autocast(device, torch.bfloat16, enabled=config.bf16):
+                loss = next_token_loss(model, parallel.share(pairs), config.completion_only)
+            whole_loss = parallel.total(loss)
+            if not whole_loss.isfinite():
+                runs.write_json(folder / "bad_batch.json", pairs)
+                where = f"the loss is {whole_loss.item()} in epoch {epoch + 1}; its batch is in {folder}/bad_batch.json"
+                raise runs.UserError(f"{where}, try a lower --learning-rate")
             optimizer.zero_grad()
             loss.backward()
+            parallel.sum_gradients(trained)
             optimizer.step()
-            state["losses"].append(loss.item())
+            state["losses"].append(whole_loss.item())
             progress.set_postfix(loss=f"{loss.item():.3f}")
         state |= {"epoch": epoch + 1, "optimizer": optimizer.state_dict(), "trained": [p.detach() for p in trained]}
         save()
@@ -168,7 +173,7 @@ def finetune(model: GPT, state: dict, config: Config, save: Callable[[], None]) 
 
 def train(config: Config, before: dict | None = None) -> dict:
     """One run: evaluate the base, then calibrate, generate and fine-tune, evaluate again."""
-    started, device = time.time(), runs.pick_device(config.device)
+    started, device = time.time(), parallel.start(runs.pick_device(config.device))
     model = runs.load_checkpoint(config.base)[0].to(device).eval()
     choose_rank(config.rank, torch.ones(place_width(model, config.coordinate)))  # a bad one is told before any work
     target_layers(config.layers, model.config.n_layer)
@@ -176,8 +181,12 @@ def train(config: Config, before: dict | None = None) -> dict:
     if results := runs.finished(folder, config):
         return results
     projected, temperature = METHODS[config.method][0], sampling_temperature(config)
+    examples = calibration_set(config.calibration_domain or (config.domain,), config.calibration_size, config.seed)
+    subspace_flags = (config.layers, config.rank, config.project, config.loss, config.coordinate, config.subspace)
     sampling = {"temperature": temperature, "top_k": config.top_k, "top_p": config.top_p}
     scale = {"problems": config.eval_problems, "samples": config.eval_samples, "seed": config.seed}
+    if temperature == 0:  # one sample says all: as many problems instead
+        sampling |= {"problems": config.eval_problems * config.eval_samples, "samples": 1}
     state_file, state = folder / "state.pt", {"rounds": [], "pairs": None, "epoch": 0, "losses": [], "seconds": 0.0}
     if config.resume and state_file.exists():
         model, state = runs.load_checkpoint(state_file)
@@ -185,28 +194,35 @@ def train(config: Config, before: dict | None = None) -> dict:
         model = model.to(device).eval()
     spent = state["seconds"]
     state.setdefault("settings", asdict(config))
-    domains = tuple(DOMAINS) if config.epochs else ()  # without fine-tuning there is no before and after
+    domains = tuple(DOMAINS) if config.epochs and parallel.FIRST else ()  # without fine-tuning no before and after
+    home = (config.domain,) if parallel.FIRST else ()
+    if config.compile:
+        for block in model.blocks:
+            block.compile()
     if "before" not in state:
         state["before"] = before or evaluate(model, domains, **scale)
     if "own" not in state:  # the base's own generation, at the temperature of this method
-        state["own"] = evaluate(model, (config.domain,), **scale, **sampling)
+        state["own"] = evaluate(model, home, **scale | sampling)
 
     def save(start: GPT) -> None:
         state["seconds"] = spent + time.time() - started
-        runs.save_checkpoint(state_file, start, **state)
+        if parallel.FIRST:
+            runs.save_checkpoint(state_file, start, **state)
 
     while len(state["rounds"]) < config.rounds:
         if state["pairs"] is None:
-            projectors = calibrate(model, config) if projected else {}
+            projectors = calibrate(model, examples, *subspace_flags) if projected else {}
             with project_kv(model, projectors, config.coordinate):
-                state["generation"] = evaluate(model, (config.domain,), **scale, **sampling)
+                state["generation"] = evaluate(model, home, **scale | sampling)
                 state["pairs"] = self_generate(model, config, len(state["rounds"]))
         save_round = partial(save, deepcopy(model))  # with the weights this round began with
         save_round()
-        finetune(model, state, config, save_round)
+        finetune(model, state, config, folder, save_round)
         state["rounds"].append({"generation": state["generation"], "losses": state["losses"]})
         state |= {"pairs": None, "epoch": 0, "losses": []}
 
+    if not parallel.FIRST:
+        return {}
     results = {
         "name": folder.name,
         "config": asdict(config),
@@ -229,7 +245,7 @@ def train(config: Config, before: dict | None = None) -> dict:
 
 
 def sampling_temperature(config: Config) -> float:
-    return config.temperature or METHODS[config.method][1]
+    return METHODS[config.method][1] if config.temperature < 0 else config.temperature
 
 
 def main() -> None:
@@ -240,15 +256,16 @@ def main() -> None:
     if config.baseline:
         for method in METHODS:
             if method != config.method:
-                results.append(train(replace(config, method=method, temperature=0.0), results[0]["before"]))
+                results.append(train(replace(config, method=method, temperature=-1.0), results[0].get("before")))
     rows = []
-    for result in results:
+    for result in results if parallel.FIRST else ():
         stages = {"base": result["before"], "base, at its temperature": result["own_generation"]}
         stages |= {"with its projection": result["rounds"][0]["generation"], "trained": result["after"]}
         for stage, scores in [(stage, scores) for stage, scores in stages.items() if scores]:
             cells = [f"{100 * scores[domain]['mean']:.1f}" if domain in scores else "" for domain in DOMAINS]
             rows.append([result["name"], stage, *cells])
-    print(runs.markdown_table(["run", f"mean@{config.eval_samples}, %", *DOMAINS], rows))
+    if rows:
+        print(runs.markdown_table(["run", f"mean@{config.eval_samples}, %", *DOMAINS], rows))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 import runs
 import study
 
-RESULTS = sorted((runs.ROOT / "results").glob("*.json"))
+RESULTS = [runs.ROOT / "results" / f"{name}.json" for name in study.STUDIES]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
@@ -23,7 +23,8 @@ def test_results_name_every_variant_seed_and_commit_of_their_study(path: Path) -
     assert list(collected["variants"]) == list(declared.variants)
     for variant in collected["variants"].values():
         assert set(variant["seeds"]) == {str(seed) for seed in declared.seeds}
-        assert len(variant["commit"]) >= 40
+        assert all(len(seed["commit"]) == 40 for seed in variant["seeds"].values())
+    assert json.loads(json.dumps(study.summarize(collected))) == collected["summary"]
 
 
 def test_interval_covers_the_mean_and_shrinks_with_agreement() -> None:
@@ -45,8 +46,10 @@ def test_a_column_is_marked_only_where_the_paired_difference_excludes_zero() -> 
         return {"flags": "", "config": {"domain": "add"}, "seeds": seeds}
 
     collected = {
-        "variants": {"A": variant([0.2, 0.5, 0.8]), "B": variant([0.3, 0.6, 0.9]), "C": variant([0.1, 0.6, 0.8])}
+        "against_base": False,
+        "variants": {"A": variant([0.2, 0.5, 0.8]), "B": variant([0.3, 0.6, 0.9]), "C": variant([0.1, 0.6, 0.8])},
     }
+    collected["summary"] = study.summarize(collected)
     rows = {line.split("|")[1].strip(): line.split("|")[2] for line in study.table(collected).splitlines()[2:]}
     assert "*" in rows["B"] and "60.0" in rows["B"]  # ten points on every seed, though the seeds differ by sixty
     assert "*" not in rows["C"] and "*" not in rows["A"]

@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 import runs
-from data.tokenizer import END, VOCAB_SIZE, encode
+from data.tokenizer import END, VOCAB_SIZE, encode, pieces
 from lora import add_lora, merge_lora
 from model import GPT, GPTConfig, generate
 from subspace import (
@@ -11,6 +11,7 @@ from subspace import (
     calibration_set,
     capability_gradients,
     choose_rank,
+    correctness_positions,
     fold,
     make_projectors,
     principal_directions,
@@ -103,7 +104,7 @@ def test_gradient_rows_are_the_derivative_of_the_aligned_loss(model: GPT) -> Non
         tokens = torch.tensor([example.prompt + example.solution])
         logp = model(tokens).log_softmax(-1)[0]
         handle.remove()
-        at = [len(example.prompt) + position for position in example.positions]
+        at = [len(example.prompt) + position for position in correctness_positions(pieces(example.solution))]
         return -sum(logp[i - 1, tokens[0, i]].item() for i in at) / len(at)
 
     assert (loss(epsilon) - loss(-epsilon)) / (2 * epsilon) == pytest.approx((row @ u).item(), rel=1e-4, abs=1e-9)

@@ -1,0 +1,58 @@
+"""Several processes or GPUs: `torchrun --standalone --nproc_per_node=N train_rosd.py`, with torch.distributed alone.
+
+Every process holds the whole model, takes its share of the prompts, and divides its loss by the token count of *all*
+processes. The sum of their gradients is then the gradient of one process with the whole batch. Without torchrun every
+function here does nothing.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+RANK = int(os.environ.get("RANK", 0))
+WORLD = int(os.environ.get("WORLD_SIZE", 1))
+FIRST = RANK == 0  # the one process that writes files and shows progress
+
+
+def start(device: torch.device) -> torch.device:
+    """Join the other processes; the device of this one: its own GPU, or the CPU."""
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if WORLD > 1 and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    return device
+
+
+def share(items: list) -> list:
+    """This process's part of a list that all of them have."""
+    return items[RANK::WORLD]
+
+
+def total(value: torch.Tensor) -> torch.Tensor:
+    """The sum of a tensor over all processes; no gradient flows through it."""
+    value = value.detach().clone()
+    if WORLD > 1:
+        dist.all_reduce(value)
+    return value
+
+
+def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
+    """Add up every process's gradients, in place."""
+    if WORLD > 1:
+        for parameter in parameters:
+            if parameter.grad is None:  # this process had nothing to learn from
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+
+
+def gather(items: list) -> list:
+    """The lists of all processes, one after another, in every process."""
+    if WORLD == 1:
+        return items
+    parts: list[Any] = [None] * WORLD
+    dist.all_gather_object(parts, items)
+    return [item for part in parts for item in part]
