@@ -236,6 +236,12 @@ def provenance() -> dict[str, Any]:
     return {"commit": commit, "python": platform.python_version(), **versions, "processes": parallel.WORLD}
 
 
+def about(folder: Path, config: Any, seconds: float) -> dict[str, Any]:
+    """What every results file says of its run: name, configuration, versions, commit, time, peak memory."""
+    settings = {"name": folder.name, "config": dataclasses.asdict(config)}
+    return {**settings, **provenance(), "seconds": seconds, "peak_memory_mb": peak_memory_mb()}
+
+
 def peak_memory_mb() -> float:
     """The largest memory of this process so far, in MB: the GPU's where there is one, else the resident set."""
     if torch.cuda.is_available():

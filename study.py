@@ -39,7 +39,7 @@ class Study:
     against_base: bool = False
 
 
-SHORT = ["--eval-problems", "32"]
+SHORT = ["--steps", "20", "--eval-problems", "32"]
 GENERATION = ["--epochs", "0", "--prompts", "1"]  # of SPD: only what the base writes under projection, before training
 
 STUDIES = {

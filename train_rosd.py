@@ -323,15 +323,8 @@ def train(config: Config, before: dict | None = None) -> dict:
 
     if not parallel.FIRST:
         return {}
-    results = {
-        "name": folder.name,
-        "config": asdict(config),
-        **runs.provenance(),
-        "before": before,
-        "after": evaluate(student, tuple(DOMAINS), **scale),
-        "seconds": seconds + time.time() - started,
-        "peak_memory_mb": runs.peak_memory_mb(),
-    }
+    after = evaluate(student, tuple(DOMAINS), **scale)
+    results = {**runs.about(folder, config, seconds + time.time() - started), "before": before, "after": after}
     runs.save_checkpoint(folder / "model.pt", student)
     runs.write_json(folder / "results.json", results)
     state_file.unlink(missing_ok=True)

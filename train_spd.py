@@ -223,16 +223,13 @@ def train(config: Config, before: dict | None = None) -> dict:
 
     if not parallel.FIRST:
         return {}
+    after = evaluate(model, domains, **scale)
     results = {
-        "name": folder.name,
-        "config": asdict(config),
-        **runs.provenance(),
+        **runs.about(folder, config, spent + time.time() - started),
         "before": state["before"],
         "own_generation": state["own"],
         "rounds": [{**entry, "losses": entry["losses"][:1] + entry["losses"][-1:]} for entry in state["rounds"]],
-        "after": evaluate(model, domains, **scale),
-        "seconds": spent + time.time() - started,
-        "peak_memory_mb": runs.peak_memory_mb(),
+        "after": after,
     }
     lines = [
         {"round": i, "update": j, "loss": x} for i, r in enumerate(state["rounds"]) for j, x in enumerate(r["losses"])
