@@ -30,13 +30,13 @@ CURVES = ("step", "accuracy", "tested", "error_position", "quote_match", "quote_
 
 @dataclass(frozen=True)
 class Study:
-    """Variants (name -> flags) of a script over seeds; all are compared with the first, or with the base."""
+    """Variants (name -> flags) of a script over seeds."""
 
     script: str
     variants: dict[str, list[str]]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     flags: list[str] = field(default_factory=list)  # of every run
-    against_base: bool = False
+    against: str = "first"  # what a variant is compared with: "first" variant, "base", or in "pairs" the one before
 
 
 SHORT = ["--steps", "20", "--eval-problems", "32"]
@@ -84,6 +84,24 @@ STUDIES = {
         seeds=(0, 1, 2),
         flags=SHORT,
     ),
+    "localization": Study(
+        "train_rosd.py",
+        {
+            f"{setting}, {name}": [*flags, "--mask", mask]
+            for setting, flags, local in (
+                ("as ever", [], "quote"),
+                ("10 updates", ["--steps", "10"], "quote"),
+                ("teacher follows, EMA 0.1", ["--ema", "0.1"], "quote"),
+                ("teacher also holds the peer", ["--context", "both"], "quote"),
+                ("half of the ideas wrong", ["--spoil", "0.5"], "oracle"),
+                ("all ideas wrong", ["--spoil", "1"], "oracle"),
+            )
+            for name, mask in (("localized", local), ("whole", "whole"))
+        },
+        seeds=(0, 1, 2),
+        flags=SHORT,
+        against="pairs",
+    ),
     "spd": Study(
         "train_spd.py",
         {
@@ -116,14 +134,14 @@ STUDIES = {
         | {"S: whole steps": ["--loss", "steps"]},
         seeds=(1, 2, 3, 4, 5),
         flags=GENERATION,
-        against_base=True,
+        against="base",
     ),
     "spd-temperature": Study(
         "train_spd.py",
         {f"temperature {t}": ["--temperature", str(t)] for t in (0.0, 0.1, 0.3, 0.6, 1.0)},
         seeds=(1, 2, 3, 4, 5),
         flags=GENERATION,
-        against_base=True,
+        against="base",
     ),
 }
 
@@ -175,7 +193,7 @@ def run_all(name: str, study: Study, config: Config) -> None:
 
 def collect(name: str, study: Study, config: Config) -> dict:
     """variant -> seed -> the figures of its results.json that tables and pictures need."""
-    collected: dict = {"study": name, "against_base": study.against_base, "variants": {}}
+    collected: dict = {"study": name, "against": study.against, "variants": {}}
     for variant, flags in study.variants.items():
         entry = collected["variants"][variant] = {"flags": " ".join(study.flags + flags), "seeds": {}}
         for seed in study.seeds:
@@ -229,9 +247,11 @@ def summarize(collected: dict) -> dict:
         for row, own, seed in zip(rows, before, seeds, strict=True):
             if "generation" in seed:
                 row["trained on"] = 100 * seed["generation"][home]["mean"]
-            if collected["against_base"]:
+            if collected["against"] == "base":
                 own["gain"], row["gain"] = 0.0, row["in domain"] - own["in domain"]
-        reference = before if collected["against_base"] else first.setdefault(home, rows)
+        reference = before if collected["against"] == "base" else first.setdefault(home, rows)
+        if collected["against"] == "pairs" and reference is not rows:
+            del first[home]
         for label, values in ((base, before), (name, rows)):
             measured.setdefault(label, values)
             others.setdefault(label, reference)
