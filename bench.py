@@ -52,7 +52,7 @@ def seconds(work: Callable[[], object], repeats: int) -> float:
 
 def small_model(device: torch.device, **shape: int) -> GPT:
     torch.manual_seed(0)
-    sizes = {"n_layer": 4, "n_embd": 64, "n_head": 4, "n_kv_head": 4, "head_dim": 16, "n_hidden": 192} | shape
+    sizes = {"n_layer": 4, "n_embd": 64, "n_head": 4, "n_kv_head": 2, "head_dim": 16, "n_hidden": 192} | shape
     return GPT(GPTConfig(VOCAB_SIZE, **sizes)).to(device)
 
 

@@ -21,7 +21,8 @@ STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D")
 def read(name: str) -> dict:
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        raise runs.UserError(f"there is no {path.relative_to(runs.ROOT)}; python study.py {name} makes it")
+        maker = "bench.py --scaling" if name == "scaling" else f"study.py {name}"
+        raise runs.UserError(f"there is no {path}; python {maker} makes it")
     return json.loads(path.read_text())
 
 
@@ -70,9 +71,9 @@ def line(axis, x: list, seeds: list[list[float]], label: str, style: tuple[str, 
 
 
 def learning_curves() -> Path:
-    variants = read("rosd")["variants"]
+    variants = read("rosd-curves")["variants"]
     (home_axis, away_axis), save = figure(2, "Learning on add alone, tested while training")
-    for (name, entry), style in zip(list(variants.items())[:4], STYLES, strict=False):
+    for (name, entry), style in zip(variants.items(), STYLES, strict=False):
         curves = [seed["curve"] for seed in entry["seeds"].values()]
         steps = [point["step"] + 1 for point in curves[0]]
         home = entry["config"]["domain"]
@@ -87,7 +88,7 @@ def learning_curves() -> Path:
 
 
 def reflection_over_time() -> Path:
-    curves = [seed["curve"] for seed in read("rosd")["variants"]["ROSD"]["seeds"].values()]
+    curves = [seed["curve"] for seed in read("rosd-curves")["variants"]["ROSD"]["seeds"].values()]
     curves = [[p for p in curve if "error_position" in p] for curve in curves]
     steps = sorted(set.intersection(*({p["step"] for p in curve} for curve in curves)))
     curves = [[p for p in curve if p["step"] in steps] for curve in curves]
@@ -162,7 +163,7 @@ def scaling() -> Path:
 
 def main() -> None:
     for draw in (learning_curves, reflection_over_time, spectra, ablation_sweeps, scaling):
-        print(draw().relative_to(runs.ROOT))
+        print(draw())
 
 
 if __name__ == "__main__":
