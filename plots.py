@@ -122,7 +122,7 @@ def spectra() -> Path:
 
 
 def ablation_sweeps() -> Path:
-    collected = read("spd-ablations")
+    collected, sizes_too = read("spd-ablations"), read("spd-calibration")
     home = next(iter(collected["variants"].values()))["config"]["domain"]
     (ranks, sizes), save = figure(2, "What the base writes under projection, before any training")
     sweeps = [(ranks, "rank", loss, STYLES[i]) for i, loss in enumerate(("aligned", "full", "random"))]
@@ -131,7 +131,7 @@ def ablation_sweeps() -> Path:
     own = [100 * s["before"][home]["mean"] for s in next(iter(collected["variants"].values()))["seeds"].values()]
     for axis, field, loss, style in sweeps:
         points = {}
-        for entry in collected["variants"].values():
+        for entry in (sizes_too if field == "calibration_size" else collected)["variants"].values():
             config = entry["config"]
             kind = "random" if config["subspace"] == "random" else config["loss"]
             others = [f for f in default if f not in (field, "loss", "subspace", "seed", "out")]

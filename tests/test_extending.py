@@ -10,7 +10,8 @@ import pytest
 
 import runs
 
-TINY = ["--steps", "1", "--batch", "2", "--group", "2", "--eval-problems", "1", "--eval-samples", "1", "--no-baseline", "--threads", "1", "--out", "out"]
+TINY = ["--steps", "1", "--batch", "2", "--group", "2", "--eval-problems", "1", "--eval-samples", "1"]
+TINY += ["--no-baseline", "--threads", "1", "--out", "out"]
 ADDITIONS = {  # what: (file, line after which to add, the added line, the flags that use it)
     "domain": ("data/arithmetic.py", '    "long": (', '    "tiny": ("+", (2,)),', ["--domain", "tiny"]),
     "method": ("train_rosd.py", '    "opsd": (', '    "late": ("gold", "quote"),', ["--method", "late"]),
