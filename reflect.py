@@ -131,7 +131,7 @@ def teacher_prompt(context: str, problem: str, idea: str | None, solution: str |
 @dataclass(frozen=True)
 class Config:
     domain: str = option("mix", "domain of the problem", choices=tuple(DOMAINS))
-    seed: int = option(3, "which problem")
+    seed: int = option(6, "which problem")
     base: str = option(str(runs.BASE_CHECKPOINT), "checkpoint of the base model")
     html: str = option("", "write the X-ray of the whole group to this file, e.g. out/xray.html")
     rosd: str = option("out/rosd-add-seed0/model.pt", "X-ray: the student after ROSD, as train_rosd.py leaves it")

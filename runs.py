@@ -264,9 +264,11 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 
 def put_into_readme(name: str, text: str) -> None:
-    """Replace what stands in README.md between `<!-- table NAME -->` and the next `<!-- end -->`."""
-    path, begin, end = ROOT / "README.md", f"<!-- table {name} -->\n", "<!-- end -->"
-    if begin not in path.read_text():
-        raise UserError(f"README.md has no line <!-- table {name} -->; put one there with <!-- end --> below it")
-    before, rest = path.read_text().split(begin)
-    write_text(path, before + begin + text + "\n" + end + rest.split(end, 1)[1])
+    """Replace what stands between `<!-- table NAME -->` and the next `<!-- end -->`, in whichever README has it."""
+    begin, end = f"<!-- table {name} -->\n", "<!-- end -->"
+    for path in (ROOT / "README.md", ROOT / "results" / "README.md"):
+        if begin in path.read_text():
+            before, rest = path.read_text().split(begin)
+            write_text(path, before + begin + text + "\n" + end + rest.split(end, 1)[1])
+            return
+    raise UserError(f"no README.md has a line <!-- table {name} -->; put one there with <!-- end --> below it")

@@ -8,7 +8,7 @@ import pytest
 import runs
 import study
 
-README = (runs.ROOT / "README.md").read_text()
+README = (runs.ROOT / "README.md").read_text() + (runs.ROOT / "results" / "README.md").read_text()
 TABLES = [name for name in re.findall("<!-- table (.*) -->", README) if name in study.STUDIES]
 RESULTS = [path for name in study.STUDIES if (path := runs.ROOT / "results" / f"{name}.json").exists()]
 
