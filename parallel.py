@@ -41,12 +41,13 @@ def total(value: torch.Tensor) -> torch.Tensor:
 
 
 def sum_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Add up every process's gradients, in place."""
+    """Add up every process's gradients, in one message; those of a process that had nothing to learn from are 0."""
     if WORLD > 1:
-        for parameter in parameters:
-            if parameter.grad is None:  # this process had nothing to learn from
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
+        parameters = list(parameters)
+        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters])
+        dist.all_reduce(flat)
+        for parameter, grad in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = grad.view_as(parameter)
 
 
 def gather(items: list) -> list:

@@ -21,6 +21,7 @@ import random
 import re
 import zlib
 from dataclasses import dataclass
+from functools import lru_cache
 
 DOMAINS = {  # name: (operators, possible chain lengths)
     "add": ("+", (3, 4)),
@@ -40,9 +41,10 @@ def calculate(value: int, operator: str, operand: int) -> int:
     return {"+": value + operand, "-": value - operand, "*": value * operand}[operator] % 10
 
 
-def operations(chain: str) -> list[tuple[str, int]]:
+@lru_cache(maxsize=100_000)
+def operations(chain: str) -> tuple[tuple[str, int], ...]:
     """The (operator, operand) pairs of '3+8-5' or of its tail '+8-5'."""
-    return [(operator, int(digit)) for operator, digit in re.findall(r"([+\-*])(\d)", chain)]
+    return tuple((operator, int(digit)) for operator, digit in re.findall(r"([+\-*])(\d)", chain))
 
 
 def true_values(problem: str) -> list[int]:
@@ -96,7 +98,7 @@ class Author:
         todo, value, lines = operations(problem), int(problem[0]), []
         hurried = rng.random() < self.hurry
         while todo:
-            taken = todo[: rng.choice((2, 3)) if hurried else 1]
+            taken = list(todo[: rng.choice((2, 3)) if hurried else 1])
             todo = todo[len(taken) :]
             if rng.random() < self.misread:
                 taken[0] = (taken[0][0], rng.randint(1, 9))
