@@ -89,9 +89,7 @@ STUDIES = {
             f"{setting}, {name}": [*flags, "--mask", mask]
             for setting, flags, local in (
                 ("10 updates", ["--steps", "10"], "quote"),
-                ("teacher follows, EMA 0.1", ["--ema", "0.1"], "quote"),
                 ("teacher also holds the peer", ["--context", "both"], "quote"),
-                ("half of the ideas wrong", ["--spoil", "0.5"], "oracle"),
                 ("all ideas wrong", ["--spoil", "1"], "oracle"),
             )
             for name, mask in (("localized", local), ("whole", "whole"))
@@ -119,7 +117,15 @@ STUDIES = {
         {"SPD": []}
         | {f"{size} calibration examples": ["--calibration-size", str(size)] for size in (20, 50, 100, 200)}
         | {f"calibrated on {domain}": ["--calibration-domain", domain] for domain in ("sub", "mul", "mix")}
-        | {"keys only": ["--project", "k"], "values only": ["--project", "v"]},
+        | {"keys only": ["--project", "k"], "values only": ["--project", "v"]}
+        | {
+            f"values only, {size} calibration examples": ["--project", "v", "--calibration-size", str(size)]
+            for size in (20, 50, 100, 200)
+        }
+        | {
+            f"values only, calibrated on {domain}": ["--project", "v", "--calibration-domain", domain]
+            for domain in ("sub", "mul", "mix")
+        },
         seeds=(1, 2, 3, 4, 5),
         flags=GENERATION,
         against="base",
