@@ -218,7 +218,8 @@ def collect(name: str, study: Study, config: Config) -> dict:
             steps = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             seeds["curve"] = [{key: step[key] for key in CURVES if key in step} for step in steps if "tested" in step]
             entry["seeds"][str(seed)] = seeds
-            entry["config"] = json.loads(json.dumps(result["config"]).replace(f"{runs.ROOT}/", ""))  # no local path
+            settings = {name: value for name, value in result["config"].items() if name != "out"}
+            entry["config"] = settings | {"base": Path(settings["base"]).name}  # no path of this machine
     collected["summary"] = summarize(collected)
     return collected
 

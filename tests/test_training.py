@@ -101,6 +101,24 @@ def test_a_killed_run_resumes_to_the_very_same_metrics(tmp_path: Path) -> None:
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
+def test_a_killed_spd_run_resumes_to_the_very_same_weights(tmp_path: Path) -> None:
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    small = ["--prompts", "16", "--epochs", "5", "--batch", "8", "--calibration-size", "8", "--no-baseline"]
+    small += ["--eval-problems", "2", "--eval-samples", "2", "--threads", "1"]
+    command = [sys.executable, str(runs.ROOT / "train_spd.py"), *small, "--out"]
+    subprocess.run([*command, str(whole)], check=True, capture_output=True)
+    process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(killed.glob("*/state.pt")) and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not list(killed.glob("*/model.pt"))
+    subprocess.run([*command, str(killed), "--resume"], check=True, capture_output=True)
+    assert metrics(killed) == metrics(whole)
+    pairs = zip(weights(killed).values(), weights(whole).values(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+
+
 def test_resuming_with_other_settings_is_refused(base: str, tmp_path: Path) -> None:
     config = runs.parse_config(train_rosd.Config, "", [*SMALL, "--steps", "2", "--resume", "--out", str(tmp_path)])
     folder = runs.make_folder(tmp_path / runs.run_name(config))
