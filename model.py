@@ -222,6 +222,8 @@ def generate(
     batch. Row i draws its token at step t by inverting the cumulative distribution at the t-th uniform number of its
     own, so neither padding nor the other rows change what it samples; the generator is a CPU one on every device.
     """
+    if not prompts:
+        return []
     device, longest = model.device, max(map(len, prompts))
     tokens = torch.tensor([[stop] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     real = torch.arange(longest) >= longest - torch.tensor([len(prompt) for prompt in prompts])[:, None]

@@ -128,7 +128,6 @@ def ablation_sweeps() -> Path:
     sweeps = [(ranks, "rank", loss, STYLES[i]) for i, loss in enumerate(("aligned", "full", "random"))]
     sweeps.append((sizes, "calibration_size", "aligned", STYLES[0]))
     default = next(iter(collected["variants"].values()))["config"]
-    own = [100 * s["before"][home]["mean"] for s in next(iter(collected["variants"].values()))["seeds"].values()]
     for axis, field, loss, style in sweeps:
         points = {}
         for entry in (sizes_too if field == "calibration_size" else collected)["variants"].values():
@@ -140,7 +139,9 @@ def ablation_sweeps() -> Path:
                 points[x] = [100 * seed["after"][home]["mean"] for seed in entry["seeds"].values()]
         x = sorted(points)
         line(axis, x, [list(row) for row in zip(*(points[value] for value in x), strict=True)], loss, style)
-    for axis in (ranks, sizes):
+    for axis, source in ((ranks, collected), (sizes, sizes_too)):
+        seeds = next(iter(source["variants"].values()))["seeds"].values()
+        own = [100 * seed["before"][home]["mean"] for seed in seeds]
         axis.axhline(np.mean(own), color="#7f868d", linestyle="--", label="no projection")
         axis.set(ylabel="accuracy, %", ylim=(0, 102))
     ranks.set(title="rank", xlabel="rank, % of the dimensions")

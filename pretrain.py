@@ -154,7 +154,7 @@ def measure(model: GPT, domain: str = "mix", count: int = 200, seed: int = 0) ->
         "plain": sum(rollout.verdict.correct for rollout in rollouts) / len(rollouts),
         "with a hint": accuracy("hint", [hint_prompt(p, rng.choice(true_steps(p))) for p in problems]),
         "with a reference": accuracy("reference", [solution_prompt(p, golden_solution(p)) for p in problems]),
-        "first error quoted": exact / len(wrong),
+        "first error quoted": exact / max(1, len(wrong)),
     }
 
 

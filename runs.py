@@ -125,7 +125,7 @@ def make_folder(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
         (path / ".probe").touch()
-        (path / ".probe").unlink()
+        (path / ".probe").unlink(missing_ok=True)  # another process may have been faster
     except OSError as error:
         raise UserError(f"cannot write to {path} ({error.strerror}); choose another folder with --out") from error
     return path
@@ -213,8 +213,9 @@ def run_name(config: Any) -> str:
 def same_config(saved: dict, config: Any, path: Path) -> None:
     """UserError where a run that is to be resumed was started with other settings."""
     now = json.loads(json.dumps(dataclasses.asdict(config)))  # as a results file holds it: lists for tuples
-    saved = json.loads(json.dumps(saved))
-    other = [name for name in now if name not in ("resume", "threads") and saved.get(name) != now[name]]
+    fresh = {field.name: field.default for field in dataclasses.fields(config)}  # of a field added since
+    saved = json.loads(json.dumps(fresh | saved))
+    other = [name for name in now if name not in ("resume", "threads") and saved[name] != now[name]]
     if other:
         raise UserError(
             f"{path} was started with another {', '.join(other)}; give the same flags, or leave out --resume"
@@ -263,12 +264,12 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join([line(header), "|" + "|".join("-" * (width + 2) for width in widths) + "|", *map(line, rows)])
 
 
-def put_into_readme(name: str, text: str) -> None:
-    """Replace what stands between `<!-- table NAME -->` and the next `<!-- end -->`, in whichever README has it."""
+def put_into_readme(name: str, text: str) -> bool:
+    """Replace what stands between `<!-- table NAME -->` and the next `<!-- end -->`; False where no README has it."""
     begin, end = f"<!-- table {name} -->\n", "<!-- end -->"
     for path in (ROOT / "README.md", ROOT / "results" / "README.md"):
         if begin in path.read_text():
             before, rest = path.read_text().split(begin)
             write_text(path, before + begin + text + "\n" + end + rest.split(end, 1)[1])
-            return
-    raise UserError(f"no README.md has a line <!-- table {name} -->; put one there with <!-- end --> below it")
+            return True
+    return False

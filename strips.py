@@ -89,8 +89,10 @@ def section(heading: str, text: str, parts: list[str]) -> str:
 
 def page(title: str, intro: str, sections: list[str]) -> str:
     """One HTML file that needs no network: style and script are within."""
+    views = ",".join(f'.switch:has(> .choices input[value="{i}"]:checked) > .view[data-view="{i}"]' for i in range(64))
     return (
-        PAGE.replace("{title}", html.escape(title))
+        PAGE.replace("{views}", views)
+        .replace("{title}", html.escape(title))
         .replace("{intro}", prose(intro))
         .replace("{body}", "".join(sections))
     )
@@ -133,9 +135,7 @@ p { max-width: 46rem; margin: 0.4rem 0; } code, .tokens { font-family: ui-monosp
 .token:focus-visible, .token.shown { outline: 2px solid #0969da; outline-offset: 0; }
 .columns { display: grid; gap: 0 2rem; grid-template-columns: repeat(auto-fit, minmax(min(22rem, 100%), 1fr)); }
 .choices { display: flex; gap: 1rem; flex-wrap: wrap; margin: 0.4rem 0; } .view { display: none; }
-.switch:has(> .choices input[value="0"]:checked) > .view[data-view="0"],
-.switch:has(> .choices input[value="1"]:checked) > .view[data-view="1"],
-.switch:has(> .choices input[value="2"]:checked) > .view[data-view="2"] { display: block; }
+{views} { display: block; }
 figure { margin: 0.4rem 0; } .spectrum svg { width: 100%; max-width: 22rem; height: auto; }
 .kept { fill: rgb(var(--hot)); } .cut { fill: var(--cut); }
 #panel { position: fixed; inset: auto 0 0 0; background: var(--paper); border-top: 1px solid var(--line);

@@ -288,7 +288,7 @@ def main() -> None:
 
     problem = make_problem(config.domain, random.Random(f"prompt {config.seed}"), test=True)
     kept = {place: G for place, G in gradients.items() if place[0] in chosen}
-    projectors = make_projectors(kept, config.rank, config.coordinate, model.config.n_kv_head)
+    projectors = make_projectors(kept, config.rank, config.coordinate, model.config.n_kv_head, seed=config.seed)
     print(f"\nproblem   {problem}\nsolution  {golden_solution(problem)}")
     answers = {}
     for name, active in (("without", {}), ("with", projectors)):

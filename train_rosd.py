@@ -2,9 +2,8 @@
 
     python train_rosd.py                                   ROSD, then SDPO from the same base, then the table of both
     python train_rosd.py --method grpo --no-baseline       any other method by itself
-    python train_rosd.py --mask whole                      ROSD without localization
+    python train_rosd.py --mask whole                      ROSD without localization (--mask oracle: a perfect one)
     python train_rosd.py --context peer                    ROSD without reflection
-    python train_rosd.py --mask oracle                     ROSD with the verifier's true first error
 
 One step: the student samples G rollouts a problem; the verifier scores them; the frozen base, as reflector, quotes each
 wrong rollout's first error and says what belongs there; the frozen base, as teacher, reads that idea and the student's
@@ -275,14 +274,8 @@ def train(config: Config, before: dict | None = None) -> dict:
     before = before or evaluate(student, tuple(DOMAINS) if parallel.FIRST else (), **scale)
 
     steps = range(len(history), config.steps)
-    progress = tqdm(
-        steps,
-        initial=len(history),
-        total=config.steps,
-        desc=folder.name,
-        disable=not parallel.FIRST,
-        dynamic_ncols=True,
-    )
+    bar = {"desc": folder.name, "disable": not parallel.FIRST, "dynamic_ncols": True}
+    progress = tqdm(steps, initial=len(history), total=config.steps, **bar)
     for step in progress:
         began = time.time()
         rng = random.Random(f"problems {config.seed} {step}")
@@ -295,7 +288,9 @@ def train(config: Config, before: dict | None = None) -> dict:
             with project_kv(teacher, projectors if config.project == "teacher" else {}):
                 loss = update(student, teacher, optimizer, lessons, config, step)
         except FloatingPointError as error:
-            runs.write_json(folder / "bad_batch.json", [asdict(lesson) for lesson in lessons])
+            batch = parallel.gather([asdict(lesson) for lesson in lessons])
+            if parallel.FIRST:
+                runs.write_json(folder / "bad_batch.json", batch)
             raise runs.UserError(
                 f"{error}; its batch is in {folder}/bad_batch.json, try a lower --learning-rate"
             ) from error
@@ -337,6 +332,8 @@ def main() -> None:
         torch.set_num_threads(config.threads)
     if config.method == "grpo" and (config.context or config.mask):
         raise runs.UserError("--method grpo has no teacher and no mask; leave out --context and --mask")
+    if config.compile and config.project != "none":
+        raise runs.UserError("what --compile makes would not notice the hooks of --project; leave one of them out")
     results = [train(config)]
     if config.baseline and config.method != "sdpo":
         baseline = replace(config, method="sdpo", context="", mask="")

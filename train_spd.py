@@ -6,7 +6,8 @@
 
 No teacher, no verifier, no reward: (1) calibrate: SVD of the gradients of the correctness-aligned loss gives a subspace
 of keys and values; (2) generate one raw completion a training prompt with keys and values projected into it; (3) remove
-the projection and fine-tune the original weights on prompt + completion. Nothing is filtered, inference is unprojected.
+the projection and fine-tune the original weights on the completions (the paper: on prompt + completion; --help says
+why). Nothing is filtered, inference is unprojected.
 """
 
 import math
@@ -139,6 +140,9 @@ def finetune(model: GPT, state: dict, config: Config, folder: Path, save: Callab
         for parameter, saved in zip(trained, state["trained"], strict=True):
             parameter.data.copy_(saved)
     updates = math.ceil(len(state["pairs"]) / config.batch)  # an epoch
+    if config.compile:  # not before: what is compiled would not notice the hooks of the projection
+        for block in model.blocks:
+            block.compile()
     model.train()
     for epoch in range(state["epoch"], config.epochs):
         torch.manual_seed(zlib.crc32(f"{key} {epoch}".encode()))  # of dropout
@@ -155,7 +159,8 @@ def finetune(model: GPT, state: dict, config: Config, folder: Path, save: Callab
                 loss = next_token_loss(model, parallel.share(pairs), config.completion_only)
             whole_loss = parallel.total(loss)
             if not whole_loss.isfinite():
-                runs.write_json(folder / "bad_batch.json", pairs)
+                if parallel.FIRST:
+                    runs.write_json(folder / "bad_batch.json", pairs)
                 where = f"the loss is {whole_loss.item()} in epoch {epoch + 1}; its batch is in {folder}/bad_batch.json"
                 raise runs.UserError(f"{where}, try a lower --learning-rate")
             optimizer.zero_grad()
@@ -196,9 +201,6 @@ def train(config: Config, before: dict | None = None) -> dict:
     state.setdefault("settings", asdict(config))
     domains = tuple(DOMAINS) if config.epochs and parallel.FIRST else ()  # without fine-tuning no before and after
     home = (config.domain,) if parallel.FIRST else ()
-    if config.compile:
-        for block in model.blocks:
-            block.compile()
     if "before" not in state:
         state["before"] = before or evaluate(model, domains, **scale)
     if "own" not in state:  # the base's own generation, at the temperature of this method
@@ -211,7 +213,7 @@ def train(config: Config, before: dict | None = None) -> dict:
 
     while len(state["rounds"]) < config.rounds:
         if state["pairs"] is None:
-            projectors = calibrate(model, examples, *subspace_flags) if projected else {}
+            projectors = calibrate(model, examples, *subspace_flags, config.seed) if projected else {}
             with project_kv(model, projectors, config.coordinate):
                 state["generation"] = evaluate(model, home, **scale | sampling)
                 state["pairs"] = self_generate(model, config, len(state["rounds"]))

@@ -78,7 +78,7 @@ def worked_example(model: GPT, rollout: Rollout, peer: str, colour: bool) -> str
     ]
     if reflection.idea is None:
         return "\n".join([*lines, "The reflection is malformed: this rollout is left out of the loss."])
-    reading = Reading(hint_prompt(rollout.problem, reflection.idea), k or 0, reflection.quote)
+    reading = Reading(hint_prompt(rollout.problem, reflection.idea), k or 0, None if k is None else reflection.quote)
     tokens = reading.tokens(rollout, model, model)
     return "\n".join([*lines, f"D, before training   {strips.terminal(tokens, colour)}", "", *map(describe, tokens)])
 
@@ -96,10 +96,11 @@ def reflection_page(base: GPT, students: dict[str, GPT], group: list[Rollout], p
         badge, count = "right" if rollout.verdict.correct else "wrong", texts.count(rollout.text)
         written = reflection_text(base, rollout, peer)
         reflection = parse_reflection(written)
-        k = locate(reflection.quote, pieces(rollout.tokens)) or 0
+        found = locate(reflection.quote, pieces(rollout.tokens))
+        k = found or 0
         readings = {"sdpo": (Reading(solution_prompt(problem, peer), 0), f"The teacher holds `{peer}`")}
         if reflection.idea is not None:
-            reading = Reading(hint_prompt(problem, reflection.idea), k, reflection.quote)
+            reading = Reading(hint_prompt(problem, reflection.idea), k, None if found is None else reflection.quote)
             readings = {"rosd": (reading, f"The reflector writes `{written}`, so k = {k}")} | readings
         for view, shown in views.items():
             trained = students if view == "after training" else {}
