@@ -146,6 +146,8 @@ def ablation_sweeps() -> Path:
         axis.set(ylabel="accuracy, %", ylim=(0, 102))
     ranks.set(title="rank", xlabel="rank, % of the dimensions")
     sizes.set(title="calibration examples", xlabel="number", xscale="log")
+    sizes.minorticks_off()
+    sizes.set_xticks([20, 50, 100, 200, 500], ["20", "50", "100", "200", "500"])
     ranks.legend(fontsize=9)
     return save("spd")
 
