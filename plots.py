@@ -166,7 +166,10 @@ def scaling() -> Path:
 
 def main() -> None:
     for draw in (learning_curves, reflection_over_time, spectra, ablation_sweeps, scaling):
-        print(draw())
+        try:
+            print(draw())
+        except runs.UserError as error:
+            print(error)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import pytest
 import plots
 import runs
 
-PICTURES = [plots.learning_curves, plots.reflection_over_time, plots.spectra, plots.ablation_sweeps, plots.scaling]
+PICTURES = [plots.learning_curves, plots.reflection_over_time, plots.spectra, plots.ablation_sweeps]
 
 
 @pytest.mark.parametrize("draw", PICTURES, ids=lambda draw: draw.__name__)
