@@ -20,7 +20,7 @@ from data.arithmetic import make_problem
 from data.documents import hint_prompt
 from data.tokenizer import END, VOCAB_SIZE, encode
 from model import GPT, GPTConfig, generate, response_logprobs
-from pretrain import batches, response_loss
+from pretrain import batches, next_token_loss
 from reflect import reflect, sample_rollouts
 from runs import option
 from subspace import calibrate, calibration_set
@@ -123,7 +123,7 @@ def training(config: Config, device: torch.device) -> list[list[str]]:
     plain = [shuffled[i : i + 64] for i in range(0, len(shuffled), 64)]
     ordered = sorted(documents, key=lambda document: len(document[0]) + len(document[1]))
     by_length = [ordered[i : i + 64] for i in range(0, len(ordered), 64)]
-    ours = real / seconds(lambda: epoch(model, by_length, response_loss), config.repeats)
+    ours = real / seconds(lambda: epoch(model, by_length, next_token_loss), config.repeats)
     theirs = real / seconds(lambda: epoch(other, plain, their_loss), config.repeats)
     weights = sum(p.numel() for p in model.parameters())
     a = torch.randn(1024, 1024, device=device)
@@ -181,7 +181,7 @@ def scaling(config: Config, device: torch.device) -> list[dict]:
         pairs = [([1] * (length // 2), [2] * (length // 2)) for _ in range(batch)]
 
         def update(m: GPT = model, p: list = pairs) -> None:
-            response_loss(m, p).backward()
+            next_token_loss(m, p).backward()
             m.zero_grad()
 
         learn = seconds(update, 1)

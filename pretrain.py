@@ -3,7 +3,7 @@
     python pretrain.py                 rebuilds data/base.pt, the checkpoint that ships with this repository
     python pretrain.py --check-only    only measures the accuracies of the checkpoint at --out
 
-    torchrun --standalone --nproc_per_node=2 pretrain.py    the same in two processes: the fastest on two cores
+    torchrun --standalone --nproc_per_node=2 pretrain.py    the same in two processes
 
 Next-token loss on the responses of four kinds of documents (data/documents.py). Muon trains the matrices: here it
 reaches in 400 steps what AdamW reaches in well over 1,000; AdamW trains the embedding and the norms.
@@ -64,16 +64,18 @@ def batches(size: int, rng: random.Random) -> Iterator[list[Document]]:
         yield from chunks
 
 
-def response_loss(model: GPT, batch: list[Document]) -> torch.Tensor:
-    """Mean next-token loss over the responses of a batch of (prompt, response).
+def next_token_loss(model: GPT, pairs: list[Document], completion_only: bool = True) -> torch.Tensor:
+    """Mean next-token loss over the completions of (prompt, completion) pairs, or over both.
 
-    Of several processes each has a share of the batch; the mean is over the tokens of all, and so their losses add up.
+    Of several processes each has a share of the pairs; the mean is over the tokens of all, and so their losses add up.
     """
-    width = max(len(prompt) + len(response) for prompt, response in batch)
-    tokens, targets = torch.full((len(batch), width), END), torch.full((len(batch), width), -100)
-    for i, (prompt, response) in enumerate(batch):
-        tokens[i, : len(prompt) + len(response)] = torch.tensor(prompt + response)
-        targets[i, len(prompt) : len(prompt) + len(response)] = torch.tensor(response)
+    width = max(len(prompt) + len(completion) for prompt, completion in pairs)
+    tokens, targets = torch.full((len(pairs), width), END), torch.full((len(pairs), width), -100)  # (B, T)
+    for i, (prompt, completion) in enumerate(pairs):
+        row = torch.tensor(prompt + completion)
+        first = len(prompt) if completion_only else 0
+        tokens[i, : len(row)] = row
+        targets[i, first : len(row)] = row[first:]
     logits = model(tokens[:, :-1].to(model.device))  # (B, T - 1, V)
     targets = targets[:, 1:].flatten().to(model.device)
     count = parallel.total((targets != -100).sum())
@@ -113,7 +115,7 @@ def pretrain(config: Config) -> GPT:
         dynamic_ncols=True,
     )
     for step, batch in progress:
-        loss = response_loss(model, parallel.share(batch))
+        loss = next_token_loss(model, parallel.share(batch))
         loss.backward()
         parallel.sum_gradients(model.parameters())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

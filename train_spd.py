@@ -21,7 +21,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import parallel
@@ -32,6 +31,7 @@ from data.tokenizer import END, encode
 from evaluate import evaluate
 from lora import add_lora, merge_lora
 from model import GPT, generate
+from pretrain import next_token_loss
 from runs import option
 from subspace import (
     COORDINATES,
@@ -106,25 +106,6 @@ def self_generate(model: GPT, config: Config, round: int) -> list[Pair]:
         model, prompts, BUDGET, END, 1, sampling_temperature(config), config.top_k, config.top_p, generator
     )
     return parallel.gather(list(zip(prompts, completions, strict=True)))
-
-
-def next_token_loss(model: GPT, pairs: list[Pair], completion_only: bool) -> torch.Tensor:
-    """Mean next-token loss over prompt + completion, or over the completion alone.
-
-    Of several processes each has a share of the pairs; the mean is over the tokens of all, and so their losses add up.
-    """
-    width = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    tokens = torch.full((len(pairs), width), END)  # (B, T)
-    targets = torch.full((len(pairs), width), -100)
-    for i, (prompt, completion) in enumerate(pairs):
-        row = torch.tensor(prompt + completion)
-        first = len(prompt) if completion_only else 0
-        tokens[i, : len(row)] = row
-        targets[i, first : len(row)] = row[first:]
-    logits = model(tokens[:, :-1].to(model.device))  # (B, T - 1, V)
-    targets = targets[:, 1:].flatten().to(model.device)
-    count = parallel.total((targets != -100).sum())
-    return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100, reduction="sum") / count
 
 
 def finetune(model: GPT, state: dict, config: Config, folder: Path, save: Callable[[], None]) -> None:
