@@ -62,7 +62,7 @@ STUDIES = {
             for domain in ("sub", "mul", "mix", "long")
             for method in ("rosd", "sdpo", "opsd", "grpo")
         },
-        seeds=(0, 1),
+        seeds=(0, 1, 2),
         flags=SHORT,
     ),
     "rosd-curves": Study(
