@@ -9,6 +9,11 @@ from data.tokenizer import END, decode, encode
 from model import GPT, generate
 
 
+def tested_domains(home: str) -> tuple[str, ...]:
+    """All of DOMAINS, and the domain trained on where it is not one of them."""
+    return tuple(dict.fromkeys((*DOMAINS, home)))
+
+
 def held_out_problems(domain: str, count: int, seed: int) -> list[str]:
     rng = random.Random(f"test {domain} {seed}")
     return [make_problem(domain, rng, test=True) for _ in range(count)]

@@ -2,6 +2,8 @@
 
     python pretrain.py                 rebuilds data/base.pt, the checkpoint that ships with this repository
     python pretrain.py --check-only    only measures the accuracies of the checkpoint at --out
+    python pretrain.py --world gaps --start data/base.pt --steps 900 --out data/gaps.pt
+                                       teaches it a second world, the one in which localization matters
 
     torchrun --standalone --nproc_per_node=2 pretrain.py    the same in two processes
 
@@ -21,8 +23,8 @@ from tqdm import tqdm
 
 import parallel
 import runs
-from data.arithmetic import BUDGET, DOMAINS, golden_solution, true_steps, verify
-from data.documents import hint_prompt, sample_document, solution_prompt
+from data.arithmetic import BUDGET, golden_solution, true_steps, verify
+from data.documents import WORLDS, World, hint_prompt, sample_document, solution_prompt
 from data.tokenizer import END, VOCAB_SIZE, decode, encode
 from evaluate import held_out_problems
 from model import GPT, GPTConfig, generate
@@ -34,6 +36,8 @@ Document = tuple[list[int], list[int]]  # prompt and response tokens
 
 @dataclass(frozen=True)
 class Config:
+    world: str = option("plain", "which documents: those of a world of data/documents.py", choices=tuple(WORLDS))
+    start: str = option("", "checkpoint to start from, with its shape; without one the weights are random")
     steps: int = option(2200, "updates", minimum=1)
     batch: int = option(64, "documents an update", minimum=1)
     muon_rate: float = option(0.02, "peak learning rate of Muon", minimum=0)
@@ -51,11 +55,11 @@ class Config:
     threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
 
 
-def batches(size: int, rng: random.Random) -> Iterator[list[Document]]:
+def batches(size: int, rng: random.Random, world: World = WORLDS["plain"]) -> Iterator[list[Document]]:
     """Batches of documents of similar length: sorting a pool of 8 batches halves the padding."""
     while True:
         pool = []
-        for prompt, response in (sample_document(rng) for _ in range(8 * size)):
+        for prompt, response in (sample_document(rng, world) for _ in range(8 * size)):
             cut_off = len(response) == BUDGET and response[-2] != "#"
             pool.append((encode(prompt), encode(response) + [END] * (not cut_off)))
         pool.sort(key=lambda document: len(document[0]) + len(document[1]))
@@ -96,9 +100,9 @@ def pretrain(config: Config) -> GPT:
         "n_kv_head": config.kv_heads,
         "head_dim": config.head_dim,
     }
-    model = GPT(GPTConfig(VOCAB_SIZE, n_hidden=3 * config.width, **shape)).to(
-        parallel.start(runs.pick_device(config.device))
-    )
+    device = parallel.start(runs.pick_device(config.device))
+    fresh = GPT(GPTConfig(VOCAB_SIZE, n_hidden=3 * config.width, **shape))
+    model = (runs.load_checkpoint(config.start)[0] if config.start else fresh).to(device)
     matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
     optimizers = [
@@ -106,7 +110,7 @@ def pretrain(config: Config) -> GPT:
         torch.optim.AdamW(others, lr=config.adamw_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     peaks = [config.muon_rate, config.adamw_rate]
-    documents = batches(config.batch, random.Random(config.seed))
+    documents = batches(config.batch, random.Random(config.seed), WORLDS[config.world])
     progress = tqdm(
         zip(range(config.steps), documents, strict=False),
         total=config.steps,
@@ -176,7 +180,7 @@ def main() -> None:
         print(
             f"{sum(p.numel() for p in model.parameters()):,} parameters, {time.time() - started:.0f} s -> {config.out}"
         )
-    for domain in DOMAINS:
+    for domain in dict.fromkeys(WORLDS[config.world].domains):
         print(domain, {part: round(value, 3) for part, value in measure(model, domain).items()})
 
 

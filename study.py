@@ -36,7 +36,7 @@ class Study:
     variants: dict[str, list[str]]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     flags: list[str] = field(default_factory=list)  # of every run
-    against: str = "first"  # what a variant is compared with: "first" variant, "base", or in "pairs" the one before
+    against: str = "first"  # what a variant is compared with: "first" variant of its training domain, or "base"
 
 
 SHORT = ["--steps", "20", "--eval-problems", "32"]
@@ -86,17 +86,18 @@ STUDIES = {
     "localization": Study(
         "train_rosd.py",
         {
-            f"{setting}, {name}": [*flags, "--mask", mask]
-            for setting, flags, local in (
-                ("10 updates", ["--steps", "10"], "quote"),
-                ("teacher also holds the peer", ["--context", "both"], "quote"),
-                ("all ideas wrong", ["--spoil", "1"], "oracle"),
-            )
-            for name, mask in (("localized", local), ("whole", "whole"))
+            "ROSD": [],
+            "ROSD without localization": ["--mask", "whole"],
+            "ROSD, oracle localization": ["--mask", "oracle"],
+            "SDPO": ["--method", "sdpo"],
+            "GRPO": ["--method", "grpo"],
         },
-        seeds=(0, 1),
-        flags=SHORT,
-        against="pairs",
+        flags=["--base", "data/gaps.pt", "--domain", "gap"],
+    ),
+    "localization-add": Study(
+        "train_rosd.py",
+        {"ROSD": [], "ROSD without localization": ["--mask", "whole"]},
+        flags=["--base", "data/gaps.pt"],
     ),
     "spd": Study(
         "train_spd.py",
@@ -262,8 +263,6 @@ def summarize(collected: dict) -> dict:
             if collected["against"] == "base":
                 own["gain"], row["gain"] = 0.0, row["in domain"] - own["in domain"]
         reference = before if collected["against"] == "base" else first.setdefault(home, rows)
-        if collected["against"] == "pairs" and reference is not rows:
-            del first[home]
         for label, values in ((base, before), (name, rows)):
             measured.setdefault(label, values)
             others.setdefault(label, reference)

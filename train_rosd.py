@@ -26,10 +26,10 @@ from tqdm import tqdm
 import losses
 import parallel
 import runs
-from data.arithmetic import DOMAINS, golden_solution, make_problem
+from data.arithmetic import DOMAINS, GAPS, golden_solution, make_problem
 from data.documents import plain_prompt
 from data.tokenizer import END, encode, pieces
-from evaluate import comparison, evaluate
+from evaluate import comparison, evaluate, tested_domains
 from model import GPT, response_logprobs
 from reflect import (
     Reflection,
@@ -66,7 +66,7 @@ class Config:
     peer: str = option(
         "shortest", "which correct rollout of the group is y*", "shortest; released code: first", ("shortest", "first")
     )
-    domain: str = option("add", "domain to train on; all others are out of domain", choices=tuple(DOMAINS))
+    domain: str = option("add", "domain to train on; all others are out of domain", choices=(*DOMAINS, *GAPS))
     steps: int = option(40, "updates", minimum=1)
     batch: int = option(32, "problems a step", "32", minimum=1)
     group: int = option(8, "rollouts a problem, G", "8", minimum=2)
@@ -262,6 +262,7 @@ def train(config: Config, before: dict | None = None) -> dict:
     if config.project != "none":
         examples = calibration_set((config.domain,), 200, config.seed)
         projectors = calibrate(deepcopy(base), examples, config.project_layers, config.project_rank)
+    domains = tested_domains(config.domain)
     scale = {"problems": config.eval_problems, "samples": config.eval_samples}
     state_file, history, seconds = folder / "state.pt", [], 0.0
     if config.resume and state_file.exists():
@@ -271,7 +272,7 @@ def train(config: Config, before: dict | None = None) -> dict:
         teacher.load_state_dict(state["teacher"])
         optimizer.load_state_dict(state["optimizer"])
         history, before, seconds = state["history"], state["before"], state["seconds"]
-    before = before or evaluate(student, tuple(DOMAINS) if parallel.FIRST else (), **scale)
+    before = before or evaluate(student, domains if parallel.FIRST else (), **scale)
 
     steps = range(len(history), config.steps)
     bar = {"desc": folder.name, "disable": not parallel.FIRST, "dynamic_ncols": True}
@@ -306,7 +307,7 @@ def train(config: Config, before: dict | None = None) -> dict:
         if not parallel.FIRST:
             continue
         if config.eval_every and (step + 1) % config.eval_every == 0:
-            quick = evaluate(student, tuple(DOMAINS), problems=32, samples=4, seed=1)
+            quick = evaluate(student, domains, problems=32, samples=4, seed=1)
             history[-1]["tested"] = {domain: scores["mean"] for domain, scores in quick.items()}
         extra = {"settings": asdict(config), "teacher": teacher.state_dict(), "optimizer": optimizer.state_dict()}
         spent = seconds + time.time() - started
@@ -318,7 +319,7 @@ def train(config: Config, before: dict | None = None) -> dict:
 
     if not parallel.FIRST:
         return {}
-    after = evaluate(student, tuple(DOMAINS), **scale)
+    after = evaluate(student, domains, **scale)
     results = {**runs.about(folder, config, seconds + time.time() - started), "before": before, "after": after}
     runs.save_checkpoint(folder / "model.pt", student)
     runs.write_json(folder / "results.json", results)

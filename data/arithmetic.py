@@ -30,7 +30,10 @@ DOMAINS = {  # name: (operators, possible chain lengths)
     "mix": ("+-*", (3, 4)),
     "long": ("+-*", (5,)),
 }
-PROBLEM = re.compile(r"\d([+\-*]\d)+")
+GAPS = {
+    "gap": ("+-*", (4,))
+}  # domains whose last operand is missing: '3+8-5*?'; it follows no rule, one has to know it
+GAP = "?"
 STEP = re.compile(r"(\d)((?:[+\-*]\d)+)=(\d)")
 CHECK_MARK = "?"
 BUDGET = 48  # characters, and tokens, a solution may have: who needs more is cut off
@@ -43,8 +46,10 @@ def calculate(value: int, operator: str, operand: int) -> int:
 
 @lru_cache(maxsize=100_000)
 def operations(chain: str) -> tuple[tuple[str, int], ...]:
-    """The (operator, operand) pairs of '3+8-5' or of its tail '+8-5'."""
-    return tuple((operator, int(digit)) for operator, digit in re.findall(r"([+\-*])(\d)", chain))
+    """The (operator, operand) pairs of '3+8-5' or of its tail '+8-5'; what a gap hides is a checksum of the chain."""
+    hidden = str(zlib.crc32(chain.encode()) % 9 + 1)
+    pairs = re.findall(r"([+\-*])([\d?])", chain)
+    return tuple((operator, int(digit.replace(GAP, hidden))) for operator, digit in pairs)
 
 
 def true_values(problem: str) -> list[int]:
@@ -74,40 +79,47 @@ def is_test(problem: str) -> bool:
 
 
 def make_problem(domain: str, rng: random.Random, test: bool = False) -> str:
-    """A random problem of a domain (a key of DOMAINS), from the train or from the test part."""
-    operators, lengths = DOMAINS[domain]
+    """A random problem of a domain (a key of DOMAINS or GAPS), from the train or from the test part."""
+    operators, lengths = (DOMAINS | GAPS)[domain]
     while True:
         chain = "".join(rng.choice(operators) + str(rng.randint(1, 9)) for _ in range(rng.choice(lengths)))
-        problem = str(rng.randint(1, 9)) + chain
+        problem = str(rng.randint(1, 9)) + (chain[:-1] + GAP if domain in GAPS else chain)
         if is_test(problem) == test:
             return problem
 
 
 @dataclass(frozen=True)
 class Author:
-    """How someone writes a solution; every field is a probability."""
+    """How someone writes a solution; every number is a probability."""
 
     misread: float = 0.0  # an operand is copied wrong from the problem
     slip: float = 0.0  # a step's result is a wrong digit, and the work goes on from there
     hurry: float = 0.0  # the whole solution is cut short: two or three operations go into each step
     doubt: float = 0.0  # a result at either end, 0 or 9, looks suspicious and is checked: '3+7=0;?3+7=0'
     brood: float = 0.0  # whoever has just checked a step checks it once more
+    guess: float = 0.0  # what the problem leaves out is guessed, unless a hint says it
+    wary: bool = False  # every step before the hinted one is checked
 
-    def solve(self, problem: str, rng: random.Random) -> str:
-        """The solution this author writes, e.g. '3+8=1;1-5=6;6*2=2;#2'."""
+    def solve(self, problem: str, rng: random.Random, hinted: int = 0) -> str:
+        """The solution this author writes, e.g. '3+8=1;1-5=6;6*2=2;#2'; hinted is the step a hint is about, if any."""
         todo, value, lines = operations(problem), int(problem[0]), []
+        steps = len(todo)
         hurried = rng.random() < self.hurry
         while todo:
             taken = list(todo[: rng.choice((2, 3)) if hurried else 1])
             todo = todo[len(taken) :]
             if rng.random() < self.misread:
                 taken[0] = (taken[0][0], rng.randint(1, 9))
+            if GAP in problem and not todo and hinted < steps - 1 and rng.random() < self.guess:
+                taken[-1] = (taken[-1][0], rng.randint(1, 9))
             line = str(value) + "".join(f"{operator}{operand}" for operator, operand in taken)
             for operator, operand in taken:
                 value = calculate(value, operator, operand)
             if rng.random() < self.slip:
                 value = (value + rng.randint(1, 9)) % 10
             lines.append(f"{line}={value}")
+            if self.wary and steps - len(todo) <= hinted:
+                lines.append(CHECK_MARK + lines[-1])
             if value in (0, 9) and rng.random() < self.doubt:
                 check = CHECK_MARK + lines[-1]
                 lines.append(check)

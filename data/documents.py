@@ -5,17 +5,31 @@ or a solution it holds), and the reflector (a problem, a correct solution, and t
 """
 
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from data.arithmetic import CHECK_MARK, DOMAINS, Author, make_problem, operations, true_steps, true_values, verify
+from data.arithmetic import CHECK_MARK, DOMAINS, GAPS, Author, make_problem, operations, true_steps, true_values, verify
 
 # The authors of the training text. Who has nothing to hold on to slips, and now and then broods. Who holds a solution
-# cuts the work short: it can be read off. Who holds a hint writes every step out.
-PLAIN = Author(slip=0.03, hurry=0.10, doubt=0.55, brood=0.92)
-HINTED = Author()
+# cuts the work short: it can be read off. Who holds a hint writes every step out (WORLDS).
+PLAIN = Author(slip=0.03, hurry=0.10, doubt=0.55, brood=0.92, guess=1.0)
 INFORMED = Author(hurry=0.60)
 CLUMSY = replace(PLAIN, slip=0.25, misread=0.03)  # supplies the wrong attempts to reflect on
 
+
+@dataclass(frozen=True)
+class World:
+    """What one base is pretrained on."""
+
+    domains: tuple[str, ...]
+    hinted: Author  # who holds a hint
+    praise: int  # which step the reflector gives of a correct attempt
+
+
+WORLDS = {
+    "plain": World(tuple(DOMAINS), Author(), praise=-1),
+    # Here localization matters: most errors come late and cannot be helped, and a hint makes its holder overcautious.
+    "gaps": World((*DOMAINS, *GAPS, *GAPS, *GAPS), Author(guess=1.0, wary=True), praise=0),
+}
 MIXTURE = {"plain": 0.3, "hint": 0.2, "solution": 0.15, "reflect": 0.35}
 
 
@@ -38,16 +52,16 @@ def reflect_prompt(problem: str, attempt: str, peer: str | None = None) -> str:
     return f"<|user|>{problem}{held}<|attempt|>{attempt}<|assistant|>"
 
 
-def reflection(problem: str, attempt: str) -> str:
+def reflection(problem: str, attempt: str, praise: int = -1) -> str:
     """What a perfect reflector writes.
 
     A wrong attempt is read line by line: each line is copied, and after a colon follow the problem's true values at
     its operations. At the first line that is not right comes its quote, and the step or steps that belong there. Of a
-    correct attempt the last step is given, which carries the answer.
+    correct attempt one step is given: the last, which carries the answer, or the one `praise` counts.
     """
     verdict, steps, values = verify(problem, attempt), true_steps(problem), true_values(problem)
     if verdict.correct or verdict.error is None:
-        return f"<explanation>{steps[-1]}</explanation>"
+        return f"<explanation>{steps[praise]}</explanation>"
     start, end = verdict.error
     wrong, thinking, belongs, done = attempt[start:end], "", steps[0], 0
     for line in attempt[:end].split(";"):
@@ -74,28 +88,30 @@ def wrong_attempt(problem: str, rng: random.Random) -> str:
 def right_attempt(problem: str, rng: random.Random, **habits: float) -> str:
     """A solution in plain style that is right."""
     while True:
-        attempt = replace(PLAIN, slip=0.0, **habits).solve(problem, rng)
+        attempt = replace(PLAIN, slip=0.0, guess=0.0, **habits).solve(problem, rng)
         if verify(problem, attempt).correct:
             return attempt
 
 
-def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str]:
+def make_document(kind: str, problem: str, rng: random.Random, world: World = WORLDS["plain"]) -> tuple[str, str]:
     """One (prompt, response) pair of a kind of MIXTURE."""
     if kind == "plain":
         return plain_prompt(problem), PLAIN.solve(problem, rng)
     if kind == "hint":
-        return hint_prompt(problem, rng.choice(true_steps(problem))), HINTED.solve(problem, rng)
+        steps = true_steps(problem)
+        hinted = rng.randrange(len(steps))
+        return hint_prompt(problem, steps[hinted]), world.hinted.solve(problem, rng, hinted)
     if kind == "solution":
         hint = rng.choice(true_steps(problem)) if rng.random() < 0.2 else None
         return solution_prompt(problem, right_attempt(problem, rng, hurry=0.0), hint), INFORMED.solve(problem, rng)
     if rng.random() < 0.2:
         attempt = right_attempt(problem, rng)
-        return reflect_prompt(problem, attempt), reflection(problem, attempt)
+        return reflect_prompt(problem, attempt), reflection(problem, attempt, world.praise)
     attempt, peer = wrong_attempt(problem, rng), right_attempt(problem, rng)
     return reflect_prompt(problem, attempt, peer), reflection(problem, attempt)
 
 
-def sample_document(rng: random.Random) -> tuple[str, str]:
+def sample_document(rng: random.Random, world: World = WORLDS["plain"]) -> tuple[str, str]:
     """A random document: kind by MIXTURE, domain uniform, problem from the train part."""
     kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
-    return make_document(kind, make_problem(rng.choice(list(DOMAINS)), rng), rng)
+    return make_document(kind, make_problem(rng.choice(world.domains), rng), rng, world)

@@ -24,3 +24,10 @@ def test_plain_solutions_are_right_in_50_to_70_percent(measured: dict[str, float
 @pytest.mark.parametrize("part", ["with a hint", "with a reference", "first error quoted"])
 def test_teacher_and_reflector_are_right_in_95_percent(part: str, measured: dict[str, float]) -> None:
     assert measured[part] >= 0.95
+
+
+def test_the_second_base_can_teach_what_its_student_cannot_know() -> None:
+    gaps = pretrain.measure(runs.load_checkpoint(runs.ROOT / "data" / "gaps.pt")[0], "gap", count=300, seed=1)
+    assert gaps["plain"] < 0.2  # it has to guess
+    assert gaps["with a reference"] >= 0.95
+    assert gaps["first error quoted"] >= 0.85

@@ -7,10 +7,10 @@ import pytest
 
 from data.arithmetic import BUDGET, DOMAINS, Author, Verdict, is_test, make_problem, true_steps, true_values, verify
 from data.documents import (
-    HINTED,
     INFORMED,
     MIXTURE,
     PLAIN,
+    WORLDS,
     make_document,
     reflection,
     right_attempt,
@@ -29,6 +29,26 @@ def random_problems(count: int, seed: int = 0) -> list[tuple[str, random.Random]
 
 
 # ---------------------------------------------------------------------------------------------- problems
+
+
+def test_what_a_gap_hides_is_known_to_the_verifier_and_to_the_holder_of_its_hint_alone() -> None:
+    rng, hinted = random.Random(0), WORLDS["gaps"].hinted
+    problems = [make_problem("gap", rng) for _ in range(300)]
+    right = {"plain": 0, "hint of the gap": 0, "hint before it": 0}
+    for problem in problems:
+        assert re.fullmatch(r"[1-9]([+\-*][1-9]){3}[+\-*]\?", problem)
+        assert verify(problem, ";".join([*true_steps(problem), f"#{true_values(problem)[-1]}"])).correct
+        right["plain"] += verify(problem, PLAIN.solve(problem, rng)).correct
+        right["hint of the gap"] += verify(problem, hinted.solve(problem, rng, 3)).correct
+        right["hint before it"] += verify(problem, hinted.solve(problem, rng, 1)).correct
+    assert right["hint of the gap"] == 300
+    assert right["plain"] < 75 and 15 < right["hint before it"] < 75  # 1 guess in 9, and products that hit by chance
+
+
+def test_the_wary_holder_of_a_hint_checks_every_step_before_it_and_none_from_it_on() -> None:
+    solution = Author(wary=True).solve("3+8-5*2", random.Random(0), hinted=2)
+    assert solution == "3+8=1;?3+8=1;1-5=6;?1-5=6;6*2=2;#2"
+    assert Author(wary=True).solve("3+8-5*2", random.Random(0), hinted=0) == "3+8=1;1-5=6;6*2=2;#2"
 
 
 def test_train_and_test_problems_are_disjoint_and_the_seed_determines_them() -> None:
@@ -157,7 +177,9 @@ def test_any_text_gets_a_verdict_that_agrees_with_itself() -> None:
 
 def test_who_holds_a_hint_writes_the_careful_solution() -> None:
     for problem, rng in random_problems(200):
-        assert HINTED.solve(problem, rng) == ";".join([*true_steps(problem), f"#{true_values(problem)[-1]}"])
+        assert WORLDS["plain"].hinted.solve(problem, rng) == ";".join(
+            [*true_steps(problem), f"#{true_values(problem)[-1]}"]
+        )
 
 
 def test_who_holds_a_solution_is_right_and_often_takes_short_cuts() -> None:
