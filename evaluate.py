@@ -9,7 +9,7 @@ from data.tokenizer import END, decode, encode
 from model import GPT, generate
 
 
-def tested_domains(home: str) -> tuple[str, ...]:
+def all_domains(home: str) -> tuple[str, ...]:
     """All of DOMAINS, and the domain trained on where it is not one of them."""
     return tuple(dict.fromkeys((*DOMAINS, home)))
 

@@ -1,4 +1,15 @@
-"""Low-rank adaptation: W x + (alpha / r) B A dropout(x), with W frozen, A and B trained, B zero at the start."""
+"""Low-rank adaptation, the fine-tuning of SPD: what a frozen layer W learns is a product of two thin matrices.
+
+    W x + (alpha / r) B A dropout(x)        A (r, in), B (out, r), r = 8, alpha = 8; B is zero at the start
+
+>>> layer = LoRALinear(nn.Linear(2, 2, bias=False), rank=1, alpha=2.0, dropout=0.0)
+>>> layer.linear.weight.data, layer.A.data = torch.eye(2), torch.tensor([[1.0, 0.0]])
+>>> layer(torch.tensor([5.0, 1.0])).tolist()  # B = 0: nothing is changed yet
+[5.0, 1.0]
+>>> layer.B.data = torch.tensor([[0.0], [3.0]])
+>>> layer(torch.tensor([5.0, 1.0])).tolist()  # (5, 1) + 2/1 (0, 3) times A x = 5
+[5.0, 31.0]
+"""
 
 import torch
 import torch.nn as nn

@@ -2,7 +2,7 @@
 
     python pretrain.py                 rebuilds data/base.pt, the checkpoint that ships with this repository
     python pretrain.py --check-only    only measures the accuracies of the checkpoint at --out
-    python pretrain.py --world gaps --start data/base.pt --steps 900 --out data/gaps.pt
+    python pretrain.py --world gaps --start data/base.pt --steps 1000 --out data/gaps.pt
                                        teaches it a second world, the one in which localization matters
 
     torchrun --standalone --nproc_per_node=2 pretrain.py    the same in two processes
@@ -28,7 +28,7 @@ from data.documents import WORLDS, World, hint_prompt, sample_document, solution
 from data.tokenizer import END, VOCAB_SIZE, decode, encode
 from evaluate import held_out_problems
 from model import GPT, GPTConfig, generate
-from reflect import reflect, sample_rollouts
+from reflect import choose_peers, reflect, sample_rollouts
 from runs import option
 
 Document = tuple[list[int], list[int]]  # prompt and response tokens
@@ -143,18 +143,13 @@ def measure(model: GPT, domain: str = "mix", count: int = 200, seed: int = 0) ->
         solutions = map(decode, generate(model, [encode(p) for p in prompts], BUDGET, END, generator=generator))
         return sum(verify(p, s).correct for p, s in zip(problems, solutions, strict=True)) / count
 
-    wrong, peers = [], []
-    for start in range(0, len(rollouts), group):
-        members = rollouts[start : start + group]
-        correct = sorted((r for r in members if r.verdict.correct), key=lambda r: len(r.tokens))
-        for rollout in members:
-            if correct and rollout.verdict.error:
-                wrong.append(rollout)
-                peers.append(correct[0].text)
-    reflections = reflect(model, wrong, peers)
+    peers = choose_peers(rollouts, group)
+    wrong = [(rollout, peer.text) for rollout, peer in zip(rollouts, peers, strict=True) if peer]
+    wrong = [(rollout, peer) for rollout, peer in wrong if rollout.verdict.error]
+    reflections = reflect(model, [rollout for rollout, _ in wrong], [peer for _, peer in wrong])
     exact = sum(
         reflection.quote == rollout.text[slice(*rollout.verdict.error)]
-        for rollout, reflection in zip(wrong, reflections, strict=True)
+        for (rollout, _), reflection in zip(wrong, reflections, strict=True)
     )
     return {
         "plain": sum(rollout.verdict.correct for rollout in rollouts) / len(rollouts),

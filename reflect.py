@@ -102,6 +102,20 @@ def sample_rollouts(
     return [Rollout(p, tokens, text, verify(p, text)) for p, tokens, text in zip(owners, responses, texts, strict=True)]
 
 
+def choose_peers(rollouts: list[Rollout], group: int, rule: str = "shortest") -> list[Rollout | None]:
+    """y* of each rollout: a correct rollout of its group of G, another one than itself where there is another."""
+    peers: list[Rollout | None] = []
+    for start in range(0, len(rollouts), group):
+        members = rollouts[start : start + group]
+        correct = [rollout for rollout in members if rollout.verdict.correct]
+        if rule == "shortest":
+            correct.sort(key=lambda rollout: len(rollout.tokens))
+        for rollout in members:
+            others = [peer for peer in correct if peer is not rollout]
+            peers.append(others[0] if others else rollout if rollout.verdict.correct else None)
+    return peers
+
+
 def reflect(
     reflector: GPT,
     rollouts: list[Rollout],

@@ -97,6 +97,7 @@ STUDIES = {
     "localization-add": Study(
         "train_rosd.py",
         {"ROSD": [], "ROSD without localization": ["--mask", "whole"]},
+        seeds=(0, 1, 2),
         flags=["--base", "data/gaps.pt"],
     ),
     "spd": Study(

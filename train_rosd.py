@@ -7,7 +7,14 @@
 
 One step: the student samples G rollouts a problem; the verifier scores them; the frozen base, as reflector, quotes each
 wrong rollout's first error and says what belongs there; the frozen base, as teacher, reads that idea and the student's
-own tokens; from the error on, the student is drawn to the teacher's distribution.
+own tokens; from the error on, the student is drawn to the teacher's distribution:
+
+    L = sum_t m_t D( pi_S(. | x, y_<t) || stopgrad pi_T(. | x, e, y_<t) ) / sum_t m_t        m_t = 1 from t = k on
+
+Every baseline changes what the teacher holds in the place of e, or where the mask begins, and nothing else:
+
+>>> [teaching(Config(**flags)) for flags in ({}, {"method": "sdpo"}, {"mask": "whole"}, {"context": "peer"})]
+[('reflection', 'quote'), ('peer', 'whole'), ('reflection', 'whole'), ('peer', 'quote')]
 
 Simplified against the released code, in plain sight: rollouts from the training weights themselves (so one update a
 batch is exactly on-policy), synthetic problems without end instead of a data set, and no reward model. Several
@@ -29,11 +36,12 @@ import runs
 from data.arithmetic import DOMAINS, GAPS, golden_solution, make_problem
 from data.documents import plain_prompt
 from data.tokenizer import END, encode, pieces
-from evaluate import comparison, evaluate, tested_domains
+from evaluate import all_domains, comparison, evaluate
 from model import GPT, response_logprobs
 from reflect import (
     Reflection,
     Rollout,
+    choose_peers,
     error_mask,
     locate,
     reflect,
@@ -112,20 +120,6 @@ class Config:
     threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
 
 
-def choose_peers(rollouts: list[Rollout], config: Config) -> list[Rollout | None]:
-    """y* of each rollout: a correct rollout of its group, another one than itself where there is another."""
-    peers: list[Rollout | None] = []
-    for start in range(0, len(rollouts), config.group):
-        group = rollouts[start : start + config.group]
-        correct = [rollout for rollout in group if rollout.verdict.correct]
-        if config.peer == "shortest":
-            correct.sort(key=lambda rollout: len(rollout.tokens))
-        for rollout in group:
-            others = [peer for peer in correct if peer is not rollout]
-            peers.append(others[0] if others else rollout if rollout.verdict.correct else None)
-    return peers
-
-
 @dataclass(frozen=True)
 class Lesson:
     """A rollout the student learns from: what the teacher reads before it, and where the mask begins."""
@@ -149,7 +143,7 @@ def make_lessons(
         advantages = losses.group_advantage(rewards).flatten().tolist()
         return [Lesson(r, "", 0, a) for r, a in zip(rollouts, advantages, strict=True) if a != 0], []
 
-    peers = choose_peers(rollouts, config)
+    peers = choose_peers(rollouts, config.group, config.peer)
     if context != "gold":  # a group without a correct rollout has no peer to learn from
         rollouts, peers = [r for r, p in zip(rollouts, peers, strict=True) if p], [p for p in peers if p]
     reflections = [Reflection(None, None)] * len(rollouts)
@@ -262,7 +256,7 @@ def train(config: Config, before: dict | None = None) -> dict:
     if config.project != "none":
         examples = calibration_set((config.domain,), 200, config.seed)
         projectors = calibrate(deepcopy(base), examples, config.project_layers, config.project_rank)
-    domains = tested_domains(config.domain)
+    domains = all_domains(config.domain)
     scale = {"problems": config.eval_problems, "samples": config.eval_samples}
     state_file, history, seconds = folder / "state.pt", [], 0.0
     if config.resume and state_file.exists():

@@ -4,10 +4,23 @@
     python train_spd.py --loss full            subspace from the loss of the whole sequence
     python train_spd.py --subspace random      a random subspace of the same rank: the control the paper lacks
 
-No teacher, no verifier, no reward: (1) calibrate: SVD of the gradients of the correctness-aligned loss gives a subspace
-of keys and values; (2) generate one raw completion a training prompt with keys and values projected into it; (3) remove
-the projection and fine-tune the original weights on the completions (the paper: on prompt + completion; --help says
-why). Nothing is filtered, inference is unprojected.
+No teacher, no verifier, no reward:
+
+    1. calibrate (subspace.py)      G = dL_align/dK and dL_align/dV, G = U diag(s) V^T, P = V_r V_r^T
+    2. generate                     y ~ p(. | x) with K <- K P_K, V <- V P_V: one raw completion a prompt, none filtered
+    3. fine-tune, unprojected       -sum_t log p(y_t | x, y_<t) over A and B of W + (alpha/r) B A (lora.py)
+
+The paper's third phase has the loss on x as well; --help says why it is left out here. Inference is unprojected.
+
+Generated without a projector this is SSD. What the shipped base writes is right, stalls, or slips:
+
+>>> from data.tokenizer import decode
+>>> base = runs.load_checkpoint(runs.BASE_CHECKPOINT)[0]
+>>> for prompt, completion in self_generate(base, Config(prompts=3), round=0):
+...     print(decode(prompt + completion))
+<|user|>5+2+5+6+4<|assistant|>5+2=7;7+5=2;2+6=8;8+4=2;#2
+<|user|>3+4+1+1+7<|assistant|>3+4=7;7+1=8;8+1=9;?8+1=9;?8+1=9;?8+1=9;?8+1=9;?8
+<|user|>3+8+4+6+4<|assistant|>3+8=1;1+4=5;5+6=1;1+4=5;#5
 """
 
 import math

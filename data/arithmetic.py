@@ -97,7 +97,7 @@ class Author:
     hurry: float = 0.0  # the whole solution is cut short: two or three operations go into each step
     doubt: float = 0.0  # a result at either end, 0 or 9, looks suspicious and is checked: '3+7=0;?3+7=0'
     brood: float = 0.0  # whoever has just checked a step checks it once more
-    guess: float = 0.0  # what the problem leaves out is guessed, unless a hint says it
+    guess: float = 0.0  # what the problem leaves out is guessed
     wary: bool = False  # every step before the hinted one is checked
 
     def solve(self, problem: str, rng: random.Random, hinted: int = 0) -> str:
@@ -110,7 +110,7 @@ class Author:
             todo = todo[len(taken) :]
             if rng.random() < self.misread:
                 taken[0] = (taken[0][0], rng.randint(1, 9))
-            if GAP in problem and not todo and hinted < steps - 1 and rng.random() < self.guess:
+            if GAP in problem and not todo and rng.random() < self.guess:
                 taken[-1] = (taken[-1][0], rng.randint(1, 9))
             line = str(value) + "".join(f"{operator}{operand}" for operator, operand in taken)
             for operator, operand in taken:
@@ -120,7 +120,7 @@ class Author:
             lines.append(f"{line}={value}")
             if self.wary and steps - len(todo) <= hinted:
                 lines.append(CHECK_MARK + lines[-1])
-            if value in (0, 9) and rng.random() < self.doubt:
+            elif value in (0, 9) and rng.random() < self.doubt:
                 check = CHECK_MARK + lines[-1]
                 lines.append(check)
                 while rng.random() < self.brood and len(lines) < BUDGET // 6:

@@ -28,7 +28,7 @@ class World:
 WORLDS = {
     "plain": World(tuple(DOMAINS), Author(), praise=-1),
     # Here localization matters: most errors come late and cannot be helped, and a hint makes its holder overcautious.
-    "gaps": World((*DOMAINS, *GAPS, *GAPS, *GAPS), Author(guess=1.0, wary=True), praise=0),
+    "gaps": World((*DOMAINS, *GAPS, *GAPS, *GAPS), Author(wary=True), praise=0),
 }
 MIXTURE = {"plain": 0.3, "hint": 0.2, "solution": 0.15, "reflect": 0.35}
 
@@ -76,10 +76,11 @@ def reflection(problem: str, attempt: str, praise: int = -1) -> str:
     return f"{thinking[:-1]}<error_quote>{wrong}</error_quote><explanation>{belongs}</explanation>"
 
 
-def wrong_attempt(problem: str, rng: random.Random) -> str:
+def wrong_attempt(problem: str, rng: random.Random, wary: bool = False) -> str:
     """A clumsy author's attempt that does not arrive at the right answer, perhaps because it runs out of room."""
     while True:
-        attempt = CLUMSY.solve(problem, rng)
+        checked = rng.randrange(len(problem) // 2) if wary else 0  # steps, from the first on
+        attempt = replace(CLUMSY, wary=wary).solve(problem, rng, checked)
         verdict = verify(problem, attempt)
         if not verdict.correct and verdict.error is not None:
             return attempt
@@ -100,14 +101,15 @@ def make_document(kind: str, problem: str, rng: random.Random, world: World = WO
     if kind == "hint":
         steps = true_steps(problem)
         hinted = rng.randrange(len(steps))
-        return hint_prompt(problem, steps[hinted]), world.hinted.solve(problem, rng, hinted)
+        author = replace(world.hinted, guess=float(hinted < len(steps) - 1))  # a gap is known from the hint of its step
+        return hint_prompt(problem, steps[hinted]), author.solve(problem, rng, hinted)
     if kind == "solution":
         hint = rng.choice(true_steps(problem)) if rng.random() < 0.2 else None
         return solution_prompt(problem, right_attempt(problem, rng, hurry=0.0), hint), INFORMED.solve(problem, rng)
     if rng.random() < 0.2:
         attempt = right_attempt(problem, rng)
         return reflect_prompt(problem, attempt), reflection(problem, attempt, world.praise)
-    attempt, peer = wrong_attempt(problem, rng), right_attempt(problem, rng)
+    attempt, peer = wrong_attempt(problem, rng, world.hinted.wary), right_attempt(problem, rng)
     return reflect_prompt(problem, attempt, peer), reflection(problem, attempt)
 
 

@@ -32,17 +32,19 @@ def random_problems(count: int, seed: int = 0) -> list[tuple[str, random.Random]
 
 
 def test_what_a_gap_hides_is_known_to_the_verifier_and_to_the_holder_of_its_hint_alone() -> None:
-    rng, hinted = random.Random(0), WORLDS["gaps"].hinted
+    rng = random.Random(0)
     problems = [make_problem("gap", rng) for _ in range(300)]
-    right = {"plain": 0, "hint of the gap": 0, "hint before it": 0}
+    right, hints = {"plain": 0, True: 0, False: 0}, {True: 0, False: 0}
     for problem in problems:
         assert re.fullmatch(r"[1-9]([+\-*][1-9]){3}[+\-*]\?", problem)
         assert verify(problem, ";".join([*true_steps(problem), f"#{true_values(problem)[-1]}"])).correct
         right["plain"] += verify(problem, PLAIN.solve(problem, rng)).correct
-        right["hint of the gap"] += verify(problem, hinted.solve(problem, rng, 3)).correct
-        right["hint before it"] += verify(problem, hinted.solve(problem, rng, 1)).correct
-    assert right["hint of the gap"] == 300
-    assert right["plain"] < 75 and 15 < right["hint before it"] < 75  # 1 guess in 9, and products that hit by chance
+        prompt, response = make_document("hint", problem, rng, WORLDS["gaps"])
+        told = true_steps(problem)[3] in prompt
+        hints[told] += 1
+        right[told] += verify(problem, response).correct
+    assert right[True] == hints[True] > 50
+    assert right["plain"] < 75 and right[False] < hints[False] / 4  # 1 guess in 9, and products that hit by chance
 
 
 def test_the_wary_holder_of_a_hint_checks_every_step_before_it_and_none_from_it_on() -> None:
