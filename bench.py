@@ -26,6 +26,10 @@ from runs import option
 from subspace import calibrate, calibration_set
 
 PROMPTS, GROUP, PROMPT, NEW = 32, 8, 16, 48  # 256 sequences: 16 tokens read, 48 written
+BATCH = 64  # documents an update, of 8 updates
+GRID = [("width", width, 64, 64) for width in (64, 128, 256, 512)]  # what --scaling varies, width, batch, length
+GRID += [("batch", 64, batch, 64) for batch in (16, 64, 256, 1024)]
+GRID += [("length", 64, 64, length) for length in (64, 128, 256, 512, 1024)]
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def rollouts(config: Config, device: torch.device) -> list[list[str]]:
 
 
 def training(config: Config, device: torch.device) -> list[list[str]]:
-    """Updates with AdamW on the same 512 documents: ours sorted by length, the other padded as they come."""
+    """Eight updates with AdamW on the same documents: ours sorted by length, the other padded as they come."""
     rng = random.Random(0)
     documents = next(iter_pools(rng))
     real = sum(len(prompt) + len(response) for prompt, response in documents)
@@ -120,9 +124,9 @@ def training(config: Config, device: torch.device) -> list[list[str]]:
         return network(input_ids=ids.to(device), labels=labels.to(device)).loss
 
     shuffled = random.Random(1).sample(documents, len(documents))
-    plain = [shuffled[i : i + 64] for i in range(0, len(shuffled), 64)]
+    plain = [shuffled[i : i + BATCH] for i in range(0, len(shuffled), BATCH)]
     ordered = sorted(documents, key=lambda document: len(document[0]) + len(document[1]))
-    by_length = [ordered[i : i + 64] for i in range(0, len(ordered), 64)]
+    by_length = [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]
     ours = real / seconds(lambda: epoch(model, by_length, next_token_loss), config.repeats)
     theirs = real / seconds(lambda: epoch(other, plain, their_loss), config.repeats)
     weights = sum(p.numel() for p in model.parameters())
@@ -142,7 +146,7 @@ def training(config: Config, device: torch.device) -> list[list[str]]:
 
 def iter_pools(rng: random.Random):
     """Pools of eight batches of pretraining documents."""
-    chunks = batches(64, rng)
+    chunks = batches(BATCH, rng)
     while True:
         yield [document for _ in range(8) for document in next(chunks)]
 
@@ -169,10 +173,7 @@ def parts(config: Config, device: torch.device) -> list[list[str]]:
 def scaling(config: Config, device: torch.device) -> list[dict]:
     """Tokens/s of rollouts and of training, one size varied at a time."""
     rows = []
-    grid = [("width", width, 64, 64) for width in (64, 128, 256, 512)]
-    grid += [("batch", 64, batch, 64) for batch in (16, 64, 256, 1024)]
-    grid += [("length", 64, 64, length) for length in (64, 128, 256, 512, 1024)]
-    for varied, width, batch, length in grid:
+    for varied, width, batch, length in GRID:
         shape = {"n_embd": width, "n_hidden": 3 * width, "n_head": width // 16, "n_kv_head": width // 16}
         model = small_model(device, block_size=length + 16, **shape)
         prompts = [[1] * 16 for _ in range(batch)]
@@ -198,7 +199,7 @@ def main() -> None:
     device = runs.pick_device(config.device)
     if config.scaling:
         machine = {**runs.provenance(), "device": str(device), "threads": torch.get_num_threads()}
-        runs.write_json(runs.ROOT / "results" / "scaling.json", {**machine, "rows": scaling(config, device)})
+        runs.write_json(runs.RESULTS / "scaling.json", {**machine, "rows": scaling(config, device)})
         return
     rows = rollouts(config, device) + training(config, device) + parts(config, device)
     text = runs.markdown_table([f"{device.type}, {torch.get_num_threads()} threads", "here", "there", "ratio"], rows)

@@ -50,9 +50,12 @@ class KVCache:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + D/2}) by their position's angles; x (B, T, H, D), cos and sin (B, T, >= H, D)."""
-    (left, right), heads = x.chunk(2, dim=-1), x.size(2)
-    return x * cos[:, :, :heads] + torch.cat((-right, left), dim=-1) * sin[:, :, :heads]
+    """Rotate the pairs (x_i, x_{i + D/2}) by their position's angles; x (B, T, H, D), cos and sin (B, T, >= H, D).
+
+    sin is negative in its first half: (x_i cos - x_{i + D/2} sin, x_{i + D/2} cos + x_i sin).
+    """
+    D, heads = x.size(3), x.size(2)
+    return x * cos[:, :, :heads] + x.roll(D // 2, dims=-1) * sin[:, :, :heads]
 
 
 Rope = tuple[Tensor, Tensor]
@@ -123,9 +126,9 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
-        angles = torch.outer(torch.arange(config.block_size), frequency).repeat(1, 2)  # (block_size, head_dim)
-        self.register_buffer("cos", angles.cos(), persistent=False)
-        self.register_buffer("sin", angles.sin(), persistent=False)
+        angles = torch.outer(torch.arange(config.block_size), frequency)  # (block_size, head_dim / 2)
+        self.register_buffer("cos", torch.cat((angles.cos(), angles.cos()), dim=-1), persistent=False)
+        self.register_buffer("sin", torch.cat((-angles.sin(), angles.sin()), dim=-1), persistent=False)
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:

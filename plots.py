@@ -14,12 +14,11 @@ from data.arithmetic import DOMAINS
 from study import interval
 from subspace import calibration_set, capability_gradients, principal_directions
 
-RESULTS = runs.ROOT / "results"
 STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]
 
 
 def read(name: str) -> dict:
-    path = RESULTS / f"{name}.json"
+    path = runs.RESULTS / f"{name}.json"
     if not path.exists():
         maker = "bench.py --scaling" if name == "scaling" else f"study.py {name}"
         raise runs.UserError(f"there is no {path}; python {maker} makes it")
@@ -52,7 +51,7 @@ def figure(columns: int, title: str):
     drawing.suptitle(title)
 
     def save(name: str) -> Path:
-        path = RESULTS / f"{name}.svg"
+        path = runs.RESULTS / f"{name}.svg"
         with runs.replacing(path) as temporary:
             drawing.savefig(temporary, format="svg", transparent=True, metadata={"Date": None})
         pyplot.close(drawing)
@@ -164,8 +163,11 @@ def scaling() -> Path:
     return save("scaling")
 
 
+PICTURES = (learning_curves, reflection_over_time, spectra, ablation_sweeps, scaling)
+
+
 def main() -> None:
-    for draw in (learning_curves, reflection_over_time, spectra, ablation_sweeps, scaling):
+    for draw in PICTURES:
         try:
             print(draw())
         except runs.UserError as error:

@@ -24,6 +24,7 @@ from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parent
 BASE_CHECKPOINT = ROOT / "data" / "base.pt"
+RESULTS = ROOT / "results"  # what tables and pictures are made from
 Config = TypeVar("Config")
 
 

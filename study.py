@@ -312,8 +312,7 @@ def main() -> None:
         study = STUDIES[name]
         run_all(name, study, config)
         collected = collect(name, study, config)
-        runs.make_folder(runs.ROOT / "results")
-        runs.write_json(runs.ROOT / "results" / f"{name}.json", collected)
+        runs.write_json(runs.make_folder(runs.RESULTS) / f"{name}.json", collected)
         print(f"\n{name}\n{table(collected)}")
         if config.readme and not runs.put_into_readme(name, table(collected)):
             print(f"No README has a line <!-- table {name} -->; put one there with <!-- end --> below it.")

@@ -4,11 +4,18 @@ import importlib
 import inspect
 import re
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+import bench
+import plots
+import pretrain
 import runs
+import study
 
 README = (runs.ROOT / "README.md").read_text()
 COMMANDS = [
@@ -22,36 +29,77 @@ SMALL = {
     "train_rosd.py": "--steps 1 --batch 2 --group 2 --eval-problems 1 --eval-samples 1 --no-baseline",
     "train_spd.py": "--prompts 4 --epochs 1 --calibration-size 4 --eval-problems 1 --eval-samples 1 --no-baseline",
 }
-LONG = ("-m pytest", "pretrain.py", "study.py ", "plots.py", "bench.py", "torchrun", "--seed S", "pip")
+SMALL |= {
+    "pretrain.py": "--steps 1 --batch 2 --layers 2 --width 8 --out base.pt",
+    "bench.py": "--repeats 1",
+    "study.py": "--out studies --processes 1",
+}
+ELSEWHERE = (
+    "-m pytest",
+    "torchrun",
+    "--seed S",
+    "pip",
+    "NAME",
+)  # run by CI or by test_parallel.py, or no whole command
 
 
 def runnable() -> list[str]:
-    short = [command for command in dict.fromkeys(COMMANDS) if not any(part in command for part in LONG)]
+    commands = [command for command in dict.fromkeys(COMMANDS) if not any(part in command for part in ELSEWHERE)]
     flags = [flags for flags in re.findall(r"`(train_\w+\.py [^`]+)`", EXERCISES) if "..." not in flags]
-    return [*short, *(f"python {command}" for command in flags)]
+    return [*commands, *(f"python {command}" for command in flags)]
+
+
+class InThisProcess:
+    """Takes the place of subprocess.Popen in a study: the run is over as soon as it is made."""
+
+    returncode = 0
+
+    def __init__(self, command: list[str], **_: object) -> None:
+        script, *flags = command[1:]
+        arguments, sys.argv = sys.argv, [script, *flags]
+        importlib.import_module(script.removesuffix(".py")).main()
+        sys.argv = arguments
+
+    def poll(self) -> int:
+        return 0
+
+
+@pytest.fixture
+def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Studies of one run, timings of a few tokens, and nothing written into the repository."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    for checkpoint in (runs.ROOT / "data").glob("*.pt"):
+        (tmp_path / "data" / checkpoint.name).symlink_to(checkpoint)
+    monkeypatch.setattr(pretrain, "measure", partial(pretrain.measure, count=2))
+    for name, declared in study.STUDIES.items():
+        variant, flags = next(iter(declared.variants.items()))
+        few = SMALL[declared.script].replace("--no-baseline", "").split()
+        smaller = replace(declared, variants={variant: flags}, seeds=(0,), flags=[*declared.flags, *few])
+        monkeypatch.setitem(study.STUDIES, name, smaller)
+    monkeypatch.setattr(study, "subprocess", SimpleNamespace(Popen=InThisProcess))
+    monkeypatch.setattr(study, "time", SimpleNamespace(sleep=lambda seconds: None))
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    for name, value in {"PROMPTS": 2, "GROUP": 2, "NEW": 4, "BATCH": 2, "GRID": [("width", 32, 2, 8)]}.items():
+        monkeypatch.setattr(bench, name, value)
+    monkeypatch.setattr(runs, "put_into_readme", lambda name, text: True)
+    monkeypatch.setattr(plots, "PICTURES", ())  # test_plots.py draws them
 
 
 @pytest.mark.parametrize("command", runnable())
-def test_every_short_command_of_the_readme_runs(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    arguments = command.split()[1:]
-    extra = SMALL.get(arguments[0], "").split()
-    if extra and "--help" not in arguments:
-        arguments = [arguments[0], *extra, *arguments[1:], "--out", str(tmp_path)]
-    if "--html" in arguments:
-        arguments[arguments.index("--html") + 1] = str(tmp_path / "page.html")
-    monkeypatch.setattr(sys, "argv", arguments)
+def test_every_command_of_the_readme_runs(
+    command: str, small_world: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, *flags = command.split()[1:]
+    if script == "bench.py":
+        pytest.importorskip("transformers")
+    if "--help" not in flags and "--check-only" not in flags:
+        flags = [*SMALL.get(script, "").split(), *flags]
+    monkeypatch.setattr(sys, "argv", [script, *flags])
     try:
-        importlib.import_module(arguments[0].removesuffix(".py")).main()
+        importlib.import_module(script.removesuffix(".py")).main()
     except SystemExit as end:  # of --help
         assert end.code == 0
-
-
-@pytest.mark.parametrize("command", [c for c in dict.fromkeys(COMMANDS) if any(p in c for p in LONG[1:5])])
-def test_the_flags_of_every_long_command_are_known(command: str) -> None:
-    script, *flags = command.split()[1:]
-    config = importlib.import_module(script.removesuffix(".py"))
-    if hasattr(config, "Config"):
-        runs.parse_config(config.Config, "", [flag.replace("NAME", "rosd") for flag in flags])
 
 
 @pytest.mark.parametrize(("name", "file", "line"), re.findall(r"\[`(\w+\.\w+)`\]\((\w+\.py)#L(\d+)\)", README))
