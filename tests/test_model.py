@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig, KVCache, generate, next_token_probs, response_logprobs
+from model import GPT, GPTConfig, KVCache, RMSNorm, generate, next_token_probs, response_logprobs
 
 SMALL = {"vocab_size": 12, "block_size": 64, "n_layer": 2, "n_embd": 16, "n_head": 4, "head_dim": 8, "n_hidden": 24}
 PROMPTS = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]
@@ -74,6 +74,20 @@ def test_logits_equal_qwen3(n_head: int, n_kv_head: int, n_layer: int, head_dim:
     tokens = random_tokens(3, 40)
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), qwen.eval()(tokens).logits, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norm_and_its_gradients_equal_torch(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    norm, x, grad = RMSNorm(8, eps=1e-6), torch.randn(3, 5, 8, dtype=dtype, requires_grad=True), torch.randn(3, 5, 8)
+    torch.nn.init.normal_(norm.weight)
+    expected = torch.nn.functional.rms_norm(x.float(), (8,), norm.weight, 1e-6)
+    assert torch.equal(norm(x), expected)
+    ours = torch.autograd.grad(norm(x), (x, norm.weight), grad)
+    theirs = torch.autograd.grad(expected, (x, norm.weight), grad)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.allclose(a, b, atol=1e-6 if dtype == torch.float32 else 1e-2)
 
 
 def test_later_tokens_leave_earlier_logits_unchanged() -> None:
