@@ -77,6 +77,12 @@ STUDIES = {
         seeds=(0, 1, 2),
         flags=SHORT,
     ),
+    "reflector-gap": Study(
+        "train_rosd.py",
+        {"ROSD": []} | {f"{share:.0%} of the reflections spoiled": ["--spoil", str(share)] for share in (0.5, 1.0)},
+        seeds=(0, 1, 2),
+        flags=["--base", "data/gaps.pt", "--domain", "gap"],
+    ),
     "composition": Study(
         "train_rosd.py",
         {"ROSD": [], "teacher projected": ["--project", "teacher"], "rollouts projected": ["--project", "rollouts"]},

@@ -74,7 +74,11 @@ class Config:
     peer: str = option(
         "shortest", "which correct rollout of the group is y*", "shortest; released code: first", ("shortest", "first")
     )
-    domain: str = option("add", "domain to train on; all others are out of domain", choices=(*DOMAINS, *GAPS))
+    domain: str = option(
+        "add",
+        "domain to train on, all others are out of domain; gap needs --base data/gaps.pt",
+        choices=(*DOMAINS, *GAPS),
+    )
     steps: int = option(40, "updates", minimum=1)
     batch: int = option(32, "problems a step", "32", minimum=1)
     group: int = option(8, "rollouts a problem, G", "8", minimum=2)
