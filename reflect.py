@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import runs
-from data.arithmetic import BUDGET, DOMAINS, Verdict, make_problem, verify
+from data.arithmetic import BUDGET, DOMAINS, GAPS, Verdict, make_problem, verify
 from data.documents import hint_prompt, plain_prompt, reflect_prompt, solution_prompt
 from data.tokenizer import END, decode, encode, pieces
 from model import GPT, generate
@@ -144,7 +144,7 @@ def teacher_prompt(context: str, problem: str, idea: str | None, solution: str |
 
 @dataclass(frozen=True)
 class Config:
-    domain: str = option("mix", "domain of the problem", choices=tuple(DOMAINS))
+    domain: str = option("mix", "domain of the problem; gap needs --base data/gaps.pt", choices=(*DOMAINS, *GAPS))
     seed: int = option(6, "which problem")
     base: str = option(str(runs.BASE_CHECKPOINT), "checkpoint of the base model")
     html: str = option("", "write the X-ray of the whole group to this file, e.g. out/xray.html")
