@@ -152,8 +152,9 @@ def ablation_sweeps() -> Path:
 
 
 def scaling() -> Path:
-    rows = read("scaling")["rows"]
-    axes, save = figure(3, "Tokens per second on two CPU cores")
+    measured = read("scaling")
+    rows = measured["rows"]
+    axes, save = figure(3, f"Tokens per second, {measured['device']}, {measured['threads']} threads")
     for axis, varied in zip(axes, ("width", "batch", "length"), strict=True):
         for kind, (colour, marker) in zip(("rollouts", "training"), STYLES, strict=False):
             points = [(row[varied], row[kind]) for row in rows if row["varied"] == varied]
