@@ -52,7 +52,9 @@ class NormalizeAndScale(torch.autograd.Function):
 
 class RMSNorm(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
-        return NormalizeAndScale.apply(x, self.weight, self.eps) if torch.is_grad_enabled() else super().forward(x)
+        if torch.is_grad_enabled():
+            return NormalizeAndScale.apply(x, self.weight, self.eps)
+        return super().forward(x.to(torch.promote_types(x.dtype, self.weight.dtype)))
 
 
 class KVCache:

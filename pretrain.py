@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import parallel
 import runs
-from data.arithmetic import BUDGET, golden_solution, true_steps, verify
+from data.arithmetic import BUDGET, GAP, golden_solution, true_steps, verify
 from data.documents import WORLDS, World, hint_prompt, sample_document, solution_prompt
 from data.tokenizer import END, VOCAB_SIZE, decode, encode
 from evaluate import held_out_problems
@@ -101,8 +101,8 @@ def pretrain(config: Config) -> GPT:
         "head_dim": config.head_dim,
     }
     device = parallel.start(runs.pick_device(config.device))
-    fresh = GPT(GPTConfig(VOCAB_SIZE, n_hidden=3 * config.width, **shape))
-    model = (runs.load_checkpoint(config.start)[0] if config.start else fresh).to(device)
+    shape = GPTConfig(VOCAB_SIZE, n_hidden=3 * config.width, **shape)
+    model = (runs.load_checkpoint(config.start)[0] if config.start else GPT(shape)).to(device)
     matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
     optimizers = [
@@ -143,6 +143,9 @@ def measure(model: GPT, domain: str = "mix", count: int = 200, seed: int = 0) ->
         solutions = map(decode, generate(model, [encode(p) for p in prompts], BUDGET, END, generator=generator))
         return sum(verify(p, s).correct for p, s in zip(problems, solutions, strict=True)) / count
 
+    def hint(problem: str) -> str:  # that of a gap tells what it hides
+        return true_steps(problem)[-1] if GAP in problem else rng.choice(true_steps(problem))
+
     peers = choose_peers(rollouts, group)
     wrong = [(rollout, peer.text) for rollout, peer in zip(rollouts, peers, strict=True) if peer]
     wrong = [(rollout, peer) for rollout, peer in wrong if rollout.verdict.error]
@@ -153,7 +156,7 @@ def measure(model: GPT, domain: str = "mix", count: int = 200, seed: int = 0) ->
     )
     return {
         "plain": sum(rollout.verdict.correct for rollout in rollouts) / len(rollouts),
-        "with a hint": accuracy("hint", [hint_prompt(p, rng.choice(true_steps(p))) for p in problems]),
+        "with a hint": accuracy("hint", [hint_prompt(p, hint(p)) for p in problems]),
         "with a reference": accuracy("reference", [solution_prompt(p, golden_solution(p)) for p in problems]),
         "first error quoted": exact / max(1, len(wrong)),
     }
@@ -166,6 +169,8 @@ def main() -> None:
     if config.check_only:
         model = runs.load_checkpoint(config.out)[0]
     else:
+        if (config.start or config.world != "plain") and Path(config.out).resolve() == runs.BASE_CHECKPOINT:
+            raise runs.UserError(f"that would overwrite the shipped {config.out}; give another file with --out")
         runs.make_folder(Path(config.out).resolve().parent)
         started = time.time()
         model = pretrain(config)

@@ -148,14 +148,15 @@ class Config:
     seed: int = option(6, "which problem")
     base: str = option(str(runs.BASE_CHECKPOINT), "checkpoint of the base model")
     html: str = option("", "write the X-ray of the whole group to this file, e.g. out/xray.html")
-    rosd: str = option("out/rosd-add-seed0/model.pt", "X-ray: the student after ROSD, as train_rosd.py leaves it")
-    sdpo: str = option("out/sdpo-add-seed0/model.pt", "X-ray: the student after SDPO")
+    rosd: str = option("out/rosd-add-seed0/model.pt", "X-ray: the student after ROSD from the same base")
+    sdpo: str = option("out/sdpo-add-seed0/model.pt", "X-ray: the student after SDPO from the same base")
 
 
 def main() -> None:
     import xray  # which imports this module in turn
 
     config = runs.parse_config(Config, "One worked example of first-error reflection.")
+    runs.check_world(config.base, config.domain)
     model = runs.load_checkpoint(config.base)[0]
     rng, generator = random.Random(config.seed), torch_generator("example", config.seed)
     for _ in range(200):

@@ -19,6 +19,7 @@ import tiktoken
 import torch
 
 import parallel
+from data.arithmetic import GAPS
 from data.tokenizer import VOCAB_SIZE
 from model import GPT, GPTConfig
 
@@ -189,6 +190,12 @@ def load_checkpoint(path: Path | str) -> tuple[GPT, dict]:
     return model, state
 
 
+def check_world(base: str, domain: str) -> None:
+    """UserError where a domain of the second world is asked of the shipped base, which never saw one."""
+    if domain in GAPS and Path(base).resolve() == BASE_CHECKPOINT:
+        raise UserError(f"data/base.pt does not know the domain {domain}; give --base data/gaps.pt")
+
+
 def finished(folder: Path, config: Any) -> dict | None:
     """The results of a run that is to be resumed but had come to its end already."""
     path = folder / "results.json"
@@ -201,11 +208,12 @@ def finished(folder: Path, config: Any) -> dict | None:
 
 def run_name(config: Any) -> str:
     """E.g. 'rosd-mask=whole-add-seed0': method, domain, seed, and every other field that departs from its default."""
-    unnamed = {"out", "resume", "device", "threads", "baseline", "base", "eval_problems", "eval_samples"}
+    unnamed = {"out", "resume", "device", "threads", "baseline", "eval_problems", "eval_samples"}
     flags = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if field.name not in unnamed | {"method", "domain", "seed"} and value != field.default:
+            value = Path(value).stem if field.name == "base" else value
             shown = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
             flags.append(f"{field.name}={''.join(c if c.isalnum() or c in '+.-' else '_' for c in shown)}")
     return "-".join([config.method, *flags, config.domain, f"seed{config.seed}"])

@@ -62,7 +62,7 @@ STUDIES = {
             for domain in ("sub", "mul", "mix", "long")
             for method in ("rosd", "sdpo", "opsd", "grpo")
         },
-        seeds=(0, 1, 2),
+        seeds=(0, 1),
         flags=SHORT,
     ),
     "rosd-curves": Study(
@@ -76,12 +76,6 @@ STUDIES = {
         {"ROSD": []} | {f"{share:.0%} of the reflections spoiled": ["--spoil", str(share)] for share in (0.5, 1.0)},
         seeds=(0, 1, 2),
         flags=SHORT,
-    ),
-    "reflector-gap": Study(
-        "train_rosd.py",
-        {"ROSD": []} | {f"{share:.0%} of the reflections spoiled": ["--spoil", str(share)] for share in (0.5, 1.0)},
-        seeds=(0, 1, 2),
-        flags=["--base", "data/gaps.pt", "--domain", "gap"],
     ),
     "composition": Study(
         "train_rosd.py",
@@ -99,12 +93,6 @@ STUDIES = {
             "GRPO": ["--method", "grpo"],
         },
         flags=["--base", "data/gaps.pt", "--domain", "gap"],
-    ),
-    "localization-add": Study(
-        "train_rosd.py",
-        {"ROSD": [], "ROSD without localization": ["--mask", "whole"]},
-        seeds=(0, 1, 2),
-        flags=["--base", "data/gaps.pt"],
     ),
     "spd": Study(
         "train_spd.py",

@@ -331,6 +331,7 @@ def main() -> None:
         torch.set_num_threads(config.threads)
     if config.method == "grpo" and (config.context or config.mask):
         raise runs.UserError("--method grpo has no teacher and no mask; leave out --context and --mask")
+    runs.check_world(config.base, config.domain)
     if config.compile and config.project != "none":
         raise runs.UserError("what --compile makes would not notice the hooks of --project; leave one of them out")
     results = [train(config)]

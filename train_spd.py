@@ -10,9 +10,9 @@ No teacher, no verifier, no reward:
     2. generate                     y ~ p(. | x) with K <- K P_K, V <- V P_V: one raw completion a prompt, none filtered
     3. fine-tune, unprojected       -sum_t log p(y_t | x, y_<t) over A and B of W + (alpha/r) B A (lora.py)
 
-The paper's third phase has the loss on x as well; --help says why it is left out here. Inference is unprojected.
+The paper has the loss of 3 on x as well; --help says why it is left out here. Inference is unprojected.
 
-Generated without a projector this is SSD. What the shipped base writes is right, stalls, or slips:
+Generated without a projector this is SSD. What the shipped base writes is right, or it stalls:
 
 >>> from data.tokenizer import decode
 >>> base = runs.load_checkpoint(runs.BASE_CHECKPOINT)[0]
@@ -110,7 +110,7 @@ class Config:
 
 
 def self_generate(model: GPT, config: Config, round: int) -> list[Pair]:
-    """Phase 2: one raw completion a training prompt, nothing filtered -> (prompt, completion) tokens."""
+    """Step 2: one raw completion a training prompt, nothing filtered -> (prompt, completion) tokens."""
     rng = random.Random(f"prompts {config.seed} {round}")
     prompts = [encode(plain_prompt(make_problem(config.domain, rng))) for _ in range(config.prompts)]
     prompts = parallel.share(prompts)
@@ -122,7 +122,7 @@ def self_generate(model: GPT, config: Config, round: int) -> list[Pair]:
 
 
 def finetune(model: GPT, state: dict, config: Config, folder: Path, save: Callable[[], None]) -> None:
-    """Phase 3: fine-tune the unprojected weights on state["pairs"], from state["epoch"] on; every epoch is saved."""
+    """Step 3: fine-tune the unprojected weights on state["pairs"], from state["epoch"] on; every epoch is saved."""
     key, device = f"{config.seed} {len(state['rounds'])}", model.device.type
     torch.manual_seed(zlib.crc32(key.encode()))
     trained = list(model.parameters())

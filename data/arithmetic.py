@@ -33,7 +33,7 @@ DOMAINS = {  # name: (operators, possible chain lengths)
 GAPS = {
     "gap": ("+-*", (4,))
 }  # domains whose last operand is missing: '3+8-5*?'; it follows no rule, one has to know it
-GAP = "?"
+GAP = "?"  # the same character as CHECK_MARK: the one stands for an operand, the other opens a line
 STEP = re.compile(r"(\d)((?:[+\-*]\d)+)=(\d)")
 CHECK_MARK = "?"
 BUDGET = 48  # characters, and tokens, a solution may have: who needs more is cut off
@@ -46,7 +46,7 @@ def calculate(value: int, operator: str, operand: int) -> int:
 
 @lru_cache(maxsize=100_000)
 def operations(chain: str) -> tuple[tuple[str, int], ...]:
-    """The (operator, operand) pairs of '3+8-5' or of its tail '+8-5'; what a gap hides is a checksum of the chain."""
+    """The (operator, operand) pairs of '3+8-5' or of its tail '+8-5'; a gap hides a checksum of the whole problem."""
     hidden = str(zlib.crc32(chain.encode()) % 9 + 1)
     pairs = re.findall(r"([+\-*])([\d?])", chain)
     return tuple((operator, int(digit.replace(GAP, hidden))) for operator, digit in pairs)
@@ -101,7 +101,7 @@ class Author:
     wary: bool = False  # every step before the hinted one is checked
 
     def solve(self, problem: str, rng: random.Random, hinted: int = 0) -> str:
-        """The solution this author writes, e.g. '3+8=1;1-5=6;6*2=2;#2'; hinted is the step a hint is about, if any."""
+        """The solution this author writes, e.g. '3+8=1;1-5=6;6*2=2;#2'; a hint is about step `hinted`."""
         todo, value, lines = operations(problem), int(problem[0]), []
         steps = len(todo)
         hurried = rng.random() < self.hurry

@@ -79,7 +79,7 @@ def reflection(problem: str, attempt: str, praise: int = -1) -> str:
 def wrong_attempt(problem: str, rng: random.Random, wary: bool = False) -> str:
     """A clumsy author's attempt that does not arrive at the right answer, perhaps because it runs out of room."""
     while True:
-        checked = rng.randrange(len(problem) // 2) if wary else 0  # steps, from the first on
+        checked = rng.randrange(len(operations(problem))) if wary else 0  # steps, from the first on
         attempt = replace(CLUMSY, wary=wary).solve(problem, rng, checked)
         verdict = verify(problem, attempt)
         if not verdict.correct and verdict.error is not None:
@@ -114,6 +114,6 @@ def make_document(kind: str, problem: str, rng: random.Random, world: World = WO
 
 
 def sample_document(rng: random.Random, world: World = WORLDS["plain"]) -> tuple[str, str]:
-    """A random document: kind by MIXTURE, domain uniform, problem from the train part."""
+    """A random document: kind by MIXTURE, domain by the world's list, problem from the train part."""
     kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
     return make_document(kind, make_problem(rng.choice(world.domains), rng), rng, world)

@@ -26,8 +26,8 @@ def test_teacher_and_reflector_are_right_in_95_percent(part: str, measured: dict
     assert measured[part] >= 0.95
 
 
-def test_the_second_base_can_teach_what_its_student_cannot_know() -> None:
+def test_the_second_base_has_to_guess_and_its_teacher_knows_more() -> None:
     gaps = pretrain.measure(runs.load_checkpoint(runs.ROOT / "data" / "gaps.pt")[0], "gap", count=300, seed=1)
-    assert gaps["plain"] < 0.2  # it has to guess
-    assert gaps["with a reference"] >= 0.95
-    assert gaps["first error quoted"] >= 0.85
+    assert gaps["plain"] < 0.2
+    assert gaps["with a hint"] > 0.6 and gaps["with a reference"] >= 0.95
+    assert gaps["first error quoted"] >= 0.8

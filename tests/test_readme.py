@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import shutil
 import sys
 from dataclasses import replace
 from functools import partial
@@ -23,7 +24,7 @@ COMMANDS = [
     for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
     for line in block.splitlines()
 ]
-COMMANDS += re.findall(r"`(python [^`]+)`", README)
+COMMANDS += re.findall(r"`(python [^`]+)`", README + (runs.ROOT / "data" / "README.md").read_text())
 EXERCISES = README.split("## Exercises\n")[1].split("\n## ")[0]
 SMALL = {
     "train_rosd.py": "--steps 1 --batch 2 --group 2 --eval-problems 1 --eval-samples 1 --no-baseline",
@@ -45,7 +46,7 @@ ELSEWHERE = (
 
 def runnable() -> list[str]:
     commands = [command for command in dict.fromkeys(COMMANDS) if not any(part in command for part in ELSEWHERE)]
-    flags = [flags for flags in re.findall(r"`(train_\w+\.py [^`]+)`", EXERCISES) if "..." not in flags]
+    flags = re.findall(r"`((?:train_\w+|pretrain)\.py [^`]+)`", EXERCISES)
     return [*commands, *(f"python {command}" for command in flags)]
 
 
@@ -68,9 +69,9 @@ class InThisProcess:
 def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Studies of one run, timings of a few tokens, and nothing written into the repository."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "data").mkdir()
-    for checkpoint in (runs.ROOT / "data").glob("*.pt"):
-        (tmp_path / "data" / checkpoint.name).symlink_to(checkpoint)
+    for copy in ("data/base.pt", "data/gaps.pt", "out/mine.pt"):
+        (tmp_path / copy).parent.mkdir(exist_ok=True)
+        shutil.copy(runs.ROOT / copy.replace("out/mine", "data/gaps"), tmp_path / copy)
     monkeypatch.setattr(pretrain, "measure", partial(pretrain.measure, count=2))
     for name, declared in study.STUDIES.items():
         variant, flags = next(iter(declared.variants.items()))
