@@ -1,6 +1,7 @@
 """What every script shares: command line, device, checkpoints, result files, tables. Neither paper is in here."""
 
 import argparse
+import ctypes
 import dataclasses
 import json
 import os
@@ -10,7 +11,7 @@ import sys
 import typing
 import zlib
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -94,6 +95,7 @@ def parse_config(config_class: type[Config], description: str, argv: list[str] |
 
 def run_script(main: Callable[[], None], stopped: str = "Stopped.") -> None:
     """Call main; turn a UserError into one sentence and exit code 2, Ctrl-C into `stopped` and exit code 130."""
+    keep_freed_memory()
     try:
         main()
     except UserError as error:
@@ -102,6 +104,13 @@ def run_script(main: Callable[[], None], stopped: str = "Stopped.") -> None:
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks for the next tensors: fetching fresh pages takes a sixth of an update on CPUs."""
+    with suppress(OSError, AttributeError):  # other C libraries have other ways
+        for parameter, value in ((-1, 1 << 30), (-3, 1 << 25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
+            ctypes.CDLL("libc.so.6").mallopt(parameter, value)
 
 
 def torch_generator(*key: object) -> torch.Generator:
