@@ -160,6 +160,9 @@ def scaling() -> Path:
             points = [(row[varied], row[kind]) for row in rows if row["varied"] == varied]
             axis.loglog(*zip(*points, strict=True), color=colour, marker=marker, label=kind)
         axis.set(title=varied, xlabel=varied, ylabel="tokens/s")
+        sizes = [row[varied] for row in rows if row["varied"] == varied]
+        axis.minorticks_off()
+        axis.set_xticks(sizes, map(str, sizes))
     axes[0].legend()
     return save("scaling")
 

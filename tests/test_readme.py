@@ -95,7 +95,7 @@ def test_every_command_of_the_readme_runs(
     if script == "bench.py":
         pytest.importorskip("transformers")
     if "--help" not in flags and "--check-only" not in flags:
-        flags = [*SMALL.get(script, "").split(), *flags]
+        flags = [*flags, *SMALL.get(script, "").split()]
     monkeypatch.setattr(sys, "argv", [script, *flags])
     try:
         importlib.import_module(script.removesuffix(".py")).main()
