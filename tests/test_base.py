@@ -9,7 +9,7 @@ import runs
 
 @pytest.fixture(scope="module")
 def measured() -> dict[str, float]:
-    return pretrain.measure(runs.load_checkpoint(runs.BASE_CHECKPOINT)[0], "mix", count=1000, seed=1)
+    return pretrain.measure(runs.load_checkpoint(runs.BASE_CHECKPOINT)[0], "mix", count=600, seed=1)
 
 
 def test_the_checkpoint_is_small_and_loads_without_running_code() -> None:
@@ -27,7 +27,7 @@ def test_teacher_and_reflector_are_right_in_95_percent(part: str, measured: dict
 
 
 def test_the_second_base_has_to_guess_and_its_teacher_knows_more() -> None:
-    gaps = pretrain.measure(runs.load_checkpoint(runs.ROOT / "data" / "gaps.pt")[0], "gap", count=300, seed=1)
+    gaps = pretrain.measure(runs.load_checkpoint(runs.ROOT / "data" / "gaps.pt")[0], "gap", count=150, seed=1)
     assert gaps["plain"] < 0.2
     assert gaps["with a hint"] > 0.6 and gaps["with a reference"] >= 0.95
     assert gaps["first error quoted"] >= 0.8
