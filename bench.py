@@ -103,8 +103,8 @@ def rollouts(config: Config, device: torch.device) -> list[list[str]]:
 
 def training(config: Config, device: torch.device) -> list[list[str]]:
     """Eight updates with AdamW on the same documents: ours sorted by length, the other padded as they come."""
-    rng = random.Random(0)
-    documents = next(iter_pools(rng))
+    chunks = batches(BATCH, random.Random(0))
+    documents = [document for _ in range(8) for document in next(chunks)]
     real = sum(len(prompt) + len(response) for prompt, response in documents)
     model, other = small_model(device), gpt2(device)
 
@@ -142,13 +142,6 @@ def training(config: Config, device: torch.device) -> list[list[str]]:
         ],
         ["its share of the matrix-product rate", f"{share:.0%} of {rate / 1e9:,.0f} GFLOP/s", "", ""],
     ]
-
-
-def iter_pools(rng: random.Random):
-    """Pools of eight batches of pretraining documents."""
-    chunks = batches(BATCH, rng)
-    while True:
-        yield [document for _ in range(8) for document in next(chunks)]
 
 
 def parts(config: Config, device: torch.device) -> list[list[str]]:

@@ -93,15 +93,16 @@ def schedule(step: int, steps: int, warmup: int = 20) -> float:
 
 def pretrain(config: Config) -> GPT:
     torch.manual_seed(config.seed)
-    shape = {
-        "n_layer": config.layers,
-        "n_embd": config.width,
-        "n_head": config.heads,
-        "n_kv_head": config.kv_heads,
-        "head_dim": config.head_dim,
-    }
+    shape = GPTConfig(
+        VOCAB_SIZE,
+        n_layer=config.layers,
+        n_embd=config.width,
+        n_head=config.heads,
+        n_kv_head=config.kv_heads,
+        head_dim=config.head_dim,
+        n_hidden=3 * config.width,
+    )
     device = parallel.start(runs.pick_device(config.device))
-    shape = GPTConfig(VOCAB_SIZE, n_hidden=3 * config.width, **shape)
     model = (runs.load_checkpoint(config.start)[0] if config.start else GPT(shape)).to(device)
     matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
@@ -147,8 +148,7 @@ def measure(model: GPT, domain: str = "mix", count: int = 200, seed: int = 0) ->
         return true_steps(problem)[-1] if GAP in problem else rng.choice(true_steps(problem))
 
     peers = choose_peers(rollouts, group)
-    wrong = [(rollout, peer.text) for rollout, peer in zip(rollouts, peers, strict=True) if peer]
-    wrong = [(rollout, peer) for rollout, peer in wrong if rollout.verdict.error]
+    wrong = [(r, peer.text) for r, peer in zip(rollouts, peers, strict=True) if peer and r.verdict.error]
     reflections = reflect(model, [rollout for rollout, _ in wrong], [peer for _, peer in wrong])
     exact = sum(
         reflection.quote == rollout.text[slice(*rollout.verdict.error)]

@@ -282,8 +282,8 @@ def table(collected: dict) -> str:
     summary, variants, columns = collected["summary"], collected["variants"], []
     for row in summary.values():
         columns += [column for column in row if column not in columns]
-    if len({entry["config"]["domain"] for entry in variants.values()}) > 1:
-        columns = [column for column in columns if column not in DOMAINS]
+    order = ["in domain", "OOD average", *DOMAINS]
+    columns.sort(key=lambda column: order.index(column) if column in order else len(order))
     rows = []
     for name, row in summary.items():
         cells = []

@@ -30,10 +30,10 @@ DOMAINS = {  # name: (operators, possible chain lengths)
     "mix": ("+-*", (3, 4)),
     "long": ("+-*", (5,)),
 }
-GAPS = {
-    "gap": ("+-*", (4,))
-}  # domains whose last operand is missing: '3+8-5*?'; it follows no rule, one has to know it
-GAP = "?"  # the same character as CHECK_MARK: the one stands for an operand, the other opens a line
+# Domains whose last operand is missing: '3+8-5*?'. It follows no rule, one has to know it. (The same character as
+# CHECK_MARK: the one stands for an operand, the other opens a line.)
+GAPS = {"gap": ("+-*", (4,))}
+GAP = "?"
 STEP = re.compile(r"(\d)((?:[+\-*]\d)+)=(\d)")
 CHECK_MARK = "?"
 BUDGET = 48  # characters, and tokens, a solution may have: who needs more is cut off

@@ -35,13 +35,8 @@ SMALL |= {
     "bench.py": "--repeats 1",
     "study.py": "--out studies --processes 1",
 }
-ELSEWHERE = (
-    "-m pytest",
-    "torchrun",
-    "--seed S",
-    "pip",
-    "NAME",
-)  # run by CI or by test_parallel.py, or no whole command
+# Run by CI or by test_parallel.py, or no whole command:
+ELSEWHERE = ("-m pytest", "torchrun", "--seed S", "pip", "NAME")
 
 
 def runnable() -> list[str]:
