@@ -28,7 +28,7 @@ COMMANDS += re.findall(r"`(python [^`]+)`", README + (runs.ROOT / "data" / "READ
 EXERCISES = README.split("## Exercises\n")[1].split("\n## ")[0]
 SMALL = {
     "train_rosd.py": "--steps 1 --batch 2 --group 2 --eval-problems 1 --eval-samples 1 --no-baseline",
-    "train_spd.py": "--prompts 4 --epochs 1 --calibration-size 4 --eval-problems 1 --eval-samples 1 --no-baseline",
+    "train_spd.py": "--prompts 4 --calibration-size 4 --eval-problems 1 --eval-samples 1 --no-baseline",
 }
 SMALL |= {
     "pretrain.py": "--steps 1 --batch 2 --layers 2 --width 8 --out base.pt",
