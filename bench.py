@@ -1,11 +1,12 @@
 """Speed and memory, measured against `transformers` and a loop without cache, in one run on one machine.
 
     python bench.py                    the table (needs `pip install transformers`)
-    python bench.py --readme           also puts it into README.md, between its markers
+    python bench.py --compile          with the blocks compiled, too: a minute or two more, for the compiler
+    python bench.py --compile --readme also puts it into README.md, between its markers
     python bench.py --scaling          tokens/s over width, batch and length -> results/scaling.json, for plots.py
 
 Every pair does the same work: the same number of sequences and new tokens, the same documents in an update of the same
-optimizer, and counts the same real tokens. Each figure is the best of `repeats`.
+optimizer, and counts the same real tokens. Both take turns; each figure is the best of `repeats`.
 """
 
 import random
@@ -35,23 +36,34 @@ GRID += [("length", 64, 64, length) for length in (64, 128, 256, 512, 1024)]
 @dataclass(frozen=True)
 class Config:
     repeats: int = option(5, "repetitions; the best one counts", minimum=1)
+    compile: bool = option(False, "measure the model with its blocks compiled, too")
     readme: bool = option(False, "put the table into README.md")
     scaling: bool = option(False, "measure how cost grows instead")
     threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
     device: str = option("auto", "cpu, cuda, mps or auto")
 
 
-def seconds(work: Callable[[], object], repeats: int) -> float:
-    """The best time of several, after one to warm up."""
-    work()
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        work()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - began)
-    return min(times)
+def fastest(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """The best time of each in seconds, taking turns, after one to warm up."""
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(1 + repeats):
+        for name, work in works.items():
+            began = time.perf_counter()
+            work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[name].append(time.perf_counter() - began)
+    return {name: min(each[1:]) for name, each in times.items()}
+
+
+def against(label: str, work: int, times: dict[str, float], there: str) -> list[list[str]]:
+    """Rows of the table: tokens/s of everything in `times` but `there`, beside it."""
+    theirs = work / times[there]
+    return [
+        [label + name, f"{work / best:,.0f} tokens/s", f"{theirs:,.0f}", f"{work / best / theirs:.1f}x"]
+        for name, best in times.items()
+        if name != there
+    ]
 
 
 def small_model(device: torch.device, **shape: int) -> GPT:
@@ -84,21 +96,23 @@ def without_cache(model: GPT, prompts: list[list[int]]) -> torch.Tensor:
 def rollouts(config: Config, device: torch.device) -> list[list[str]]:
     rng = random.Random(0)
     prompts = [[rng.randrange(VOCAB_SIZE - 2) for _ in range(PROMPT)] for _ in range(PROMPTS)]
-    model, other, tokens = small_model(device).eval(), gpt2(device).eval(), PROMPTS * GROUP * NEW
-    never = VOCAB_SIZE  # no row may finish early: all three write every token
+    model, other = small_model(device).eval(), gpt2(device).eval()
+    never = VOCAB_SIZE  # no row may finish early: all of them write every token
     ids = torch.tensor(prompts, device=device)
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": True, "top_k": 0, "pad_token_id": END}
-    ours = tokens / seconds(lambda: generate(model, prompts, NEW, never, GROUP), config.repeats)
-    theirs = tokens / seconds(
-        lambda: other.generate(ids, attention_mask=torch.ones_like(ids), num_return_sequences=GROUP, **settings),
-        config.repeats,
-    )
-    naive = tokens / seconds(lambda: without_cache(model, prompts), 1)
-    name = f"rollouts, {PROMPTS * GROUP} sequences of {PROMPT} + {NEW} tokens"
-    return [
-        [name, f"{ours:,.0f} tokens/s", f"{theirs:,.0f}", f"{ours / theirs:.1f}x"],
-        ["the same, against no cache", f"{ours:,.0f} tokens/s", f"{naive:,.0f}", f"{ours / naive:.1f}x"],
-    ]
+    attend = {"attention_mask": torch.ones_like(ids), "num_return_sequences": GROUP}
+    works = {"": lambda: generate(model, prompts, NEW, never, GROUP)}
+    if config.compile:
+        compiled = small_model(device).eval()
+        compiled.compile_blocks()
+        works[", compiled"] = lambda: generate(compiled, prompts, NEW, never, GROUP)
+    works["transformers"] = lambda: other.generate(ids, **attend, **settings)
+    works["no cache"] = lambda: without_cache(model, prompts)
+    times = fastest(works, config.repeats)
+    naive, tokens = times.pop("no cache"), PROMPTS * GROUP * NEW
+    rows = against(f"rollouts, {PROMPTS * GROUP} sequences of {PROMPT} + {NEW} tokens", tokens, times, "transformers")
+    del times["transformers"]
+    return rows + against("the same, against no cache", tokens, {**times, "no cache": naive}, "no cache")
 
 
 def training(config: Config, device: torch.device) -> list[list[str]]:
@@ -127,21 +141,19 @@ def training(config: Config, device: torch.device) -> list[list[str]]:
     plain = [shuffled[i : i + BATCH] for i in range(0, len(shuffled), BATCH)]
     ordered = sorted(documents, key=lambda document: len(document[0]) + len(document[1]))
     by_length = [ordered[i : i + BATCH] for i in range(0, len(ordered), BATCH)]
-    ours = real / seconds(lambda: epoch(model, by_length, next_token_loss), config.repeats)
-    theirs = real / seconds(lambda: epoch(other, plain, their_loss), config.repeats)
+    works = {"": lambda: epoch(model, by_length, next_token_loss)}
+    if config.compile:
+        compiled = small_model(device)
+        compiled.compile_blocks()
+        works[", compiled"] = lambda: epoch(compiled, by_length, next_token_loss)
+    works["transformers"] = lambda: epoch(other, plain, their_loss)
+    times = fastest(works, config.repeats)
+    rows = against("training step, documents of the pretraining", real, times, "transformers")
     weights = sum(p.numel() for p in model.parameters())
     a = torch.randn(1024, 1024, device=device)
-    rate = 2 * 1024**3 / seconds(lambda: a @ a, config.repeats)
-    share = 6 * weights * ours / rate  # 2 a weight forward, 4 backward
-    return [
-        [
-            "training step, documents of the pretraining",
-            f"{ours:,.0f} tokens/s",
-            f"{theirs:,.0f}",
-            f"{ours / theirs:.1f}x",
-        ],
-        ["its share of the matrix-product rate", f"{share:.0%} of {rate / 1e9:,.0f} GFLOP/s", "", ""],
-    ]
+    rate = 2 * 1024**3 / fastest({"": lambda: a @ a}, config.repeats)[""]
+    share = 6 * weights * real / times[""] / rate  # 2 a weight forward, 4 backward
+    return [*rows, ["its share of the matrix-product rate", f"{share:.0%} of {rate / 1e9:,.0f} GFLOP/s", "", ""]]
 
 
 def parts(config: Config, device: torch.device) -> list[list[str]]:
@@ -154,12 +166,12 @@ def parts(config: Config, device: torch.device) -> list[list[str]]:
     prompts = [encode(hint_prompt(r.problem, "1+1=2")) for r in group]
     responses = [r.tokens for r in group]
     examples = calibration_set(("add",), 200, 0)
-    times = {
+    works = {
         "reflections on 256 rollouts": lambda: reflect(base, group, peers),
         "teacher pass over 256 rollouts": torch.no_grad()(lambda: response_logprobs(base, prompts, responses)),
         "SPD calibration: 200 gradients and the SVD of every layer": lambda: calibrate(base, examples, "all", "50%"),
     }
-    rows = [[name, f"{1000 * seconds(work, config.repeats):,.0f} ms", "", ""] for name, work in times.items()]
+    rows = [[name, f"{1000 * best:,.0f} ms", "", ""] for name, best in fastest(works, config.repeats).items()]
     return [*rows, ["peak memory of all of this", f"{runs.peak_memory_mb():,.0f} MB", "", ""]]
 
 
@@ -171,16 +183,15 @@ def scaling(config: Config, device: torch.device) -> list[dict]:
         model = small_model(device, block_size=length + 16, **shape)
         prompts = [[1] * 16 for _ in range(batch)]
         tokens = batch * length
-        write = seconds(lambda p=prompts, m=model, n=length: generate(m, p, n, VOCAB_SIZE), 1)
         pairs = [([1] * (length // 2), [2] * (length // 2)) for _ in range(batch)]
 
         def update(m: GPT = model, p: list = pairs) -> None:
             next_token_loss(m, p).backward()
             m.zero_grad()
 
-        learn = seconds(update, 1)
+        works = {"rollouts": lambda p=prompts, m=model, n=length: generate(m, p, n, VOCAB_SIZE), "training": update}
         size = {"width": width, "batch": batch, "length": length}
-        rows.append({"varied": varied, **size, "rollouts": tokens / write, "training": tokens / learn})
+        rows.append({"varied": varied, **size} | {name: tokens / best for name, best in fastest(works, 1).items()})
         print(rows[-1], flush=True)
     return rows
 

@@ -58,22 +58,24 @@ class RMSNorm(nn.RMSNorm):
 
 
 class KVCache:
-    """Pre-allocated keys and values of every layer, filled from the left; `length` positions are in use."""
+    """One layer's keys and values in memory for the longest sequence, filled from the left up to `length`."""
 
     def __init__(self, config: GPTConfig, batch: int, max_length: int, like: Tensor) -> None:
-        shape = (config.n_layer, batch, config.n_kv_head, max_length, config.head_dim)
-        self.keys, self.values, self.length = like.new_empty(shape), like.new_empty(shape), 0
+        # each number of all keys side by side: their products with one query are then twice as fast
+        self.keys = like.new_empty(batch, config.n_kv_head, config.head_dim, max_length)
+        self.values = like.new_empty(batch, config.n_kv_head, max_length, config.head_dim)
+        self.length = 0
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's k and v (B, n_kv_head, T, head_dim) after what it holds; return all of them so far."""
-        end = self.length + k.size(2)
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k and v (B, n_kv_head, T, head_dim) after what is there; return all (B, n_kv_head, S, head_dim)."""
+        start, self.length = self.length, self.length + k.size(2)
+        self.keys[:, :, :, start : self.length] = k.transpose(2, 3)
+        self.values[:, :, start : self.length] = v
+        return self.keys[:, :, :, : self.length].transpose(2, 3), self.values[:, :, : self.length]
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows of the batch."""
-        self.keys, self.values = self.keys[:, rows], self.values[:, rows]
+        self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -89,9 +91,9 @@ Rope = tuple[Tensor, Tensor]
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.layer, self.n_head, self.n_kv_head, self.head_dim = layer, config.n_head, config.n_kv_head, config.head_dim
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
         self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=False)
         self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
         self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
@@ -108,7 +110,7 @@ class Attention(nn.Module):
         q = apply_rope(self.q_norm(q), *rope).transpose(1, 2)  # (B, n_head, T, head_dim)
         k = self.k_rope(apply_rope(self.k_norm(k), *rope)).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
         if cache is not None:
-            k, v = cache.extend(self.layer, k, v)  # (B, n_kv_head, S, head_dim)
+            k, v = cache.extend(k, v)  # (B, n_kv_head, S, head_dim)
         if T == 1:  # one token a row: plain products beat the fused kernel and need no copies of the shared heads
             q = q.reshape(B, self.n_kv_head, -1, self.head_dim)  # (B, n_kv_head, n_head / n_kv_head, head_dim)
             scores = q @ k.transpose(2, 3) * self.head_dim**-0.5  # (B, n_kv_head, n_head / n_kv_head, S)
@@ -133,10 +135,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int) -> None:
+    def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.attn = Attention(config, layer)
+        self.attn = Attention(config)
         self.mlp_norm = RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
 
@@ -150,7 +152,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
         frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
         angles = torch.outer(torch.arange(config.block_size), frequency)  # (block_size, head_dim / 2)
@@ -168,24 +170,37 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.embed.weight.device
 
+    def compile_blocks(self) -> None:
+        """torch.compile, one program for all layers and another for each way they are called; hooks go unnoticed."""
+        torch._dynamo.config.recompile_limit = (
+            32  # prompts, single tokens, training; with a mask or one row, or without
+        )
+        for block in self.blocks:
+            block.compile(dynamic=True)
+
+    def make_caches(self, batch: int, max_length: int) -> list[KVCache]:
+        return [KVCache(self.config, batch, max_length, like=self.embed.weight) for _ in self.blocks]
+
     def hidden(
-        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        caches: list[KVCache] | None = None,
     ) -> Tensor:
         """Last hidden states, before the output layer: tokens (B, T) -> (B, T, n_embd).
 
         positions (B, T) count from 0 where not given. mask is True where a query may look, broadcast to
-        (B, heads, T, S), and causal where not given. cache holds the keys and values of all earlier positions; to
-        read several tokens into one that is not empty, give the mask.
+        (B, heads, T, S), and causal where not given. caches, one a layer, hold the keys and values of all earlier
+        positions; to read several tokens into ones that are not empty, give the mask.
         """
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)[None]
         heads = (-1, -1, self.config.n_head, -1)  # written out for every head: to broadcast over them is slower
         cos, sin = (f[positions].unsqueeze(2).expand(heads).contiguous() for f in (self.cos, self.sin))
         x = self.embed(tokens)  # (B, T, n_embd)
-        for block in self.blocks:
+        for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x = block(x, (cos, sin), mask, cache)
-        if cache is not None:
-            cache.length += tokens.size(1)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -193,10 +208,14 @@ class GPT(nn.Module):
         return F.linear(hidden, self.embed.weight)
 
     def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, cache: KVCache | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        caches: list[KVCache] | None = None,
     ) -> Tensor:
         """Logits of every next token: tokens (B, T) -> (B, T, vocab_size); the rest as for `hidden`."""
-        return self.logits(self.hidden(tokens, positions, mask, cache))
+        return self.logits(self.hidden(tokens, positions, mask, caches))
 
 
 def response_logprobs(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
@@ -264,8 +283,8 @@ def generate(
         causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
         itself = torch.eye(longest, dtype=torch.bool, device=device)  # or padding would look at nothing at all
         mask = ((real[:, None] & causal) | itself)[:, None]  # (prompts, 1, longest, longest)
-    cache = KVCache(model.config, len(prompts), longest + max_new_tokens, like=model.embed.weight)
-    logits = model.logits(model.hidden(tokens, positions, mask, cache)[:, -1])  # (prompts, V)
+    caches = model.make_caches(len(prompts), longest + max_new_tokens)
+    logits = model.logits(model.hidden(tokens, positions, mask, caches)[:, -1])  # (prompts, V)
 
     total = len(prompts) * samples
     uniform = torch.rand(max_new_tokens, total, generator=generator).to(device)
@@ -273,7 +292,8 @@ def generate(
     rows = torch.arange(total, device=device)  # the responses still being written; all below is about these
     parent = rows // samples
     logits, position, real = logits[parent], positions[parent, -1:], real[parent]
-    cache.select(parent)
+    for cache in caches:
+        cache.select(parent)
     for t in range(max_new_tokens):
         cdf = next_token_probs(logits, temperature, top_k, top_p).cumsum(dim=-1)  # (rows, V)
         token = (cdf <= uniform[t, rows, None] * cdf[:, -1:]).sum(dim=-1).clamp(max=cdf.size(1) - 1)
@@ -285,11 +305,12 @@ def generate(
             break
         if len(alive) < 0.8 * len(rows):
             rows, token, position, real = rows[alive], token[alive], position[alive], real[alive]
-            cache.select(alive)
+            for cache in caches:
+                cache.select(alive)
         position = position + 1
         if mask is not None:
             real = F.pad(real, (0, 1), value=True)
-        logits = model(token[:, None], position, None if mask is None else real[:, None, None], cache)[:, -1]
+        logits = model(token[:, None], position, None if mask is None else real[:, None, None], caches)[:, -1]
     ends = (responses == stop).long().argmax(dim=1) + 1
     finished = (responses == stop).any(dim=1)
     return [

@@ -254,8 +254,8 @@ def train(config: Config, before: dict | None = None) -> dict:
     student, teacher = deepcopy(base).requires_grad_(True), deepcopy(base)
     optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
     if config.compile:
-        for block in (*student.blocks, *teacher.blocks):
-            block.compile()
+        student.compile_blocks()
+        teacher.compile_blocks()
     projectors = {}
     if config.project != "none":
         examples = calibration_set((config.domain,), 200, config.seed)

@@ -135,8 +135,7 @@ def finetune(model: GPT, state: dict, config: Config, folder: Path, save: Callab
             parameter.data.copy_(saved)
     updates = math.ceil(len(state["pairs"]) / config.batch)  # an epoch
     if config.compile:  # not before: what is compiled would not notice the hooks of the projection
-        for block in model.blocks:
-            block.compile()
+        model.compile_blocks()
     model.train()
     for epoch in range(state["epoch"], config.epochs):
         torch.manual_seed(zlib.crc32(f"{key} {epoch}".encode()))  # of dropout

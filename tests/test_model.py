@@ -1,12 +1,13 @@
 """The model against transformers and against itself without cache, padding or batch; sampling against a plain loop."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig, KVCache, RMSNorm, generate, next_token_probs, response_logprobs
+from model import GPT, GPTConfig, RMSNorm, generate, next_token_probs, response_logprobs
 
 SMALL = {"vocab_size": 12, "block_size": 64, "n_layer": 2, "n_embd": 16, "n_head": 4, "head_dim": 8, "n_hidden": 24}
 PROMPTS = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]
@@ -116,11 +117,11 @@ def read_in_chunks(model: GPT, rows: list[Tensor], chunks: list[int]) -> list[Te
     column = torch.arange(width)
     positions = (column - padding).clamp(min=0)
     may_look = (column >= padding)[:, None, :] & (column[:, None] >= column) | torch.eye(width, dtype=torch.bool)
-    cache = KVCache(model.config, len(rows), width, like=model.embed.weight)
+    caches = model.make_caches(len(rows), width)
     logits = []
     for start, end in itertools.pairwise([0, *itertools.accumulate(chunks)]):
         mask = may_look[:, None, start:end, :end]
-        logits.append(model(tokens[:, start:end], positions[:, start:end], mask, cache))
+        logits.append(model(tokens[:, start:end], positions[:, start:end], mask, caches))
     return [row[pad:] for row, pad in zip(torch.cat(logits, dim=1), padding[:, 0].tolist(), strict=True)]
 
 
@@ -135,10 +136,10 @@ def test_cache_and_padding_leave_logits_unchanged(n_kv_head: int, chunks: list[i
 
 def test_cache_without_mask_leaves_logits_unchanged() -> None:
     model, tokens = random_model(), random_tokens(3, 9)
-    cache = KVCache(model.config, 3, 9, like=model.embed.weight)
-    logits = [model(tokens[:, :5], cache=cache)]
+    caches = model.make_caches(3, 9)
+    logits = [model(tokens[:, :5], caches=caches)]
     for t in range(5, 9):
-        logits.append(model(tokens[:, t : t + 1], torch.full((3, 1), t), cache=cache))
+        logits.append(model(tokens[:, t : t + 1], torch.full((3, 1), t), caches=caches))
     torch.testing.assert_close(torch.cat(logits, dim=1), model(tokens), atol=1e-5, rtol=0)
 
 
@@ -287,3 +288,19 @@ def test_samples_are_distributed_as_the_softmax_says() -> None:
         probs = model(torch.tensor([prompt]))[0, -1].softmax(dim=-1)
         torch.testing.assert_close(frequency, probs, atol=0.03, rtol=0)
         assert probs.max() > 2 / SMALL["vocab_size"], "the distribution must not be flat"
+
+
+def test_compiled_blocks_write_the_same_and_share_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for the compiler, but run as they are: a compiler is not everywhere."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = random_model(seed=1, n_layer=4), random_model(seed=1, n_layer=4)
+    compiled.compile_blocks()
+    written = [generate(model, PROMPTS, 12, STOP, samples=4, generator=seeded(0)) for model in (plain, compiled)]
+    assert written[0] == written[1]
+    for model in (plain, compiled):
+        response_logprobs(model.requires_grad_(True), [[1, 2], [3]], [[4, 5], [6]])[0].sum().backward()
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4  # prompts, tokens, training; not times layers

@@ -57,12 +57,18 @@ def spd_update() -> GPT:
 UPDATES = {"rosd": rosd_update, "spd": spd_update}
 
 
-@pytest.mark.parametrize("name", UPDATES)
-def test_two_processes_make_the_update_of_one(name: str, tmp_path: Path) -> None:
-    path = tmp_path / "two.pt"
-    command = [*TORCHRUN, __file__, name, str(path)]
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    command = [*TORCHRUN, __file__, str(folder)]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": str(runs.ROOT)})
-    two, one = runs.load_checkpoint(path)[0].state_dict(), UPDATES[name]().state_dict()
+    return folder
+
+
+@pytest.mark.parametrize("name", UPDATES)
+def test_two_processes_make_the_update_of_one(name: str, two_processes: Path) -> None:
+    two = runs.load_checkpoint(two_processes / f"{name}.pt")[0].state_dict()
+    one = UPDATES[name]().state_dict()
     before = runs.load_checkpoint(runs.BASE_CHECKPOINT)[0].state_dict()
     assert max((one[key] - before[key]).abs().max() for key in one) > 1e-4
     for key in one:
@@ -81,6 +87,7 @@ def test_torchrun_trains_and_one_process_writes(tmp_path: Path) -> None:
 if __name__ == "__main__":  # one of the processes that torchrun starts
     torch.set_num_threads(1)
     parallel.start(torch.device("cpu"))
-    updated = UPDATES[sys.argv[1]]()
-    if parallel.FIRST:
-        runs.save_checkpoint(Path(sys.argv[2]), updated)
+    for name, make in UPDATES.items():
+        updated = make()
+        if parallel.FIRST:
+            runs.save_checkpoint(Path(sys.argv[1]) / f"{name}.pt", updated)

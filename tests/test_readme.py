@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import bench
+import evaluate
 import plots
 import pretrain
 import runs
@@ -68,6 +69,7 @@ def small_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / copy).parent.mkdir(exist_ok=True)
         shutil.copy(runs.ROOT / copy.replace("out/mine", "data/gaps"), tmp_path / copy)
     monkeypatch.setattr(pretrain, "measure", partial(pretrain.measure, count=2))
+    monkeypatch.setattr(evaluate, "BUDGET", 8)  # tokens, of answers nobody counts
     for name, declared in study.STUDIES.items():
         variant, flags = next(iter(declared.variants.items()))
         few = SMALL[declared.script].replace("--no-baseline", "").split()
