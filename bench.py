@@ -2,7 +2,7 @@
 
     python bench.py                    the table (needs `pip install transformers`)
     python bench.py --compile          with the blocks compiled, too: a minute or two more, for the compiler
-    python bench.py --compile --readme also puts it into README.md, between its markers
+    python bench.py --compile --repeats 9 --readme     the README's table, put between its markers
     python bench.py --scaling          tokens/s over width, batch and length -> results/scaling.json, for plots.py
 
 Every pair does the same work: the same number of sequences and new tokens, the same documents in an update of the same
