@@ -62,25 +62,21 @@ STUDIES = {
             for domain in ("sub", "mul", "mix", "long")
             for method in ("rosd", "sdpo", "opsd", "grpo")
         },
-        seeds=(0, 1),
         flags=SHORT,
     ),
     "rosd-curves": Study(
         "train_rosd.py",
         {"ROSD": [], "SDPO": ["--method", "sdpo"], "GRPO": ["--method", "grpo"]},
-        seeds=(0, 1),
         flags=["--eval-every", "4"],
     ),
     "reflector": Study(
         "train_rosd.py",
         {"ROSD": []} | {f"{share:.0%} of the reflections spoiled": ["--spoil", str(share)] for share in (0.5, 1.0)},
-        seeds=(0, 1, 2),
         flags=SHORT,
     ),
     "composition": Study(
         "train_rosd.py",
         {"ROSD": [], "teacher projected": ["--project", "teacher"], "rollouts projected": ["--project", "rollouts"]},
-        seeds=(0, 1, 2),
         flags=SHORT,
     ),
     "localization": Study(
