@@ -135,7 +135,7 @@ STUDIES = {
         }
         | {f"coordinate {coordinate}": ["--coordinate", coordinate] for coordinate in ("head", "norm", "rope")}
         | {"S: whole steps": ["--loss", "steps"]},
-        seeds=(1, 2, 3),
+        seeds=(1, 2, 3, 4, 5),
         flags=GENERATION,
         against="base",
     ),
