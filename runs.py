@@ -245,8 +245,8 @@ def provenance() -> dict[str, Any]:
     try:
         git = ["git", "-C", str(ROOT)]
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+        changed = subprocess.run(  # of what makes a result, not of the results
+            [*git, "status", "--porcelain", "-uno", "--", "*.py", "*.pt"], capture_output=True, text=True, check=True
         ).stdout
         commit += "+changes" if changed.strip() else ""
     except (OSError, subprocess.CalledProcessError):
