@@ -191,7 +191,7 @@ def scaling(config: Config, device: torch.device) -> list[dict]:
 
         works = {"rollouts": lambda p=prompts, m=model, n=length: generate(m, p, n, VOCAB_SIZE), "training": update}
         size = {"width": width, "batch": batch, "length": length}
-        rows.append({"varied": varied, **size} | {name: tokens / best for name, best in fastest(works, 1).items()})
+        rows.append({"varied": varied, **size} | {name: tokens / best for name, best in fastest(works, 2).items()})
         print(rows[-1], flush=True)
     return rows
 

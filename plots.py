@@ -155,6 +155,8 @@ def scaling() -> Path:
     measured = read("scaling")
     rows = measured["rows"]
     axes, save = figure(3, f"Tokens per second, {measured['device']}, {measured['threads']} threads")
+    from matplotlib import ticker
+
     for axis, varied in zip(axes, ("width", "batch", "length"), strict=True):
         for kind, (colour, marker) in zip(("rollouts", "training"), STYLES, strict=False):
             points = [(row[varied], row[kind]) for row in rows if row["varied"] == varied]
@@ -163,6 +165,8 @@ def scaling() -> Path:
         sizes = [row[varied] for row in rows if row["varied"] == varied]
         axis.minorticks_off()
         axis.set_xticks(sizes, map(str, sizes))
+        axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     axes[0].legend()
     return save("scaling")
 
