@@ -56,13 +56,11 @@ def fastest(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, f
     return {name: min(each[1:]) for name, each in times.items()}
 
 
-def against(label: str, work: int, times: dict[str, float], there: str) -> list[list[str]]:
-    """Rows of the table: tokens/s of everything in `times` but `there`, beside it."""
-    theirs = work / times[there]
+def against(label: str, tokens: int, times: dict[str, float], theirs: float) -> list[list[str]]:
+    """Rows of the table: tokens/s of each of our times beside theirs, all in seconds."""
     return [
-        [label + name, f"{work / best:,.0f} tokens/s", f"{theirs:,.0f}", f"{work / best / theirs:.1f}x"]
-        for name, best in times.items()
-        if name != there
+        [label + name, f"{tokens / ours:,.0f} tokens/s", f"{tokens / theirs:,.0f}", f"{theirs / ours:.1f}x"]
+        for name, ours in times.items()
     ]
 
 
@@ -109,10 +107,9 @@ def rollouts(config: Config, device: torch.device) -> list[list[str]]:
     works["transformers"] = lambda: other.generate(ids, **attend, **settings)
     works["no cache"] = lambda: without_cache(model, prompts)
     times = fastest(works, config.repeats)
-    naive, tokens = times.pop("no cache"), PROMPTS * GROUP * NEW
-    rows = against(f"rollouts, {PROMPTS * GROUP} sequences of {PROMPT} + {NEW} tokens", tokens, times, "transformers")
-    del times["transformers"]
-    return rows + against("the same, against no cache", tokens, {**times, "no cache": naive}, "no cache")
+    theirs, naive, tokens = times.pop("transformers"), times.pop("no cache"), PROMPTS * GROUP * NEW
+    label = f"rollouts, {PROMPTS * GROUP} sequences of {PROMPT} + {NEW} tokens"
+    return against(label, tokens, times, theirs) + against("the same, against no cache", tokens, times, naive)
 
 
 def training(config: Config, device: torch.device) -> list[list[str]]:
@@ -148,7 +145,8 @@ def training(config: Config, device: torch.device) -> list[list[str]]:
         works[", compiled"] = lambda: epoch(compiled, by_length, next_token_loss)
     works["transformers"] = lambda: epoch(other, plain, their_loss)
     times = fastest(works, config.repeats)
-    rows = against("training step, documents of the pretraining", real, times, "transformers")
+    theirs = times.pop("transformers")
+    rows = against("training step, documents of the pretraining", real, times, theirs)
     weights = sum(p.numel() for p in model.parameters())
     a = torch.randn(1024, 1024, device=device)
     rate = 2 * 1024**3 / fastest({"": lambda: a @ a}, config.repeats)[""]

@@ -93,7 +93,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Pat
 
 def test_a_killed_run_resumes_to_the_very_same_metrics(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = ("--steps", "6", "--base", SHIPPED)
+    flags = ("--steps", "6")
     subprocess.run(rosd(SHIPPED, whole, *flags), check=True, capture_output=True)
     process = subprocess.Popen(rosd(SHIPPED, killed, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not list(killed.glob("*/metrics.jsonl")) and process.poll() is None:
