@@ -38,16 +38,15 @@ class NormalizeAndScale(torch.autograd.Function):
         x = x.to(torch.promote_types(x.dtype, weight.dtype))
         scale = (x.pow(2).mean(dim=-1, keepdim=True) + eps).rsqrt()
         normal = x * scale
-        ctx.save_for_backward(x, scale, normal, weight)
+        ctx.save_for_backward(scale, normal, weight)
         return normal * weight
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        x, scale, normal, weight = ctx.saved_tensors
-        grad_weight = (grad * normal).flatten(0, -2).sum(dim=0)
-        grad = grad * weight
-        grad_square = -0.5 * (grad * x).sum(dim=-1, keepdim=True) * scale.pow(3) / x.size(-1)  # of each x_i^2
-        return (grad * scale).add_(grad_square * (2 * x)), grad_weight, None
+        scale, normal, weight = ctx.saved_tensors
+        product = grad * normal
+        along = (product @ weight).unsqueeze(-1) / -weight.numel()  # what would only make x longer has no effect
+        return torch.addcmul(grad * weight, normal, along).mul_(scale), product.flatten(0, -2).sum(dim=0), None
 
 
 class RMSNorm(nn.RMSNorm):

@@ -13,6 +13,7 @@ reaches in 400 steps what AdamW reaches in well over 1,000; AdamW trains the emb
 
 import random
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ Document = tuple[list[int], list[int]]  # prompt and response tokens
 class Config:
     world: str = option("plain", "which documents: those of a world of data/documents.py", choices=tuple(WORLDS))
     start: str = option("", "checkpoint to start from, with its shape; without one the weights are random")
-    steps: int = option(2200, "updates", minimum=1)
+    steps: int = option(2000, "updates", minimum=1)
     batch: int = option(64, "documents an update", minimum=1)
     muon_rate: float = option(0.02, "peak learning rate of Muon", minimum=0)
     adamw_rate: float = option(1e-2, "peak learning rate of AdamW", minimum=0)
@@ -86,6 +87,37 @@ def next_token_loss(model: GPT, pairs: list[Document], completion_only: bool = T
     return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100, reduction="sum") / count
 
 
+def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+    """Newton-Schulz: U V^T for each U S V^T of a stack (n, A, B), roughly: singular values of 0.7 to 1.2."""
+    tall = matrices.size(1) > matrices.size(2)
+    x = matrices.mT if tall else matrices
+    x = x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x.mT if tall else x
+
+
+class Muon(torch.optim.Muon):
+    """torch.optim.Muon, the same numbers, with all matrices of one shape at once: four times as fast for small ones."""
+
+    @torch.no_grad()
+    def step(self) -> None:
+        group = self.param_groups[0]
+        by_shape = defaultdict(list)
+        for matrix in group["params"]:
+            by_shape[matrix.shape].append(matrix)
+        for (rows, columns), matrices in by_shape.items():
+            grads = torch.stack([matrix.grad for matrix in matrices])  # (n, rows, columns)
+            momentum = self.state[matrices[0]].setdefault("momentum", torch.zeros_like(grads))
+            momentum.lerp_(grads, 1 - group["momentum"])
+            updates = orthogonalize(grads.lerp(momentum, group["momentum"]))
+            for matrix, update in zip(matrices, updates, strict=True):
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
+
+
 def schedule(step: int, steps: int, warmup: int = 20) -> float:
     """Share of the peak learning rate: linear warm-up, flat, then linear to almost 0 over the last 60 %."""
     return min((step + 1) / warmup, 1.0, 0.01 + (steps - step) / (0.6 * steps))
@@ -107,7 +139,7 @@ def pretrain(config: Config) -> GPT:
     matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
     optimizers = [
-        torch.optim.Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay),
+        Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay),
         torch.optim.AdamW(others, lr=config.adamw_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     peaks = [config.muon_rate, config.adamw_rate]

@@ -1,4 +1,4 @@
-"""The shipped base model has the accuracies the README states."""
+"""The shipped base model has the accuracies the README states, and its optimizer is the one it names."""
 
 import pytest
 import torch
@@ -31,3 +31,20 @@ def test_the_second_base_has_to_guess_and_its_teacher_knows_more() -> None:
     assert gaps["plain"] < 0.2
     assert gaps["with a hint"] > 0.6 and gaps["with a reference"] >= 0.95
     assert gaps["first error quoted"] >= 0.8
+
+
+def test_muon_for_many_matrices_at_once_is_torchs_muon() -> None:
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in ((24, 8), (8, 24), (8, 8), (24, 8), (4, 8))]
+    moved = []
+    for optimizer_class in (torch.optim.Muon, pretrain.Muon):
+        matrices = [matrix.clone().requires_grad_() for matrix in start]
+        optimizer = optimizer_class(matrices, lr=0.1, weight_decay=0.1)
+        torch.manual_seed(1)
+        for _ in range(3):
+            for matrix in matrices:
+                matrix.grad = torch.randn_like(matrix)
+            optimizer.step()
+        moved.append([after - before for after, before in zip(matrices, start, strict=True)])
+    for theirs, ours in zip(*moved, strict=True):  # a batch of products may round otherwise, in 8 bits
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()

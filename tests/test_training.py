@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -33,11 +34,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(autouse=True)
 def short_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(evaluate, "BUDGET", 8)  # tokens, of answers nobody counts
-
-
-def rosd(base: str, out: Path, *flags: str) -> list[str]:
-    script = str(runs.ROOT / "train_rosd.py")
-    return [sys.executable, script, *SMALL, "--base", base, "--no-baseline", "--out", str(out), *flags]
 
 
 def metrics(out: Path) -> list[str]:
@@ -91,35 +87,34 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tmp_path: Pat
     assert all(torch.equal(one, other) for one, other in pairs)
 
 
-def test_a_killed_run_resumes_to_the_very_same_metrics(tmp_path: Path) -> None:
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    flags = ("--steps", "6")
-    subprocess.run(rosd(SHIPPED, whole, *flags), check=True, capture_output=True)
-    process = subprocess.Popen(rosd(SHIPPED, killed, *flags), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(killed.glob("*/metrics.jsonl")) and process.poll() is None:
-        time.sleep(0.01)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert len(metrics(killed)) < 6
-    subprocess.run([*rosd(SHIPPED, killed, *flags), "--resume"], check=True, capture_output=True)
-    assert metrics(killed) == metrics(whole)
-    pairs = zip(weights(killed).values(), weights(whole).values(), strict=True)
-    assert all(torch.equal(one, other) for one, other in pairs)
+SPD_SMALL = ["--prompts", "16", "--batch", "8", "--calibration-size", "8"]
+SPD_SMALL += ["--eval-problems", "2", "--eval-samples", "2", "--threads", "1"]
 
 
-def test_a_killed_spd_run_resumes_to_the_very_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "flags", "saved"),
+    [(train_rosd, [*SMALL, "--steps", "6"], "metrics.jsonl"), (train_spd, [*SPD_SMALL, "--epochs", "5"], "state.pt")],
+    ids=["rosd", "spd"],
+)
+def test_a_killed_run_resumes_to_the_very_same_metrics(
+    script: ModuleType, flags: list[str], saved: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*more: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["train", *flags, "--no-baseline", "--out", *more])
+        script.main()
+
+    threads = torch.get_num_threads()
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    small = ["--prompts", "16", "--epochs", "5", "--batch", "8", "--calibration-size", "8", "--no-baseline"]
-    small += ["--eval-problems", "2", "--eval-samples", "2", "--threads", "1"]
-    command = [sys.executable, str(runs.ROOT / "train_spd.py"), *small, "--out"]
-    subprocess.run([*command, str(whole)], check=True, capture_output=True)
-    process = subprocess.Popen([*command, str(killed)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not list(killed.glob("*/state.pt")) and process.poll() is None:
+    run(str(whole))
+    command = [sys.executable, script.__file__, *flags, "--no-baseline", "--out", str(killed)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not list(killed.glob(f"*/{saved}")) and process.poll() is None:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not list(killed.glob("*/model.pt"))
-    subprocess.run([*command, str(killed), "--resume"], check=True, capture_output=True)
+    run(str(killed), "--resume")
+    torch.set_num_threads(threads)
     assert metrics(killed) == metrics(whole)
     pairs = zip(weights(killed).values(), weights(whole).values(), strict=True)
     assert all(torch.equal(one, other) for one, other in pairs)
@@ -166,7 +161,7 @@ def other_vocabulary(path: Path) -> Path:
 )
 @pytest.mark.parametrize("script", [train_rosd, train_spd], ids=lambda module: module.__name__)
 def test_bad_input_gets_one_sentence_and_leaves_nothing(
-    script: object,
+    script: ModuleType,
     flags: list,
     cause: str,
     tmp_path: Path,
@@ -212,8 +207,7 @@ def test_a_failed_write_leaves_the_previous_file(tmp_path: Path) -> None:
     ids=" ".join,
 )
 def test_spd_and_its_ablations_run_and_leave_their_files(flags: tuple[str, ...], tmp_path: Path) -> None:
-    small = ["--prompts", "16", "--epochs", "1", "--batch", "8", "--calibration-size", "8", "--threads", "1"]
-    small += ["--eval-problems", "2", "--eval-samples", "2", "--no-baseline", "--out", str(tmp_path)]
+    small = [*SPD_SMALL, "--epochs", "1", "--no-baseline", "--out", str(tmp_path)]
     result = train_spd.train(runs.parse_config(train_spd.Config, "", [*small, *flags]))
     stored = json.loads(next(tmp_path.glob("*/results.json")).read_text())
     assert stored["after"] == result["after"] and set(stored["after"]) == {"add", "sub", "mul", "mix", "long"}
