@@ -1,4 +1,4 @@
-"""Two processes make the update that one makes with the same global batch."""
+"""Two processes make the update that one makes with the same global batch, and train to the end."""
 
 import json
 import os
@@ -22,6 +22,7 @@ from model import GPT
 from reflect import Rollout, verify
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+RUN = ["--steps", "2", "--batch", "3", "--group", "4", "--eval-problems", "2", "--eval-samples", "2", "--no-baseline"]
 FLAGS = ["--learning-rate", "1", "--warmup", "0", "--threads", "1"]
 
 
@@ -75,12 +76,9 @@ def test_two_processes_make_the_update_of_one(name: str, two_processes: Path) ->
         torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5)
 
 
-def test_torchrun_trains_and_one_process_writes(tmp_path: Path) -> None:
-    small = ["--steps", "2", "--batch", "3", "--group", "4", "--eval-problems", "2", "--eval-samples", "2"]
-    command = [*TORCHRUN, "train_rosd.py", *small, "--no-baseline", "--threads", "1", "--out", str(tmp_path)]
-    subprocess.run(command, check=True, capture_output=True, cwd=runs.ROOT)
-    result = json.loads(next(tmp_path.glob("*/results.json")).read_text())
-    lines = next(tmp_path.glob("*/metrics.jsonl")).read_text().splitlines()
+def test_a_run_of_two_processes_is_written_by_one(two_processes: Path) -> None:
+    result = json.loads(next(two_processes.glob("*/results.json")).read_text())
+    lines = next(two_processes.glob("*/metrics.jsonl")).read_text().splitlines()
     assert len(lines) == 2 and result["processes"] == 2
 
 
@@ -91,3 +89,5 @@ if __name__ == "__main__":  # one of the processes that torchrun starts
         updated = make()
         if parallel.FIRST:
             runs.save_checkpoint(Path(sys.argv[1]) / f"{name}.pt", updated)
+    sys.argv = ["train_rosd.py", *RUN, "--threads", "1", "--out", sys.argv[1]]
+    train_rosd.main()

@@ -1,16 +1,18 @@
 """The X-ray pages: complete, well-formed, self-contained, and true to what the model says."""
 
 import re
-import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
+import reflect
 import runs
 import strips
+import subspace
 import xray
 from data.documents import hint_prompt, plain_prompt
 from data.tokenizer import END, encode
@@ -50,11 +52,14 @@ def rollout() -> Rollout:
     return Rollout(PROBLEM, [*encode(WRONG), END], WRONG, verify(PROBLEM, WRONG))
 
 
-@pytest.mark.parametrize("script", ["reflect", "subspace"])
-def test_the_page_is_one_well_formed_file_without_network(script: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", [reflect, subspace], ids=lambda module: module.__name__)
+def test_the_page_is_one_well_formed_file_without_network(
+    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     path = tmp_path / "folder" / "page.html"
-    command = [sys.executable, f"{script}.py", "--html", str(path)]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, cwd=runs.ROOT).stdout
+    monkeypatch.setattr(sys, "argv", [script.__name__, "--html", str(path)])
+    script.main()
+    printed = capsys.readouterr().out
     text = path.read_text()
     assert str(path) in printed and "\033" not in printed  # no colours where nobody looks
     assert not re.search(r"https?:|src=|@import|url\(", text)
