@@ -146,7 +146,7 @@ def teacher_prompt(context: str, problem: str, idea: str | None, solution: str |
 class Config:
     domain: str = option("mix", "domain of the problem; gap needs --base data/gaps.pt", choices=(*DOMAINS, *GAPS))
     seed: int = option(6, "which problem")
-    base: str = option(str(runs.BASE_CHECKPOINT), "checkpoint of the base model")
+    base: str = option("data/base.pt", "checkpoint of the base model")
     html: str = option("", "write the X-ray of the whole group to this file, e.g. out/xray.html")
     rosd: str = option("out/rosd-add-seed0/model.pt", "X-ray: the student after ROSD from the same base")
     sdpo: str = option("out/sdpo-add-seed0/model.pt", "X-ray: the student after SDPO from the same base")

@@ -180,10 +180,13 @@ def save_checkpoint(path: Path, model: GPT, **extra: Any) -> None:
 
 
 def load_checkpoint(path: Path | str) -> tuple[GPT, dict]:
-    """Model and extra state of a checkpoint; UserError where it is missing, corrupt or of another vocabulary."""
-    path = Path(path)
+    """Model and extra state of a checkpoint; UserError where it is missing, corrupt or of another vocabulary.
+
+    A relative path that leads nowhere from the current folder is taken from the repository's.
+    """
+    given, path = path, Path(path) if Path(path).is_file() else ROOT / path
     if not path.is_file():
-        raise UserError(f"no checkpoint at {path}; make one with `python pretrain.py --out {path}`")
+        raise UserError(f"no checkpoint at {given}; make one with `python pretrain.py --out {given}`")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         model = GPT(GPTConfig(**state.pop("config")))
@@ -201,7 +204,7 @@ def load_checkpoint(path: Path | str) -> tuple[GPT, dict]:
 
 def check_world(base: str, domain: str) -> None:
     """UserError where a domain of the second world is asked of the shipped base, which never saw one."""
-    if domain in GAPS and Path(base).resolve() == BASE_CHECKPOINT:
+    if domain in GAPS and (ROOT / base).resolve() == BASE_CHECKPOINT:
         raise UserError(f"data/base.pt does not know the domain {domain}; give --base data/gaps.pt")
 
 

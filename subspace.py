@@ -257,7 +257,7 @@ class Config:
     coordinate: str = option("linear", "where the projector acts", "not stated", COORDINATES)
     temperature: float = option(1.0, "sampling temperature of the answers", minimum=0)
     seed: int = option(0, "seed of calibration set, prompt and sampling")
-    base: str = option(str(runs.BASE_CHECKPOINT), "checkpoint of the model")
+    base: str = option("data/base.pt", "checkpoint of the model")
     html: str = option("", "write spectra, projected-away shares and answers to this web page, e.g. out/spd.html")
 
 

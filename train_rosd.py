@@ -109,7 +109,7 @@ class Config:
     warmup: int = option(5, "steps of linear warm-up", "10", minimum=0)
     grad_clip: float = option(1.0, "largest gradient norm", "1.0", minimum=1e-9)
     seed: int = option(0, "seed of everything random but the evaluation, which is the same for all")
-    base: str = option(str(runs.BASE_CHECKPOINT), "checkpoint to start from; also teacher and reflector")
+    base: str = option("data/base.pt", "checkpoint to start from; also teacher and reflector")
     out: str = option("out", "folder for runs")
     baseline: bool = option(True, "train SDPO afterwards, for the table")
     eval_problems: int = option(64, "test problems a domain", minimum=1)

@@ -97,7 +97,7 @@ class Config:
     learning_rate: float = option(3e-3, "peak learning rate of AdamW, cosine to 0", "1e-5", minimum=0)
     weight_decay: float = option(0.01, "weight decay of AdamW", "0.01", minimum=0)
     seed: int = option(0, "seed of everything random", "42")
-    base: str = option(str(runs.BASE_CHECKPOINT), "checkpoint to start from")
+    base: str = option("data/base.pt", "checkpoint to start from")
     out: str = option("out", "folder for runs")
     baseline: bool = option(True, "train PSR and SSD afterwards, for the table")
     eval_problems: int = option(64, "test problems a domain", minimum=1)
