@@ -180,6 +180,13 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_shipped_base_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert runs.load_checkpoint(train_rosd.Config().base)[0].config.n_layer == 4
+    with pytest.raises(runs.UserError, match="does not know the domain gap"):
+        runs.check_world(train_rosd.Config().base, "gap")
+
+
 def test_an_output_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     with pytest.raises(runs.UserError, match="choose another folder"):
