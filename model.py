@@ -268,7 +268,7 @@ def generate(
 
     Prompts of unequal length are padded on the left and read once for all of their samples. Finished rows leave the
     batch. Row i draws its token at step t by inverting the cumulative distribution at the t-th uniform number of its
-    own, so neither padding nor the other rows change what it samples; the generator is a CPU one on every device.
+    own, so neither padding nor what is in other rows changes what it samples; the generator is always a CPU one.
     """
     if not prompts:
         return []

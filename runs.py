@@ -219,7 +219,7 @@ def finished(folder: Path, config: Any) -> dict | None:
 
 
 def run_name(config: Any) -> str:
-    """E.g. 'rosd-mask=whole-add-seed0': method, domain, seed, and every other field that departs from its default."""
+    """E.g. 'rosd-mask=whole-add-seed0': method, domain, seed, and what else in training is not the default."""
     unnamed = {"out", "resume", "device", "threads", "baseline", "eval_problems", "eval_samples"}
     flags = []
     for field in dataclasses.fields(config):

@@ -190,7 +190,7 @@ def make_projectors(
     source: str = "gradient",
     seed: int = 0,
 ) -> dict[Place, Tensor]:
-    """One projector a place, block-diagonal per head; source 'random' draws a subspace of the same rank instead."""
+    """One projector a place, or one per head; source 'random' draws a subspace of the same rank instead."""
     generator = torch.Generator().manual_seed(seed)
     projectors = {}
     for place, G in gradients.items():

@@ -11,7 +11,7 @@ own tokens; from the error on, the student is drawn to the teacher's distributio
 
     L = sum_t m_t D( pi_S(. | x, y_<t) || stopgrad pi_T(. | x, e, y_<t) ) / sum_t m_t        m_t = 1 from t = k on
 
-Every baseline changes what the teacher holds in the place of e, or where the mask begins, and nothing else:
+Every baseline but GRPO changes what the teacher holds in the place of e, or where the mask begins, and nothing else:
 
 >>> [teaching(Config(**flags)) for flags in ({}, {"method": "sdpo"}, {"mask": "whole"}, {"context": "peer"})]
 [('reflection', 'quote'), ('peer', 'whole'), ('reflection', 'whole'), ('peer', 'quote')]
@@ -139,7 +139,7 @@ def make_lessons(
 ) -> tuple[list[Lesson], list[tuple[bool, bool, float]]]:
     """Turn rollouts into lessons, and compare the reflector's quotes with the verifier's true first errors.
 
-    Of every wrong rollout: was the quote found in it, is it where the first error is, and where (0 to 1) does it lie.
+    Of every wrong rollout reflected on: was the quote found, is it at the first error, where (0 to 1) does it lie.
     """
     context, mask = teaching(config)
     if context == "none":
