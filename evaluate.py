@@ -1,79 +1,80 @@
-"""Accuracy of a model on test problems of every domain, mean@n at temperature 1 and greedy, and the closing table."""
+"""Accuracy of a model on test problems of every domain, mean@n, and the closing table."""
 
 import random
 
-import runs
-from data.arithmetic import BUDGET, DOMAINS, make_problem, verify
-from data.documents import plain_prompt
-from data.tokenizer import END, decode, encode
+from data import Task
+from harness.cli import markdown_table
+from harness.run import RunConfig, seeded
 from model import GPT, generate
-
-
-def all_domains(home: str) -> tuple[str, ...]:
-    """All of DOMAINS, and the domain trained on where it is not one of them."""
-    return tuple(dict.fromkeys((*DOMAINS, home)))
-
-
-def held_out_problems(domain: str, count: int, seed: int) -> list[str]:
-    rng = random.Random(f"test {domain} {seed}")
-    return [make_problem(domain, rng, test=True) for _ in range(count)]
 
 
 def evaluate(
     model: GPT,
+    task: Task,
     domains: tuple[str, ...],
     problems: int = 64,
     samples: int = 16,
     seed: int = 0,
     temperature: float = 1.0,
-    top_k: int = 0,
     top_p: float = 1.0,
+    top_k: int = 0,
 ) -> dict[str, dict]:
-    """domain -> mean@samples, greedy accuracy, shares of short cuts and unfinished rollouts, and their counts."""
-    result = {}
-    for domain in domains:
-        texts = held_out_problems(domain, problems, seed)
-        prompts = [encode(plain_prompt(problem)) for problem in texts]
-        sampled = generate(
-            model,
-            prompts,
-            BUDGET,
-            END,
-            samples,
-            temperature,
-            top_k,
-            top_p,
-            runs.torch_generator("evaluate", domain, seed),
-        )
-        verdicts = [verify(texts[i // samples], decode(tokens)) for i, tokens in enumerate(sampled)]
-        greedy = generate(model, prompts, BUDGET, END, temperature=0)
-        greedy_right = sum(
-            verify(problem, decode(tokens)).correct for problem, tokens in zip(texts, greedy, strict=True)
-        )
-        n = len(verdicts)
-        result[domain] = {
-            "mean": sum(v.correct for v in verdicts) / n,
-            "correct": sum(v.correct for v in verdicts),
-            "greedy": greedy_right / problems,
-            "shortcut": sum(v.shortcut for v in verdicts) / n,
-            "unfinished": sum(not v.finished for v in verdicts) / n,
+    """domain -> mean@samples, shares of the task's habits and of unfinished responses, and how many there were.
+
+    The problems are drawn by the seed, so that an interval over seeds holds the problems' variance, too.
+    """
+    tests = {
+        domain: task.problems(domain, problems, random.Random(f"test {domain} {seed}"), True) for domain in domains
+    }
+    asked = [problem for domain in domains for problem in tests[domain]]
+    prompts = [task.encode(task.student_prompt(problem)) for problem in asked]
+    generator = seeded("evaluate", seed)
+    written = generate(
+        model, prompts, task.max_response, task.stop, samples, temperature, top_k, top_p, generator=generator
+    )
+    verdicts = [task.verify(asked[i // samples], task.decode(tokens)) for i, tokens in enumerate(written)]
+    scores, each = {}, problems * samples
+    for i, domain in enumerate(domains):
+        found = verdicts[i * each : (i + 1) * each]
+        scores[domain] = {
+            "mean": sum(v.correct for v in found) / each,
+            **{habit: sum(habit in v.habits for v in found) / each for habit in task.habits},
+            "unfinished": sum(not v.finished for v in found) / each,
             "problems": problems,
             "samples": samples,
         }
-    return result
+    return scores
 
 
-def comparison(results: list[dict]) -> str:
-    """The closing table: mean@n of base and runs in every domain, the training domain first, and style in domain."""
-    home = results[0]["config"]["domain"]
-    away = [domain for domain in DOMAINS if domain != home]
+def evaluate_run(model: GPT, task: Task, config: RunConfig) -> dict[str, dict]:
+    """All domains, at the scale and the sampling that a run's settings name."""
+    return evaluate(
+        model,
+        task,
+        task.domains,
+        config.eval_problems,
+        config.eval_samples,
+        config.seed,
+        config.eval_temperature,
+        config.eval_top_p,
+    )
 
-    def row(name: str, scores: dict) -> list[str]:
-        out_of_domain = sum(scores[domain]["mean"] for domain in away) / len(away)
-        columns = [scores[home]["mean"], out_of_domain, *(scores[domain]["mean"] for domain in away)]
-        columns += [scores[home]["greedy"], scores[home]["shortcut"], scores[home]["unfinished"]]
-        return [name, *(f"{100 * value:.1f}" for value in columns)]
 
-    header = [f"mean@{results[0]['config']['eval_samples']}, %", f"{home} (in domain)", "OOD average", *away]
-    rows = [row("base", results[0]["before"]), *(row(result["name"], result["after"]) for result in results)]
-    return runs.markdown_table([*header, "greedy", "short cuts", "unfinished"], rows)
+def out_of_domain(scores: dict[str, dict], home: str) -> float | None:
+    """Mean accuracy over all domains but the one trained on; None where there is no other."""
+    away = [entry["mean"] for domain, entry in scores.items() if domain != home]
+    return sum(away) / len(away) if away else None
+
+
+def comparison(rows: dict[str, dict[str, dict]], home: str) -> str:
+    """The closing table: name -> scores; accuracy in and out of domain, and how responses are written, in percent."""
+    counts = ("mean", "unfinished", "problems", "samples")
+    habits = [habit for habit in next(iter(rows.values()))[home] if habit not in counts]
+    header = ["accuracy, %", f"on {home}", "elsewhere", *habits, "unfinished"]
+
+    def line(name: str, scores: dict[str, dict]) -> list[str]:
+        here = scores[home]
+        values = [here["mean"], out_of_domain(scores, home), *(here[habit] for habit in habits), here["unfinished"]]
+        return [name, *("-" if value is None else f"{100 * value:.1f}" for value in values)]
+
+    return markdown_table(header, [line(name, scores) for name, scores in rows.items()])

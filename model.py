@@ -252,8 +252,12 @@ def next_token_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, t
     return probs
 
 
+def generate(*args, **settings) -> list[list[int]]:
+    return sample(*args, **settings)[0]
+
+
 @torch.inference_mode()
-def generate(
+def sample(
     model: GPT,
     prompts: list[list[int]],
     max_new_tokens: int,
@@ -263,7 +267,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
-) -> list[list[int]]:
+) -> tuple[list[list[int]], list[list[float]]]:
     """Sample responses: `samples` per prompt, side by side, each up to and with its first stop token.
 
     Prompts of unequal length are padded on the left and read once for all of their samples. Finished rows leave the
@@ -271,7 +275,7 @@ def generate(
     own, so neither padding nor what is in other rows changes what it samples; the generator is always a CPU one.
     """
     if not prompts:
-        return []
+        return [], []
     device, longest = model.device, max(map(len, prompts))
     tokens = torch.tensor([[stop] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     real = torch.arange(longest) >= longest - torch.tensor([len(prompt) for prompt in prompts])[:, None]
@@ -288,6 +292,7 @@ def generate(
     total = len(prompts) * samples
     uniform = torch.rand(max_new_tokens, total, generator=generator).to(device)
     responses = torch.full((total, max_new_tokens), stop, device=device)
+    logprobs = torch.zeros(total, max_new_tokens, device=device)
     rows = torch.arange(total, device=device)  # the responses still being written; all below is about these
     parent = rows // samples
     logits, position, real = logits[parent], positions[parent, -1:], real[parent]
@@ -296,6 +301,9 @@ def generate(
     for t in range(max_new_tokens):
         cdf = next_token_probs(logits, temperature, top_k, top_p).cumsum(dim=-1)  # (rows, V)
         token = (cdf <= uniform[t, rows, None] * cdf[:, -1:]).sum(dim=-1).clamp(max=cdf.size(1) - 1)
+        logprobs[rows, t] = (
+            next_token_probs(logits, temperature, top_k, top_p).gather(1, token[:, None]) / cdf[:, -1:]
+        ).log()[:, 0]
         if t > 0:
             token = token.masked_fill(responses[rows, t - 1] == stop, stop)  # finished, and still in the batch
         responses[rows, t] = token
@@ -312,7 +320,8 @@ def generate(
         logits = model(token[:, None], position, None if mask is None else real[:, None, None], caches)[:, -1]
     ends = (responses == stop).long().argmax(dim=1) + 1
     finished = (responses == stop).any(dim=1)
-    return [
+    rows = [
         row[: end if done else None]
         for row, end, done in zip(responses.tolist(), ends.tolist(), finished.tolist(), strict=True)
     ]
+    return rows, [lp[: len(row)] for lp, row in zip(logprobs.tolist(), rows, strict=True)]

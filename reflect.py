@@ -1,6 +1,6 @@
 """First-error reflection: what went wrong first, where, and from which token on the student is corrected.
 
-The reflector, the frozen base model, reads a problem, a correct peer y* and the wrong rollout y-, and writes
+The reflector reads a problem x, a correct peer y* and the wrong rollout y-, and writes
 
     (e, q) ~ pi(. | x, y*, y-)        <error_quote>q</error_quote><explanation>e</explanation>
 
@@ -13,7 +13,7 @@ q quotes the place where y- first goes wrong, e is the corrective idea. Locating
 Reflection(quote='6*2=8', idea='6*2=2')
 >>> rollout = list("1-5=6;6*2=8;#8")
 >>> k = locate(reflection.quote, rollout)
->>> k, error_mask([k], [len(rollout)]).int().tolist()
+>>> k, error_mask([k], [len(rollout)], [len(rollout)]).int().tolist()
 (6, [[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]])
 
 `python reflect.py` prints a whole worked example.
@@ -21,29 +21,27 @@ Reflection(quote='6*2=8', idea='6*2=2')
 
 import random
 import re
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import runs
-from data.arithmetic import BUDGET, DOMAINS, GAPS, Verdict, make_problem, verify
-from data.documents import hint_prompt, plain_prompt, reflect_prompt, solution_prompt
-from data.tokenizer import END, decode, encode, pieces
-from model import GPT, generate
-from runs import option, torch_generator
-
-REFLECTION_BUDGET = 80  # tokens of the longest reflection: the thinking, the quote and the idea
+from data import Problem, Task, Verdict, load_task
+from harness import files
+from harness.cli import option, parse_config, run_script
+from harness.errors import UserError
+from harness.run import seeded
+from losses import divergence
+from model import GPT, generate, response_logprobs, sample
 
 
 @dataclass(frozen=True)
 class Rollout:
     """A response the student sampled, and what the verifier says of it."""
 
-    problem: str
-    tokens: list[int]  # with the closing <|end|>, if it came to that
+    problem: Problem
+    tokens: list[int]  # with the closing stop token, if it came to that
+    logprobs: list[float]  # of each token, when it was sampled
     text: str
     verdict: Verdict
 
@@ -54,52 +52,17 @@ class Reflection:
     idea: str | None  # e; None where the text is malformed
 
 
-def parse_reflection(text: str) -> Reflection:
-    """Quote and corrective idea of any text; malformed text is a normal outcome and gives None, never an error."""
-    quote = re.search(r"<error_quote>(.+?)</error_quote>", text, re.DOTALL)
-    idea = re.search(r"<explanation>(.+?)</explanation>", text, re.DOTALL)
-    return Reflection(quote[1] if quote else None, idea[1] if idea else None)
-
-
-def token_at(character: int, tokens: list[str]) -> int:
-    """Index of the token that holds a character of the text the tokens join to."""
-    end = 0
-    for index, token in enumerate(tokens):
-        end += len(token)
-        if character < end:
-            return index
-    return len(tokens)
-
-
-def locate(quote: str | None, tokens: list[str]) -> int | None:
-    """k = Locate(q, y-): the token in which the quote's first occurrence begins, None where y- does not contain it.
-
-    tokens are the texts of the rollout's tokens; a quote that begins inside a token is located at that token.
-    """
-    character = "".join(tokens).find(quote) if quote else -1
-    return None if character < 0 else token_at(character, tokens)
-
-
-def true_position(rollout: Rollout) -> int:
-    """The oracle's k: the token where the verifier's first error begins; 0 where it names none."""
-    return token_at(rollout.verdict.error[0], pieces(rollout.tokens)) if rollout.verdict.error else 0
-
-
-def error_mask(starts: list[int], lengths: list[int]) -> Tensor:
-    """m_t of every rollout: 1 for start <= t < length, else 0 -> (B, max length), float."""
-    t = torch.arange(max(lengths))
-    return ((t >= torch.tensor(starts)[:, None]) & (t < torch.tensor(lengths)[:, None])).float()
-
-
 def sample_rollouts(
-    student: GPT, problems: list[str], group: int, generator: torch.Generator, temperature: float = 1.0
+    student: GPT, task: Task, problems: list[Problem], group: int, generator: torch.Generator, temperature: float = 1.0
 ) -> list[Rollout]:
     """G rollouts a problem from the student, each with its verdict; those of a problem lie side by side."""
-    prompts = [encode(plain_prompt(problem)) for problem in problems]
-    responses = generate(student, prompts, BUDGET, END, group, temperature, generator=generator)
-    owners = [problem for problem in problems for _ in range(group)]
-    texts = [decode(tokens) for tokens in responses]
-    return [Rollout(p, tokens, text, verify(p, text)) for p, tokens, text in zip(owners, responses, texts, strict=True)]
+    prompts = [task.encode(task.student_prompt(problem)) for problem in problems]
+    written = sample(student, prompts, task.max_response, task.stop, group, temperature, generator=generator)
+    rollouts = []
+    for i, (tokens, logprobs) in enumerate(zip(*written, strict=True)):
+        problem, text = problems[i // group], task.decode(tokens)
+        rollouts.append(Rollout(problem, tokens, logprobs, text, task.verify(problem, text)))
+    return rollouts
 
 
 def choose_peers(rollouts: list[Rollout], group: int, rule: str = "shortest") -> list[Rollout | None]:
@@ -116,69 +79,160 @@ def choose_peers(rollouts: list[Rollout], group: int, rule: str = "shortest") ->
     return peers
 
 
+# ---------------------------------------------------------------------------------------------- reflection
+
+
 def reflect(
     reflector: GPT,
+    task: Task,
     rollouts: list[Rollout],
     peers: list[str | None],
+    told_answer: bool = False,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
-) -> list[Reflection]:
-    """Let the reflector write one reflection on each rollout; a wrong one is paired with a correct peer's text."""
+) -> list[str]:
+    """The text the reflector writes on each rollout; a wrong one is paired with a correct peer's text."""
     prompts = [
-        encode(reflect_prompt(rollout.problem, rollout.text, None if rollout.verdict.correct else peer))
+        task.encode(
+            task.reflector_prompt(rollout.problem, rollout.text, None if rollout.verdict.correct else peer, told_answer)
+        )
         for rollout, peer in zip(rollouts, peers, strict=True)
     ]
-    texts = generate(reflector, prompts, REFLECTION_BUDGET, END, temperature=temperature, generator=generator)
-    return [parse_reflection(decode(tokens)) for tokens in texts]
+    written = generate(reflector, prompts, task.max_reflection, task.stop, temperature=temperature, generator=generator)
+    return [task.decode(tokens) for tokens in written]
 
 
-def teacher_prompt(context: str, problem: str, idea: str | None, solution: str | None) -> str:
-    """What the teacher holds: 'reflection' e (the paper), 'peer' or 'gold' a solution, or 'both' e and the peer's."""
-    if context == "reflection":
-        return hint_prompt(problem, idea)
-    return solution_prompt(problem, solution, hint=idea if context == "both" else None)
+def parse_reflection(text: str) -> Reflection:
+    """Quote and corrective idea of any text; malformed text is a normal outcome and gives None, never an error."""
+    flags = re.DOTALL | re.IGNORECASE  # as the released code reads them
+    quote = re.search(r"<error_quote>(.+?)</error_quote>", text, flags)
+    idea = re.search(r"<explanation>(.+?)</explanation>", text, flags)
+    return Reflection(quote[1] if quote else None, idea[1].strip() or None if idea else None)
 
 
-# ---------------------------------------------------------------------------------------------- worked example, X-ray
+def spoil(reflection: Reflection, tokens: list[str], idea: str | None, quote: bool, rng: random.Random) -> Reflection:
+    """A reflection that misleads on purpose, to separate the causes of a gain.
+
+    idea replaces e where it is given. With quote=True, q becomes as long a piece of the rollout as it was, anywhere.
+    """
+    q, e = reflection.quote, reflection.idea if idea is None else idea
+    if quote and tokens:
+        start = rng.randrange(len(tokens))
+        q = "".join(tokens[start:])[: max(1, len(q or ""))]
+    return Reflection(q, e)
+
+
+def false_idea(idea: str, rng: random.Random) -> str:
+    """The same idea with wrong results: every number after '=', or else the last number, gets another last digit.
+
+    >>> false_idea("7*8=6", random.Random(0))
+    '7*8=3'
+    """
+
+    def another(match: re.Match) -> str:
+        digit = match[0][-1]
+        return match[0][:-1] + rng.choice([d for d in "0123456789" if d != digit])
+
+    results = re.sub(r"(?<==)\s*-?\d+", another, idea)
+    return results if results != idea else re.sub(r"\d+(?=\D*$)", another, idea)
+
+
+# ---------------------------------------------------------------------------------------------- localization
+
+
+def token_at(character: int, tokens: list[str]) -> int:
+    """Index of the token that holds a character of the text the tokens join to."""
+    end = 0
+    for index, token in enumerate(tokens):
+        end += len(token)
+        if character < end:
+            return index
+    return len(tokens)
+
+
+def locate(quote: str | None, tokens: list[str]) -> int | None:
+    """k = Locate(q, y-): the token in which the quote's first occurrence begins, None where y- does not contain it.
+
+    tokens are the texts of the rollout's tokens. A quote that begins inside a token is located at that token. One that
+    does not occur as it is, is looked for without the white space around it, as in the released code.
+    """
+    text = "".join(tokens)
+    for form in (quote or "", (quote or "").strip()):
+        if form and (character := text.find(form)) >= 0:
+            return token_at(character, tokens)
+    return None
+
+
+def quote_end(quote: str, start: int, tokens: list[str]) -> int:
+    """The token after the quote that was located at `start`: where the error's span ends."""
+    length, end = len(quote.strip()), start
+    while end < len(tokens) and length > 0:
+        length, end = length - len(tokens[end]), end + 1
+    return end
+
+
+def true_position(rollout: Rollout, tokens: list[str]) -> int:
+    """The oracle's k: the token where the verifier's first error begins; 0 where it names none."""
+    return token_at(rollout.verdict.error[0], tokens) if rollout.verdict.error else 0
+
+
+def error_mask(starts: list[int], ends: list[int], lengths: list[int]) -> Tensor:
+    """m_t of every rollout: 1 for start <= t < end, else 0 -> (B, max length), float."""
+    t = torch.arange(max(lengths))
+    return ((t >= torch.tensor(starts)[:, None]) & (t < torch.tensor(ends)[:, None])).float()
+
+
+# ---------------------------------------------------------------------------------------------- worked example
 
 
 @dataclass(frozen=True)
 class Config:
-    domain: str = option("mix", "domain of the problem; gap needs --base data/gaps.pt", choices=(*DOMAINS, *GAPS))
+    task: str = option("arithmetic", "what the problem is from")
+    domain: str = option("mix", "domain of the problem")
     seed: int = option(6, "which problem")
     base: str = option("data/base.pt", "checkpoint of the base model")
-    html: str = option("", "write the X-ray of the whole group to this file, e.g. out/xray.html")
-    rosd: str = option("out/rosd-add-seed0/model.pt", "X-ray: the student after ROSD from the same base")
-    sdpo: str = option("out/sdpo-add-seed0/model.pt", "X-ray: the student after SDPO from the same base")
 
 
-def main() -> None:
-    import xray  # which imports this module in turn
-
-    config = runs.parse_config(Config, "One worked example of first-error reflection.")
-    runs.check_world(config.base, config.domain)
-    model = runs.load_checkpoint(config.base)[0]
-    rng, generator = random.Random(config.seed), torch_generator("example", config.seed)
+def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Rollout, list[Rollout]]:
+    """A wrong rollout that goes wrong late, its correct peer, and the group of 8 both come from."""
+    rng, generator = random.Random(seed), seeded("example", seed)
     for _ in range(200):
-        problem = make_problem(config.domain, rng, test=True)
-        group = sample_rollouts(model, [problem], 8, generator)
-        correct = sorted((r for r in group if r.verdict.correct), key=lambda r: len(r.tokens))
-        wrong = [r for r in group if r.verdict.error]
-        if correct and len({rollout.text for rollout in wrong}) > 1:
-            break
-    else:
-        raise runs.UserError(
-            "in 200 problems no group had a right and two wrong rollouts; give the base model with --base"
+        group = sample_rollouts(model, task, task.problems(domain, 1, rng, test=True), 8, generator)
+        wrong = [rollout for rollout in group if rollout.verdict.error]
+        if len({rollout.text for rollout in wrong}) > 1 and any(rollout.verdict.correct for rollout in group):
+            latest = max(wrong, key=lambda rollout: rollout.verdict.error[0])
+            return latest, choose_peers(group, 8)[group.index(latest)], group
+    raise UserError("in 200 problems no group had a right and two wrong rollouts; give the base model with --base")
+
+
+@torch.no_grad()
+def main() -> None:
+    config = parse_config(Config, "One worked example of first-error reflection.")
+    task, model = load_task(config.task), files.load_checkpoint(config.base)[0]
+    wrong, peer, _ = example(model, task, config.domain, config.seed)
+    written = reflect(model, task, [wrong], [peer.text])[0]
+    reflection, tokens = parse_reflection(written), task.pieces(wrong.tokens)
+    k = locate(reflection.quote, tokens)
+    print(f"problem x            {wrong.problem.question}")
+    print(f"correct peer y*      {peer.text}")
+    print(f"wrong rollout y-     {wrong.text}")
+    print(f"reflector writes     {written}")
+    print(f"error quote q        {reflection.quote}")
+    print(f"corrective idea e    {reflection.idea}")
+    print(f"k = Locate(q, y-)    {k}, and the verifier's own first error is at {true_position(wrong, tokens)}")
+    if reflection.idea is None:
+        print("The reflection is malformed: this rollout is left out of the loss.")
+        return
+    prompts = [task.student_prompt(wrong.problem), task.teacher_prompt(wrong.problem, idea=reflection.idea)]
+    student, teacher = (response_logprobs(model, [task.encode(prompt)], [wrong.tokens])[0] for prompt in prompts)
+    D = divergence(student, teacher)  # (T,)
+    print("\ntoken   m_t  student's and teacher's favourite   D(pi_S || pi_T)")
+    for t, token in enumerate(tokens):
+        favourites = [task.pieces([int(p[t].argmax())])[0] + f" {p[t].max().exp():4.0%}" for p in (student, teacher)]
+        print(
+            f"{token:8s} {int(t >= (k or 0))}   {favourites[0]:16s} {favourites[1]:16s}   {D[t]:.3f} {'#' * int(50 * D[t])}"
         )
-    latest = max(wrong, key=lambda rollout: rollout.verdict.error[0])  # it shows the mask best
-    print(xray.worked_example(model, latest, correct[0].text, sys.stdout.isatty()))
-    if config.html:
-        runs.make_folder(Path(config.html).resolve().parent)
-        paths = {"rosd": Path(config.rosd), "sdpo": Path(config.sdpo)}
-        students = {name: runs.load_checkpoint(path)[0] for name, path in paths.items() if path.exists()}
-        runs.write_text(Path(config.html), xray.reflection_page(model, students, group, correct[0].text))
-        print(f"\n-> {config.html}")
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run_script(main)

@@ -21,20 +21,19 @@ for correctness, rows of V from what later layers read for it, so that projectio
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-import runs
-from data.arithmetic import BUDGET, DOMAINS, golden_solution, make_problem, verify
-from data.documents import plain_prompt
-from data.tokenizer import END, decode, encode, pieces
+from data import Task, load_task
+from harness import files
+from harness.cli import markdown_table, option, parse_config, run_script
+from harness.errors import UserError
+from harness.run import seeded
 from model import GPT, generate
-from runs import option
 
 Place = tuple[int, str]  # (layer counted from 0, "k" or "v")
 COORDINATES = ("linear", "head", "norm", "rope")
@@ -42,33 +41,39 @@ LOSSES = ("aligned", "steps", "full")
 
 
 @dataclass(frozen=True)
+class SubspaceConfig:
+    """The settings of phase 1: which subspace, and where it acts."""
+
+    calibration_domain: tuple[str, ...] = option((), "domains of the calibration set; none means the training domain")
+    calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
+    loss: str = option("aligned", "calibration loss: on results, on whole steps, or on everything", "aligned", LOSSES)
+    subspace: str = option("gradient", "where the subspace comes from", "gradient", ("gradient", "random"))
+    layers: str = option("3", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L")
+    rank: str = option("50%", "rank of the projectors: a number, a share like 50%, or energy:0.99", "50%")
+    project: str = option("kv", "what is projected", "kv", ("kv", "k", "v"))
+    coordinate: str = option("linear", "where the projector acts", "not stated", COORDINATES)
+
+
+@dataclass(frozen=True)
 class Example:
-    """A labelled calibration example: prompt and solution tokens."""
+    """A labelled calibration example."""
 
     prompt: list[int]
     solution: list[int]
+    S: list[int]  # positions in the solution on which being right depends
 
 
-def correctness_positions(tokens: list[str], rule: str = "aligned") -> list[int]:
-    """S of a solution: "aligned" takes the result of every step and the final answer, what follows '=' or '#'.
-
-    "steps" is wider, every digit and operator; "full" takes everything, the ablation of the paper.
-
-    >>> [correctness_positions(list("3+8=1;#1"), rule) for rule in ("aligned", "steps", "full")]
-    [[4, 7], [0, 1, 2, 4, 7], [0, 1, 2, 3, 4, 5, 6, 7]]
-    """
-    if rule == "aligned":
-        return [i for i in range(1, len(tokens)) if tokens[i - 1] in ("=", "#")]
-    return [i for i, token in enumerate(tokens) if rule == "full" or token in [*"0123456789+-*"]]
-
-
-def calibration_set(domains: tuple[str, ...], size: int, seed: int) -> list[Example]:
+def calibration_set(task: Task, domains: tuple[str, ...], config: SubspaceConfig, seed: int) -> list[Example]:
     """Training problems of the domains in turn, each with its golden solution."""
     rng = random.Random(f"calibration {seed}")
     examples = []
-    for i in range(size):
-        problem = make_problem(domains[i % len(domains)], rng)
-        examples.append(Example(encode(plain_prompt(problem)), [*encode(golden_solution(problem)), END]))
+    for i in range(config.calibration_size):
+        problem = task.problem(domains[i % len(domains)], rng)
+        solution = [*task.encode(problem.solution), task.end()]
+        S = task.decisive(task.pieces(solution), config.loss)
+        if not S:
+            raise UserError(f"the solution {problem.solution!r} has no position that decides; give another --loss")
+        examples.append(Example(task.encode(task.student_prompt(problem)), solution, S))
     return examples
 
 
@@ -79,13 +84,20 @@ def target_layers(spec: str, n_layer: int) -> list[int]:
         return sorted(set(named[spec]))
     numbers = spec.split(",")
     if not all(number.isdecimal() and 1 <= int(number) <= n_layer for number in numbers):
-        raise runs.UserError(f"layers {spec!r}: give paper, last, all, or numbers from 1 to {n_layer} like 1,2")
+        raise UserError(f"layers {spec!r}: give paper, last, all, or numbers from 1 to {n_layer} like 1,2")
     return sorted({int(number) - 1 for number in numbers})
 
 
 def place_width(model: GPT, coordinate: str) -> int:
     """d: the dimensions a projector acts in, of one head or of all heads flattened."""
     return model.config.head_dim * (1 if coordinate == "head" else model.config.n_kv_head)
+
+
+def place_name(place: Place) -> str:
+    return f"layer {place[0] + 1} {place[1].upper()}"
+
+
+# ---------------------------------------------------------------------------------------------- hooks
 
 
 def hook_module(model: GPT, place: Place, coordinate: str) -> nn.Module:
@@ -99,6 +111,34 @@ def hook_module(model: GPT, place: Place, coordinate: str) -> nn.Module:
     ]
 
 
+@contextmanager
+def hooked(
+    model: GPT, places: list[Place], coordinate: str, act: Callable[[Place, Tensor], Tensor | None]
+) -> Iterator[None]:
+    """Within this context `act` sees the keys and values of every forward pass, and may replace them.
+
+    RuntimeError where the model ran and a hook did not fire, as in compiled blocks.
+    """
+    fired: set[Place | str] = set()
+
+    def hook(place: Place) -> Callable:
+        def see(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+            fired.add(place)
+            return act(place, output)
+
+        return see
+
+    handles = [hook_module(model, place, coordinate).register_forward_hook(hook(place)) for place in places]
+    handles.append(model.embed.register_forward_hook(lambda *_: fired.add("model")))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+    if "model" in fired and (silent := [place_name(place) for place in places if place not in fired]):
+        raise RuntimeError(f"the model ran, but its hooks at {', '.join(silent)} did not fire; is it compiled?")
+
+
 def aligned_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
     """Sum over examples of L_align: logits (B, T, V), tokens and weights (B, T), weights 1/|S| on S and else 0."""
     logp = logits[:, :-1].log_softmax(dim=-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)  # (B, T - 1)
@@ -106,42 +146,27 @@ def aligned_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
 
 
 def capability_gradients(
-    model: GPT,
-    examples: list[Example],
-    places: list[Place],
-    loss: str = "aligned",
-    coordinate: str = "linear",
-    batch: int = 64,
+    model: GPT, examples: list[Example], places: list[Place], coordinate: str = "linear", batch: int = 64
 ) -> dict[Place, Tensor]:
     """dL/dK_t and dL/dV_t at all positions of all examples, stacked: place -> (M, d).
 
     One backward a batch: each example's loss is a mean over its own S and examples do not see one another, so the
-    gradient of their sum holds each one's own. loss is the rule of `correctness_positions`.
+    gradient of their sum holds each one's own.
     """
     rows: dict[Place, list[Tensor]] = {place: [] for place in places}
     for start in range(0, len(examples), batch):
         chunk = examples[start : start + batch]
         lengths = torch.tensor([len(e.prompt) + len(e.solution) for e in chunk])
         tokens = torch.zeros(len(chunk), int(lengths.max()), dtype=torch.long)  # (B, T)
-        weights = torch.zeros(tokens.shape)
+        weights = torch.zeros(tokens.shape)  # 1/|S| on S
         for i, example in enumerate(chunk):
             tokens[i, : lengths[i]] = torch.tensor(example.prompt + example.solution)
-            S = correctness_positions(pieces(example.solution), loss)
-            weights[i, [len(example.prompt) + t for t in S]] = 1 / len(S)
+            weights[i, [len(example.prompt) + t for t in example.S]] = 1 / len(example.S)
         outputs: dict[Place, Tensor] = {}
-        hooks = [
-            hook_module(model, place, coordinate).register_forward_hook(
-                lambda module, inputs, output, place=place, outputs=outputs: outputs.update({place: output})
-            )
-            for place in places
-        ]
-        try:
+        with hooked(model, places, coordinate, lambda place, output, outputs=outputs: outputs.update({place: output})):
             logits = model(tokens.to(model.device))
-        finally:
-            for hook in hooks:
-                hook.remove()
-        total = aligned_loss(logits, tokens.to(model.device), weights.to(model.device))
-        gradients = torch.autograd.grad(total, [outputs[place] for place in places])
+        loss = aligned_loss(logits, tokens.to(model.device), weights.to(model.device))
+        gradients = torch.autograd.grad(loss, [outputs[place] for place in places])
         real = torch.arange(tokens.size(1)) < lengths[:, None]  # (B, T)
         for place, gradient in zip(places, gradients, strict=True):
             rows[place].append(gradient.reshape(*tokens.shape, -1).cpu()[real])  # (tokens of the batch, d)
@@ -168,12 +193,12 @@ def choose_rank(spec: str, singular_values: Tensor) -> int:
     d = len(singular_values)
     form = re.fullmatch(r"energy:(0?\.\d+|1(?:\.0*)?)|(\d+(?:\.\d+)?)%|([1-9]\d*)", spec)
     if form is None:
-        raise runs.UserError(f"rank {spec!r}: give a number like 16, a share like 50%, or an energy like energy:0.99")
+        raise UserError(f"rank {spec!r}: give a number like 16, a share like 50%, or an energy like energy:0.99")
     if form[1]:
         energy = singular_values.square().cumsum(0) / singular_values.square().sum()
         return min(d, int((energy < float(form[1])).sum()) + 1)
     if form[3] and int(form[3]) > d:
-        raise runs.UserError(f"rank {spec}: what is projected has only {d} dimensions, give at most {d}")
+        raise UserError(f"rank {spec}: what is projected has only {d} dimensions, give at most {d}")
     return max(1, min(d, round(d * float(form[2]) / 100))) if form[2] else int(form[3])
 
 
@@ -183,129 +208,106 @@ def projector(V: Tensor, rank: int) -> Tensor:
 
 
 def make_projectors(
-    gradients: dict[Place, Tensor],
-    rank: str,
-    coordinate: str = "linear",
-    n_head: int = 1,
-    source: str = "gradient",
-    seed: int = 0,
+    gradients: dict[Place, Tensor], config: SubspaceConfig, n_kv_head: int, seed: int = 0
 ) -> dict[Place, Tensor]:
-    """One projector a place, or one per head; source 'random' draws a subspace of the same rank instead."""
+    """One projector a place, or one per head; with subspace 'random', a random subspace of the same rank instead.
+
+    UserError where the gradients span fewer directions than the rank asks for: the others would be arbitrary.
+    """
     generator = torch.Generator().manual_seed(seed)
     projectors = {}
     for place, G in gradients.items():
         blocks = []
-        for part in G.chunk(n_head if coordinate == "head" else 1, dim=1):
+        for part in G.chunk(n_kv_head if config.coordinate == "head" else 1, dim=1):
             singular_values, V = principal_directions(part)
-            r = choose_rank(rank, singular_values)
-            if source == "random":
+            r = choose_rank(config.rank, singular_values)
+            spanned = int((singular_values > 1e-6 * singular_values[0]).sum()) if singular_values[0] > 0 else 0
+            if spanned < r:
+                where = f"the gradients at {place_name(place)} span {spanned} of the {r} directions of --rank"
+                raise UserError(f"{where} {config.rank}; give a lower rank or a larger --calibration-size")
+            if config.subspace == "random":
                 V = torch.linalg.qr(torch.randn(V.shape, generator=generator)).Q
             blocks.append(projector(V, r))
         projectors[place] = torch.block_diag(*blocks)
     return projectors
 
 
-def calibrate(
-    model: GPT,
-    examples: list[Example],
-    layers: str,
-    rank: str,
-    project: str = "kv",
-    loss: str = "aligned",
-    coordinate: str = "linear",
-    source: str = "gradient",
-    seed: int = 0,
-) -> dict[Place, Tensor]:
+def calibrate(model: GPT, examples: list[Example], config: SubspaceConfig, seed: int = 0) -> dict[Place, Tensor]:
     """SPD's phase 1 in one call: the projectors P_K, P_V of every target layer."""
-    places = [(layer, kind) for layer in target_layers(layers, model.config.n_layer) for kind in project]
-    gradients = capability_gradients(model.requires_grad_(True), examples, places, loss, coordinate)
-    return make_projectors(gradients, rank, coordinate, model.config.n_kv_head, source, seed)
+    places = [(layer, kind) for layer in target_layers(config.layers, model.config.n_layer) for kind in config.project]
+    gradients = capability_gradients(model.requires_grad_(True), examples, places, config.coordinate)
+    return make_projectors(gradients, config, model.config.n_kv_head, seed)
 
 
 @contextmanager
 def project_kv(model: GPT, projectors: dict[Place, Tensor], coordinate: str = "linear") -> Iterator[None]:
     """Within this context K <- K P_K and V <- V P_V at the projectors' places; the model is always restored."""
-    hooks = []
-    for place, P in projectors.items():
 
-        def project(module: nn.Module, inputs: tuple, output: Tensor, P: Tensor = P) -> Tensor:
-            return (output.flatten(2) @ P.to(output)).view_as(output)
+    def project(place: Place, output: Tensor) -> Tensor:
+        return (output.flatten(2) @ projectors[place].to(output)).view_as(output)
 
-        hooks.append(hook_module(model, place, coordinate).register_forward_hook(project))
-    try:
+    with hooked(model, list(projectors), coordinate, project):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 @torch.no_grad()
 def fold(model: GPT, projectors: dict[Place, Tensor]) -> None:
-    """Write linear-coordinate projectors into the weights, in place: (W x)^T P = (P W x)^T, so W' = P W."""
+    """Write linear-coordinate projectors into the weights, in place: P (W x + b), so W' = P W and b' = P b."""
     for place, P in projectors.items():
-        weight = hook_module(model, place, "linear").weight
-        weight.copy_(P.to(weight) @ weight)
+        linear = hook_module(model, place, "linear")
+        linear.weight.copy_(P.to(linear.weight) @ linear.weight)
+        if linear.bias is not None:
+            linear.bias.copy_(P.to(linear.bias) @ linear.bias)
+
+
+# ---------------------------------------------------------------------------------------------- worked example
 
 
 @dataclass(frozen=True)
-class Config:
-    domain: str = option("add", "domain of the calibration set and the prompt", choices=tuple(DOMAINS))
-    calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
-    loss: str = option("aligned", "calibration loss: on results, on whole steps, or on everything", "aligned", LOSSES)
-    layers: str = option("3", "projected layers: paper, last, all, or numbers from 1 like 3,4", "floor(L/2) and L")
-    rank: str = option("50%", "rank: a number, a share like 50%, or energy:0.99", "50%")
-    coordinate: str = option("linear", "where the projector acts", "not stated", COORDINATES)
-    temperature: float = option(1.0, "sampling temperature of the answers", minimum=0)
-    seed: int = option(0, "seed of calibration set, prompt and sampling")
+class Config(SubspaceConfig):
+    task: str = option("arithmetic", "what the calibration set and the prompt are from")
+    domain: str = option("add", "domain of the calibration set and the prompt")
+    temperature: float = option(0.0, "sampling temperature of the answers; 0 is greedy", minimum=0)
+    seed: int = option(0, "seed of calibration set, prompts and sampling")
     base: str = option("data/base.pt", "checkpoint of the model")
-    html: str = option("", "write spectra, projected-away shares and answers to this web page, e.g. out/spd.html")
 
 
-def place_name(place: Place) -> str:
-    return f"layer {place[0] + 1} {place[1].upper()}"
+def spectra(model: GPT, task: Task, config: Config) -> dict[Place, tuple[Tensor, int]]:
+    """place -> singular values (d,) and the rank chosen, of every layer."""
+    examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
+    places = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
+    found = {}
+    for place, G in capability_gradients(model, examples, places, config.coordinate).items():
+        singular_values, _ = principal_directions(G)
+        found[place] = singular_values, choose_rank(config.rank, singular_values)
+    return found
 
 
 def main() -> None:
-    import xray  # which imports this module in turn
+    config = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
+    task, model = load_task(config.task), files.load_checkpoint(config.base)[0]
+    chosen, rows = target_layers(config.layers, model.config.n_layer), []
+    for place, (s, r) in spectra(model, task, config).items():
+        bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for value in (s / s[0]).tolist())
+        kept = f"{s[:r].square().sum() / s.square().sum():.1%}"
+        mark = "projected" if place[0] in chosen and place[1] in config.project else ""
+        rows.append([place_name(place), bars, f"{r} of {len(s)}", kept, mark])
+    print(markdown_table(["place", "singular values s_i / s_1", "r", "energy kept", ""], rows))
 
-    config = runs.parse_config(Config, "Singular-value spectra, and one prompt with and without projection.")
-    model, _ = runs.load_checkpoint(config.base)
-    examples = calibration_set((config.domain,), config.calibration_size, config.seed)
-    n_layer, chosen = model.config.n_layer, target_layers(config.layers, model.config.n_layer)
-    places = [(layer, kind) for layer in range(n_layer) for kind in "kv"]
-    gradients = capability_gradients(model, examples, places, config.loss, config.coordinate)
-    rows, spectra = [], {}
-    for place, G in gradients.items():
-        singular_values, _ = principal_directions(G)
-        energy = singular_values.square().cumsum(0) / singular_values.square().sum()
-        r = choose_rank(config.rank, singular_values)
-        spectra[place] = singular_values, r
-        relative = (singular_values / singular_values[0]).tolist()
-        bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * s))] for s in relative)
-        mark = "projected" if place[0] in chosen else ""
-        rows.append([place_name(place), bars, f"{r} of {len(relative)}", f"{energy[r - 1]:.1%}", mark])
-    print(runs.markdown_table(["place", "singular values s_i / s_1", "r", "energy kept", ""], rows))
-
-    problem = make_problem(config.domain, random.Random(f"prompt {config.seed}"), test=True)
-    kept = {place: G for place, G in gradients.items() if place[0] in chosen}
-    projectors = make_projectors(kept, config.rank, config.coordinate, model.config.n_kv_head, seed=config.seed)
-    print(f"\nproblem   {problem}\nsolution  {golden_solution(problem)}")
-    answers = {}
+    examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
+    projectors = calibrate(model, examples, config, config.seed)
+    problems = task.problems(config.domain, 200, random.Random(f"prompt {config.seed}"), test=True)
+    prompts = [task.encode(task.student_prompt(problem)) for problem in problems]
     for name, active in (("without", {}), ("with", projectors)):
         with project_kv(model, active, config.coordinate):
-            generator = runs.torch_generator("demo", config.seed)
-            prompt = [encode(plain_prompt(problem))]
-            written = generate(model, prompt, BUDGET, END, 4, config.temperature, generator=generator)
-        answers[name] = [decode(tokens) for tokens in written]
-        for answer in answers[name]:
-            print(f"{name:8s}  {answer}  {'right' if verify(problem, answer).correct else 'wrong'}")
-    if config.html:
-        runs.make_folder(Path(config.html).resolve().parent)
-        runs.write_text(
-            Path(config.html), xray.subspace_page(model, problem, spectra, projectors, answers, config.coordinate)
-        )
-        print(f"\n-> {config.html}")
+            generator = seeded("demo", config.seed)
+            written = generate(model, prompts, task.max_response, task.stop, 1, config.temperature, generator=generator)
+        answers = [task.decode(tokens) for tokens in written]
+        right = [task.verify(problem, answer).correct for problem, answer in zip(problems, answers, strict=True)]
+        print(f"\n{name} projection: {sum(right)} of {len(right)} answers are right; the first three are")
+        for problem, answer, correct in list(zip(problems, answers, right, strict=True))[:3]:
+            print(f"  {problem.question:12s} {answer}  {'right' if correct else 'wrong'}")
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run_script(main)

@@ -7,7 +7,7 @@ or a solution it holds), and the reflector (a problem, a correct solution, and t
 import random
 from dataclasses import dataclass, replace
 
-from data.arithmetic import CHECK_MARK, DOMAINS, GAPS, Author, make_problem, operations, true_steps, true_values, verify
+from data.chains import CHECK_MARK, DOMAINS, GAPS, Author, make_problem, operations, true_steps, true_values, verify
 
 # The authors of the training text. Who has nothing to hold on to slips, and now and then broods. Who holds a solution
 # cuts the work short: it can be read off. Who holds a hint writes every step out (WORLDS).

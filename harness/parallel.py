@@ -12,18 +12,34 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from harness.errors import UserError
+
 RANK = int(os.environ.get("RANK", 0))
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+LOCAL_WORLD = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 WORLD = int(os.environ.get("WORLD_SIZE", 1))
 FIRST = RANK == 0  # the one process that writes files and shows progress
 
 
-def start(device: torch.device) -> torch.device:
-    """Join the other processes; the device of this one: its own GPU, or the CPU."""
+def start(name: str = "auto") -> torch.device:
+    """Pick the device and join the other processes: each has its own GPU, or all share the CPU.
+
+    'auto' takes CUDA where it has a GPU for every process, then MPS, which serves one process, then the CPU.
+    """
+    enough = torch.cuda.is_available() and torch.cuda.device_count() >= LOCAL_WORLD
+    if name == "auto":
+        name = "cuda" if enough else "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu"
+    try:
+        device = torch.zeros(1, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} cannot be used here; give --device auto, cpu, cuda or mps") from error
+    if WORLD > 1 and (device.type == "mps" or (device.type == "cuda" and not enough)):
+        raise UserError(f"{LOCAL_WORLD} processes cannot share device {name!r}; start fewer, or give --device cpu")
+    if WORLD > 1 and device.type == "cuda":
+        device = torch.device("cuda", LOCAL_RANK)
+        torch.cuda.set_device(device)
     if WORLD > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if WORLD > 1 and device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
     return device
 
 

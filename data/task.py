@@ -1,0 +1,91 @@
+"""What a task is: all that the loops, the reflection, the subspace and the evaluation know of the world they work in.
+
+A task makes problems, words the prompts of every part the model plays, judges any text, names the tokens of a solution
+that decide whether it is right, and turns text into tokens. Another task is another file with a subclass of `Task`.
+"""
+
+import random
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    question: str
+    solution: str  # a golden one, labelled; it ends with the answer
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the verifier finds in a response."""
+
+    correct: bool  # the final answer is right: the outcome reward of both papers
+    finished: bool  # there is a final answer
+    error: (
+        tuple[int, int] | None
+    )  # characters [start, end) of the first error; None where there is none or it is unknown
+    habits: tuple[str, ...] = ()  # those of the task's `habits` that the response shows
+
+
+class Task(ABC):
+    domains: tuple[str, ...]
+    habits: tuple[str, ...] = ()  # notable ways to write a response; each becomes a column of metrics and tables
+    knows_first_error: bool = (
+        False  # whether verdicts locate errors: without, the oracle and quote accuracy are unknown
+    )
+    max_response: int  # tokens of a response; who needs more is cut off
+    max_reflection: int
+    vocab_size: int
+    stop: int | tuple[int, ...]  # the token or tokens that end a response
+
+    # ------------------------------------------------------------------------------------------ problems
+
+    @abstractmethod
+    def problem(self, domain: str, rng: random.Random, test: bool = False) -> Problem:
+        """A random problem of a domain; no test problem is ever a training problem."""
+
+    def problems(self, domain: str, count: int, rng: random.Random, test: bool = False) -> list[Problem]:
+        return [self.problem(domain, rng, test) for _ in range(count)]
+
+    @abstractmethod
+    def verify(self, problem: Problem, response: str) -> Verdict:
+        """Judge any text."""
+
+    @abstractmethod
+    def decisive(self, solution: list[str], rule: str = "aligned") -> list[int]:
+        """S: the positions in a solution, given as its tokens' texts, on which being right depends.
+
+        rule 'aligned' takes results and the final answer, 'steps' every step as a whole, 'full' everything.
+        """
+
+    # ------------------------------------------------------------------------------------------ prompts
+
+    @abstractmethod
+    def student_prompt(self, problem: Problem) -> str:
+        """x: the problem alone."""
+
+    @abstractmethod
+    def teacher_prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:
+        """The problem and what the teacher holds: a corrective idea e, a solution, or both."""
+
+    @abstractmethod
+    def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, told_answer: bool) -> str:
+        """A wrong attempt beside a correct peer, or a correct attempt alone, perhaps with the right final answer."""
+
+    # ------------------------------------------------------------------------------------------ tokens
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """Text -> tokens; ValueError where the vocabulary lacks something."""
+
+    @abstractmethod
+    def decode(self, tokens: list[int]) -> str:
+        """Tokens -> text, up to and without the first stop token."""
+
+    @abstractmethod
+    def pieces(self, tokens: list[int]) -> list[str]:
+        """The text of each token by itself; joined, they are the text."""
+
+    def end(self) -> int:
+        """The token that closes a complete solution."""
+        return self.stop[0] if isinstance(self.stop, tuple) else self.stop

@@ -1,0 +1,124 @@
+"""Files that are never half written, always UTF-8, and hold no NaN; checkpoints that never run code."""
+
+import dataclasses
+import json
+import math
+import os
+import typing
+import zlib
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from harness.errors import UserError
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).parents[1]
+BASE_CHECKPOINT = ROOT / "data" / "base.pt"
+
+
+def make_folder(path: Path) -> Path:
+    """Create an output folder and check that it can be written to."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / f".probe{os.getpid()}").touch()
+        (path / f".probe{os.getpid()}").unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {path} ({error.strerror}); choose another folder with --out") from error
+    return path
+
+
+@contextmanager
+def replacing(path: Path) -> typing.Iterator[Path]:
+    """Give a temporary path beside `path` and move it there only when everything has been written."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        cause = getattr(error, "strerror", None) or "the disk is probably full"
+        raise UserError(f"could not write {path} ({cause}); free some space, its last version is intact") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def read_text(path: Path) -> str:
+    return path.read_text(encoding="utf-8")
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON can hold it: dataclasses as objects, and None for a number that is not finite."""
+    if dataclasses.is_dataclass(value):
+        value = dataclasses.asdict(value)
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path, content: Any) -> None:
+    write_text(path, json.dumps(plain(content), indent=1, allow_nan=False) + "\n")
+
+
+def write_lines(path: Path, rows: list[dict]) -> None:
+    write_text(path, "".join(json.dumps(plain(row), allow_nan=False) + "\n" for row in rows))
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(read_text(path))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read or is damaged; delete it and run its command again") from error
+
+
+# ---------------------------------------------------------------------------------------------- checkpoints
+
+
+def save_checkpoint(path: Path, model: GPT, **extra: Any) -> None:
+    """Write weights, shape and extra state; only tensors and plain values. UserError where a weight is not finite."""
+    check_finite(model, f"the weights that were to go to {path}", "nothing was written; try a lower learning rate")
+    state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    with replacing(path) as temporary:
+        torch.save({"config": dataclasses.asdict(model.config), "model": state, **extra}, temporary)
+
+
+def load_checkpoint(path: Path | str, remedy: str = "make it anew with pretrain.py") -> tuple[GPT, dict]:
+    """Model and extra state of a checkpoint; UserError where it is missing, damaged or holds a NaN.
+
+    A relative path that leads nowhere from the current folder is taken from the repository's.
+    """
+    path = find_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        model = GPT(GPTConfig(**state.pop("config")))
+        model.load_state_dict({name: tensor.float() for name, tensor in state.pop("model").items()})
+    except Exception as error:
+        raise UserError(f"{path} is not a checkpoint of this project or is damaged; {remedy}") from error
+    check_finite(model, str(path), remedy)
+    return model, state
+
+
+def find_file(path: Path | str) -> Path:
+    found = Path(path) if Path(path).is_file() else ROOT / path
+    if not found.is_file():
+        raise UserError(f"no checkpoint at {path}; make one with `python pretrain.py --out {path}`")
+    return found
+
+
+def check_finite(model: GPT, what: str, remedy: str) -> None:
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise UserError(f"{what}: {name} holds a number that is not finite; {remedy}")
+
+
+def checksum(path: Path | str) -> str:
+    """Which bytes a checkpoint holds, whatever its name: eight hexadecimal digits."""
+    return f"{zlib.crc32(find_file(path).read_bytes()):08x}"

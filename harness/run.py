@@ -1,0 +1,285 @@
+"""One training run: its folder, what it saves and resumes, the progress it shows, the results it leaves.
+
+    out/<run>/metrics.jsonl   a line a step
+    out/<run>/results.json    configuration, seed, versions, commit, accuracies, time, peak memory
+    out/<run>/model.pt        the trained model
+    out/<run>/state.pt        everything --resume needs; gone when the run is finished
+
+With several processes (parallel.py) the first one writes the files and shows the progress.
+"""
+
+import dataclasses
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import tiktoken
+import torch
+from tqdm import tqdm
+
+from data import load_task
+from harness import files, parallel
+from harness.cli import option
+from harness.errors import UserError
+from model import GPT
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """The settings that every training script has."""
+
+    task: str = option("arithmetic", "what to train on")
+    domain: str = option("", "domain to train on, all others are out of domain; the task's first where none is given")
+    seed: int = option(0, "seed of everything random, test problems included")
+    base: str = option("data/base.pt", "checkpoint to start from")
+    out: str = option("out", "folder for runs")
+    baseline: bool = option(True, "train what the method is compared with afterwards, for the table")
+    eval_problems: int = option(64, "test problems a domain", minimum=1)
+    eval_samples: int = option(16, "samples a test problem", "16", minimum=1)
+    eval_temperature: float = option(1.0, "temperature of these samples", "0.6", minimum=0)
+    eval_top_p: float = option(1.0, "truncation of these samples", "0.95", minimum=0.01, maximum=1)
+    resume: bool = option(False, "go on from the last checkpoint of the same command")
+    device: str = option("auto", "cpu, cuda, mps or auto")
+    threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
+    bf16: bool = option(False, "bfloat16 autocast while training, for GPUs")
+    compile: bool = option(False, "torch.compile the blocks, for GPUs")
+
+
+# Settings that say where and how fast, not what: they may change from run to resumed run.
+INCIDENTAL = ("out", "base", "resume", "device", "threads", "baseline")  # the base is compared by its bytes
+
+
+class Run:
+    """A run's folder, claimed for this process; used as a context, so that others can claim it afterwards."""
+
+    def __init__(self, config: RunConfig, name: str, state: dict[str, Any] | None = None) -> None:
+        try:
+            self.task = load_task(config.task)
+        except ValueError as error:
+            raise UserError(str(error)) from error
+        self.config = config = dataclasses.replace(config, domain=config.domain or self.task.domains[0])
+        if config.domain not in self.task.domains:
+            known = ", ".join(self.task.domains)
+            raise UserError(f"the task {config.task} has no domain {config.domain!r}; give one of {known}")
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.device = parallel.start(config.device)
+        self.base = files.load_checkpoint(config.base)[0].to(self.device).requires_grad_(False).eval()
+        if self.base.config.vocab_size != self.task.vocab_size:
+            sizes = f"{self.base.config.vocab_size} tokens, the task {config.task} one of {self.task.vocab_size}"
+            raise UserError(f"{config.base} has a vocabulary of {sizes}; make it anew with pretrain.py")
+        self.checksum = files.checksum(config.base)
+        self.folder = files.make_folder(Path(config.out) / name)
+        self.results: dict[str, Any] = {}
+        self.state = {"history": [], "seconds": 0.0} | (state or {})  # plain values and tensors, saved with the run
+        self.parts: dict[str, Any] = {}  # models and optimizers, saved with the run
+        self.lock = None
+
+    def __enter__(self) -> "Run":
+        self.lock = lock_folder(self.folder) if parallel.FIRST else None
+        self.began = time.time()
+        results, state = self.folder / "results.json", self.folder / "state.pt"
+        if results.exists():
+            finished = files.read_json(results)
+            self.check_same(finished, results)
+            if self.config.resume and not state.exists():
+                self.results = finished
+            elif parallel.FIRST:
+                print(f"{self.folder}: runs again, and replaces the results of the same command.", file=sys.stderr)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.lock:
+            self.lock.close()
+
+    def check_same(self, saved: dict, path: Path) -> None:
+        """UserError where a file in this folder comes from other settings."""
+        now, defaults = files.plain(self.config), {f.name: f.default for f in dataclasses.fields(self.config)}
+        before = defaults | saved["config"]
+        other = [name for name in now if name not in INCIDENTAL and before[name] != now[name]]
+        other += ["base"] if saved["base_checksum"] != self.checksum else []
+        if other:
+            raise UserError(f"{path} comes from a run with another {', '.join(other)}; give another --out or remove it")
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def restore(self, **parts: Any) -> None:
+        """Name the models and optimizers that make up the run's state; with --resume, load them."""
+        self.parts = parts
+        path = self.folder / "state.pt"
+        if not path.exists():
+            return
+        if not self.config.resume:
+            if parallel.FIRST:
+                print(f"{self.folder}: starts anew; --resume would have gone on where it stopped.", file=sys.stderr)
+            return
+        try:
+            saved = torch.load(path, map_location=self.device, weights_only=True)
+            saved_parts = saved.pop("parts")
+        except Exception as error:
+            raise UserError(f"{path} is damaged; delete it and run again, from the start") from error
+        self.check_same(saved, path)
+        self.state = saved["state"]
+        for name, part in parts.items():
+            part.load_state_dict(saved_parts[name])
+        self.write_metrics()
+
+    def save(self) -> None:
+        """Write the state, then the metrics made from it: stopped in between, the resumed run loses nothing."""
+        if not parallel.FIRST:
+            return
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        state = self.state | {"seconds": self.seconds()}
+        settings = {"config": files.plain(self.config), "base_checksum": self.checksum}
+        with files.replacing(self.folder / "state.pt") as temporary:
+            torch.save({**settings, "state": state, "parts": parts}, temporary)
+        self.write_metrics()
+
+    def write_metrics(self) -> None:
+        if parallel.FIRST:
+            files.write_lines(self.folder / "metrics.jsonl", self.state["history"])
+
+    def seconds(self) -> float:
+        return self.state["seconds"] + time.time() - self.began
+
+    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+        """What `measure` gives, measured by the first process alone and never again after --resume."""
+        if name not in self.state:
+            self.state[name] = measure() if parallel.FIRST else None
+        return self.state[name]
+
+    def finish(self, model: GPT, **content: Any) -> dict[str, Any]:
+        """Write model.pt and results.json; the state is not needed any more."""
+        about = {"name": self.folder.name, "config": files.plain(self.config), "base_checksum": self.checksum}
+        measured = {"seconds": self.seconds(), "peak_memory_mb": peak_memory_mb()}
+        self.results = files.plain({**about, **provenance(), **measured, **content})
+        if parallel.FIRST:
+            self.write_metrics()
+            files.save_checkpoint(self.folder / "model.pt", model)
+            files.write_json(self.folder / "results.json", self.results)
+            (self.folder / "state.pt").unlink(missing_ok=True)
+        return self.results
+
+    # ------------------------------------------------------------------------------------------ randomness
+
+    def random(self, name: str, *key: object) -> random.Random:
+        """For what all processes draw alike."""
+        return random.Random(" ".join(map(str, (name, self.config.seed, *key))))
+
+    def generator(self, name: str, *key: object) -> torch.Generator:
+        """For what each process draws by itself; a CPU generator."""
+        return seeded(name, self.config.seed, *key, *([parallel.RANK] if parallel.RANK else []))
+
+    # ------------------------------------------------------------------------------------------ progress
+
+    def steps(self, count: int, title: str = "") -> Iterator[int]:
+        """The steps still to be made, under a progress bar."""
+        done = len(self.state["history"])
+        bar = {"desc": title or self.folder.name, "disable": not parallel.FIRST, "dynamic_ncols": True}
+        with tqdm(range(done, count), initial=done, total=count, **bar) as self.progress:
+            yield from self.progress
+
+    def log(self, **measures: Any) -> None:
+        """Add a line to the metrics: of all processes, lists are averaged and whole numbers added up."""
+        parts, row = parallel.gather([measures]), {"step": len(self.state["history"])}
+        for name, value in measures.items():
+            if isinstance(value, list):
+                values = [x for part in parts for x in part[name]]
+                row |= {name: sum(values) / len(values)} if values else {}
+            else:
+                row[name] = sum(part[name] for part in parts) if isinstance(value, int) else value
+        self.state["history"].append(row)
+        shown = {
+            k: f"{v:.0%}" if isinstance(measures[k], list) else f"{v:.4g}" for k, v in row.items() if k in measures
+        }
+        self.progress.set_postfix(shown)
+
+    @contextmanager
+    def keeping_bad_batch(self, batch: list) -> Iterator[None]:
+        """Save the batch whose loss is not finite, and end the run with a sentence; its state is that before it."""
+        try:
+            yield
+        except FloatingPointError as error:
+            path, everything = self.folder / "bad_batch.json", parallel.gather(files.plain(batch))
+            if parallel.FIRST:
+                files.write_json(path, everything)
+            raise UserError(f"{error}; its batch is in {path}, try a lower --learning-rate") from error
+
+
+def seeded(*key: object) -> torch.Generator:
+    """A CPU generator seeded by a key like ("rollout", step, seed): no random state has to be carried along."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
+
+
+def run_name(config: RunConfig) -> str:
+    """E.g. 'rosd-mask=whole-add-seed0': method, domain, seed, and every other setting that is not the default."""
+    named = {"method", "domain", "seed", "eval_problems", "eval_samples", *INCIDENTAL}
+    flags = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in named and value != field.default:
+            shown = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+            flags.append(f"{field.name}={''.join(c if c.isalnum() or c in '+.-' else '_' for c in shown)}")
+    if files.checksum(config.base) != files.checksum(files.BASE_CHECKPOINT):
+        flags.append(f"base={Path(config.base).stem}.{files.checksum(config.base)}")
+    where = [config.domain] if config.domain else []
+    return "-".join([config.method, *flags, *where, f"seed{config.seed}"])
+
+
+def lock_folder(folder: Path) -> Any:
+    """An open file that no other process can lock until it is closed or this process ends, however it ends."""
+    file = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        other = file.read().strip() or "another process"
+        raise UserError(f"{other} is running in {folder}; wait for it, or give another --out") from error
+    with suppress(OSError):  # a full disk is told when something is lost by it
+        file.truncate(0)
+        file.write(f"process {os.getpid()}")
+        file.flush()
+    return file
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, commit and number of processes, for every results file."""
+    try:
+        git = ["git", "-C", str(files.ROOT)]
+        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "-uno", "--", "*.py", "*.pt"], capture_output=True, text=True, check=True
+        ).stdout
+        commit += "+changes" if changed.strip() else ""
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    versions = {"torch": torch.__version__, "numpy": numpy.__version__, "tiktoken": tiktoken.__version__}
+    return {"commit": commit, "python": platform.python_version(), **versions, "processes": parallel.WORLD}
+
+
+def peak_memory_mb() -> float | None:
+    """The largest memory of this process so far, in MB: the GPU's where there is one, else the resident set."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
