@@ -1,9 +1,7 @@
 """Pretrain the base: an "instruct" model in miniature that plays student, teacher and reflector.
 
-    python pretrain.py                 rebuilds data/base.pt, the checkpoint that ships with this repository
-    python pretrain.py --check-only    only measures the accuracies of the checkpoint at --out
-    python pretrain.py --world gaps --start data/base.pt --steps 1000 --out data/gaps.pt
-                                       teaches it a second world, the one in which localization matters
+    python pretrain.py                                   writes out/base.pt, made as data/base.pt was
+    python pretrain.py --check-only --out data/base.pt   measures a checkpoint: the hint audit, and accuracies
 
     torchrun --standalone --nproc_per_node=2 pretrain.py    the same in two processes
 
@@ -11,6 +9,7 @@ Next-token loss on the responses of four kinds of documents (data/documents.py).
 which it needs far fewer updates than AdamW; AdamW trains the embedding and the norms.
 """
 
+import math
 import random
 import time
 from collections import defaultdict
@@ -19,26 +18,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 from tqdm import tqdm
 
-import parallel
-import runs
-from data.arithmetic import BUDGET, GAP, golden_solution, true_steps, verify
-from data.documents import WORLDS, World, hint_prompt, sample_document, solution_prompt
-from data.tokenizer import END, VOCAB_SIZE, decode, encode
-from evaluate import held_out_problems
-from model import GPT, GPTConfig, generate
-from reflect import choose_peers, reflect, sample_rollouts
-from runs import option
-
-Document = tuple[list[int], list[int]]  # prompt and response tokens
+from data.arithmetic import Arithmetic
+from data.chains import BUDGET, STEP, true_steps
+from data.documents import confirmation, sample_document
+from data.tokenizer import END, VOCAB_SIZE, encode
+from harness import files, parallel
+from harness.cli import markdown_table, option, parse_config, run_script
+from harness.errors import UserError
+from harness.run import seeded
+from model import GPT, GPTConfig, response_logprobs
+from reflect import choose_peers, parse_reflection, reflect, sample_rollouts
+from train_spd import Pair, next_token_loss
 
 
 @dataclass(frozen=True)
 class Config:
-    world: str = option("plain", "which documents: those of a world of data/documents.py", choices=tuple(WORLDS))
-    start: str = option("", "checkpoint to start from, with its shape; without one the weights are random")
     steps: int = option(2000, "updates", minimum=1)
     batch: int = option(64, "documents an update", minimum=1)
     muon_rate: float = option(0.02, "peak learning rate of Muon", minimum=0)
@@ -47,20 +44,20 @@ class Config:
     layers: int = option(4, "layers", minimum=2)
     width: int = option(64, "residual width", minimum=8)
     heads: int = option(4, "query heads", minimum=1)
-    kv_heads: int = option(2, "key/value heads", minimum=1)
-    head_dim: int = option(16, "width of a head", minimum=2)
+    kv_heads: int = option(2, "key/value heads; the query heads are shared out among them", minimum=1)
+    head_dim: int = option(16, "width of a head, an even number", minimum=2)
     seed: int = option(0, "seed of the weights and the documents")
-    out: str = option(str(runs.BASE_CHECKPOINT), "where the checkpoint goes")
+    out: str = option("out/base.pt", "where the checkpoint goes")
     check_only: bool = option(False, "train nothing, measure the checkpoint at --out")
     device: str = option("auto", "cpu, cuda, mps or auto")
-    threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
+    threads: int = option(1, "CPU threads", minimum=1)
 
 
-def batches(size: int, rng: random.Random, world: World = WORLDS["plain"]) -> Iterator[list[Document]]:
+def batches(size: int, rng: random.Random) -> Iterator[list[Pair]]:
     """Batches of documents of similar length: sorting a pool of 8 batches takes the padding from 55 to 13 %."""
     while True:
         pool = []
-        for prompt, response in (sample_document(rng, world) for _ in range(8 * size)):
+        for prompt, response in (sample_document(rng) for _ in range(8 * size)):
             cut_off = len(response) == BUDGET and response[-2] != "#"
             pool.append((encode(prompt), encode(response) + [END] * (not cut_off)))
         pool.sort(key=lambda document: len(document[0]) + len(document[1]))
@@ -69,25 +66,10 @@ def batches(size: int, rng: random.Random, world: World = WORLDS["plain"]) -> It
         yield from chunks
 
 
-def next_token_loss(model: GPT, pairs: list[Document], completion_only: bool = True) -> torch.Tensor:
-    """Mean next-token loss over the completions of (prompt, completion) pairs, or over both.
-
-    Of several processes each has a share of the pairs; the mean is over the tokens of all, and so their losses add up.
-    """
-    width = max(len(prompt) + len(completion) for prompt, completion in pairs)
-    tokens, targets = torch.full((len(pairs), width), END), torch.full((len(pairs), width), -100)  # (B, T)
-    for i, (prompt, completion) in enumerate(pairs):
-        row = torch.tensor(prompt + completion)
-        first = len(prompt) if completion_only else 0
-        tokens[i, : len(row)] = row
-        targets[i, first : len(row)] = row[first:]
-    logits = model(tokens[:, :-1].to(model.device))  # (B, T - 1, V)
-    targets = targets[:, 1:].flatten().to(model.device)
-    count = parallel.total((targets != -100).sum())
-    return F.cross_entropy(logits.flatten(0, 1), targets, ignore_index=-100, reduction="sum") / count
+# ---------------------------------------------------------------------------------------------- optimizer
 
 
-def orthogonalize(matrices: torch.Tensor) -> torch.Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """Newton-Schulz: U V^T of each matrix U S V^T of a stack (n, A, B), but for singular values of about 0.7 to 1.2."""
     tall = matrices.size(1) > matrices.size(2)
     x = (matrices.mT if tall else matrices).bfloat16()
@@ -124,6 +106,7 @@ def schedule(step: int, steps: int, warmup: int = 20) -> float:
 
 def pretrain(config: Config) -> GPT:
     torch.manual_seed(config.seed)
+    device = parallel.start(config.device)
     shape = GPTConfig(
         VOCAB_SIZE,
         n_layer=config.layers,
@@ -133,8 +116,7 @@ def pretrain(config: Config) -> GPT:
         head_dim=config.head_dim,
         n_hidden=3 * config.width,
     )
-    device = parallel.start(runs.pick_device(config.device))
-    model = (runs.load_checkpoint(config.start)[0] if config.start else GPT(shape)).to(device)
+    model = GPT(shape).to(device)
     matrices = [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
     optimizers = [
@@ -142,15 +124,9 @@ def pretrain(config: Config) -> GPT:
         torch.optim.AdamW(others, lr=config.adamw_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     peaks = [config.muon_rate, config.adamw_rate]
-    documents = batches(config.batch, random.Random(config.seed), WORLDS[config.world])
-    progress = tqdm(
-        zip(range(config.steps), documents, strict=False),
-        total=config.steps,
-        desc="pretrain",
-        disable=not parallel.FIRST,
-        dynamic_ncols=True,
-    )
-    for step, batch in progress:
+    documents = batches(config.batch, random.Random(config.seed))
+    steps = tqdm(range(config.steps), desc="pretrain", disable=not parallel.FIRST, dynamic_ncols=True)
+    for step, batch in zip(steps, documents, strict=False):
         loss = next_token_loss(model, parallel.share(batch))
         loss.backward()
         parallel.sum_gradients(model.parameters())
@@ -160,60 +136,116 @@ def pretrain(config: Config) -> GPT:
             optimizer.step()
             optimizer.zero_grad()
         if step % 20 == 0:
-            progress.set_postfix(loss=f"{parallel.total(loss).item():.3f}")
+            shown = parallel.total(loss).item()
+            if not math.isfinite(shown):
+                raise UserError(f"the loss of step {step} is {shown}; try a lower --muon-rate or --adamw-rate")
+            steps.set_postfix(loss=f"{shown:.3f}")
     return model.eval()
 
 
-def measure(model: GPT, domain: str = "mix", count: int = 200, seed: int = 0) -> dict[str, float]:
-    """Accuracy in every part the model plays, on test problems: solutions at temperature 1, reflections greedy."""
-    problems, rng = held_out_problems(domain, count, seed), random.Random(seed)
-    group = 8
-    rollouts = sample_rollouts(model, problems, group, runs.torch_generator("measure plain", seed))
+# ---------------------------------------------------------------------------------------------- measuring a base
 
-    def accuracy(part: str, prompts: list[str]) -> float:
-        generator = runs.torch_generator("measure", part, seed)
-        solutions = map(decode, generate(model, [encode(p) for p in prompts], BUDGET, END, generator=generator))
-        return sum(verify(p, s).correct for p, s in zip(problems, solutions, strict=True)) / count
+GATES = {  # what a base must show: (lowest, highest) probability of a digit at the wrong step, shares of the last two
+    "no hint": (0.0, 0.40),
+    "an irrelevant hint": (0.0, 0.48),  # and within 0.08 of no hint
+    "its own reflection": (0.75, 1.0),
+    "the true step": (0.85, 1.0),
+    "the true step with a wrong digit": (0.0, 0.25),
+    "... and of that wrong digit": (0.70, 1.0),
+    "first error quoted": (0.80, 0.97),
+    "correct step confirmed": (0.80, 1.0),
+}
 
-    def hint(problem: str) -> str:  # that of a gap tells what it hides
-        return true_steps(problem)[-1] if GAP in problem else rng.choice(true_steps(problem))
 
-    peers = choose_peers(rollouts, group)
-    wrong = [(r, peer.text) for r, peer in zip(rollouts, peers, strict=True) if peer and r.verdict.error]
-    reflections = reflect(model, [rollout for rollout, _ in wrong], [peer for _, peer in wrong])
-    exact = sum(
-        reflection.quote == rollout.text[slice(*rollout.verdict.error)]
-        for (rollout, _), reflection in zip(wrong, reflections, strict=True)
-    )
-    return {
-        "plain": sum(rollout.verdict.correct for rollout in rollouts) / len(rollouts),
-        "with a hint": accuracy("hint", [hint_prompt(p, hint(p)) for p in problems]),
-        "with a reference": accuracy("reference", [solution_prompt(p, golden_solution(p)) for p in problems]),
-        "first error quoted": exact / max(1, len(wrong)),
+@torch.no_grad()
+def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> dict[str, float]:
+    """The hint audit: how likely the right digit is at the wrong step of the base's own wrong rollouts, by hint.
+
+    Takes the rollouts on test problems whose first error is the result of a step. A solution sampled at temperature 1
+    is asked for no further: each hint is put before the same rollout, up to the wrong digit.
+    """
+    task, rng = Arithmetic(), random.Random(f"audit {domain} {seed}")
+    problems = task.problems(domain, count, rng, test=True)
+    group = sample_rollouts(model, task, problems, 8, seeded("audit", domain, seed))
+    pairs = zip(group, choose_peers(group, 8), strict=True)
+    wrong = [(r, p.text) for r, p in pairs if p and r.verdict.error]
+    texts = reflect(model, task, *map(list, zip(*wrong, strict=True)))
+    read = list(map(parse_reflection, texts))
+    quoted = [q.quote == r.text[slice(*r.verdict.error)] for q, (r, _) in zip(read, wrong, strict=True)]
+    right = [r for r in group if r.verdict.correct and "merged" not in r.verdict.habits][:256]
+    confirmed = map(parse_reflection, reflect(model, task, right, [None] * len(right)))
+    exact = [c.idea == confirmation(r.problem.question) for c, r in zip(confirmed, right, strict=True)]
+
+    cases = []  # (rollout, position of the wrong digit, the true step, another true step, own idea, some wrong digit)
+    for reflection, (rollout, _) in zip(read, wrong, strict=True):
+        start, end = rollout.verdict.error
+        steps, line = true_steps(rollout.problem.question), rollout.text[start:end]
+        true = next((step for step in steps if STEP.fullmatch(line) and step[:-1] == line[:-1]), None)
+        if true is not None:
+            other = rng.choice([step for step in steps if step != true] or ["#"])
+            digit = rng.choice([d for d in "0123456789" if d != true[-1]])
+            cases.append((rollout, end - 1, true, other, reflection.idea or "#", digit))
+    at = torch.tensor([position for _, position, *_ in cases])
+
+    def probability(prompts: list[str], digits: list[str]) -> float:
+        p = response_logprobs(model, list(map(encode, prompts)), [rollout.tokens for rollout, *_ in cases]).exp()
+        return p[torch.arange(len(cases)), at, [encode(digit)[0] for digit in digits]].mean().item()
+
+    asked, true_digit = [rollout.problem for rollout, *_ in cases], [true[-1] for _, _, true, *_ in cases]
+    false = [
+        task.teacher_prompt(p, true[:-1] + digit) for p, (_, _, true, _, _, digit) in zip(asked, cases, strict=True)
+    ]
+    held = {
+        "no hint": [task.student_prompt(p) for p in asked],
+        "an irrelevant hint": [task.teacher_prompt(p, case[3]) for p, case in zip(asked, cases, strict=True)],
+        "its own reflection": [task.teacher_prompt(p, case[4]) for p, case in zip(asked, cases, strict=True)],
+        "the true step": [task.teacher_prompt(p, case[2]) for p, case in zip(asked, cases, strict=True)],
+        "the true step with a wrong digit": false,
+        "a reference solution": [task.teacher_prompt(p, solution=p.solution) for p in asked],
     }
+    found = {name: probability(prompts, true_digit) for name, prompts in held.items()}
+    found["... and of that wrong digit"] = probability(false, [case[5] for case in cases])
+    found |= {"first error quoted": sum(quoted) / len(quoted), "correct step confirmed": sum(exact) / len(exact)}
+    return found | {"right answers": sum(r.verdict.correct for r in group) / len(group)}
+
+
+def missed_gates(found: dict[str, float]) -> list[str]:
+    missed = [name for name, (low, high) in GATES.items() if not low <= found[name] <= high]
+    near = abs(found["an irrelevant hint"] - found["no hint"]) <= 0.08
+    return missed + ([] if near else ["an irrelevant hint is not within 0.08 of no hint"])
+
+
+def report(model: GPT) -> None:
+    """Print the hint audit of every domain; the gates are about mix."""
+    task = Arithmetic()
+    found = {domain: audit(model, domain) for domain in task.domains}
+    order = [name for name in found["mix"] if name != "... and of that wrong digit"]
+    order.insert(order.index("the true step with a wrong digit") + 1, "... and of that wrong digit")
+    limits = {name: f"{low:.2f} to {high:.2f}" for name, (low, high) in GATES.items()}
+    rows = [[name, *(f"{f[name]:.2f}" for f in found.values()), limits.get(name, "")] for name in order]
+    print(markdown_table(["P(right digit) at the wrong step, given", *found, "gate for mix"], rows))
+    missed = missed_gates(found["mix"])
+    print("All gates hold." if not missed else f"Missed: {', '.join(missed)}.")
 
 
 def main() -> None:
-    config = runs.parse_config(Config, __doc__)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    if config.check_only:
-        model = runs.load_checkpoint(config.out)[0]
-    else:
-        if (config.start or config.world != "plain") and Path(config.out).resolve() == runs.BASE_CHECKPOINT:
-            raise runs.UserError(f"that would overwrite the shipped {config.out}; give another file with --out")
-        runs.make_folder(Path(config.out).resolve().parent)
+    config = parse_config(Config, __doc__)
+    if config.heads % config.kv_heads or config.head_dim % 2:
+        raise UserError("--heads must be a multiple of --kv-heads, and --head-dim even")
+    if config.batch < parallel.WORLD:
+        raise UserError(f"--batch {config.batch} is too small for {parallel.WORLD} processes; give at least that many")
+    torch.set_num_threads(config.threads)
+    if not config.check_only:
+        files.make_folder(Path(config.out).resolve().parent)
         started = time.time()
         model = pretrain(config)
         if not parallel.FIRST:
             return
-        runs.save_checkpoint(Path(config.out), model)
-        print(
-            f"{sum(p.numel() for p in model.parameters()):,} parameters, {time.time() - started:.0f} s -> {config.out}"
-        )
-    for domain in dict.fromkeys(WORLDS[config.world].domains):
-        print(domain, {part: round(value, 3) for part, value in measure(model, domain).items()})
+        files.save_checkpoint(Path(config.out), model.half())
+        count = sum(p.numel() for p in model.parameters())
+        print(f"{count:,} parameters, {time.time() - started:.0f} s -> {config.out}")
+    report(files.load_checkpoint(config.out)[0])
 
 
 if __name__ == "__main__":
-    runs.run_script(main)
+    run_script(main)

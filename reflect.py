@@ -91,15 +91,22 @@ def reflect(
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> list[str]:
-    """The text the reflector writes on each rollout; a wrong one is paired with a correct peer's text."""
-    prompts = [
-        task.encode(
-            task.reflector_prompt(rollout.problem, rollout.text, None if rollout.verdict.correct else peer, told_answer)
-        )
-        for rollout, peer in zip(rollouts, peers, strict=True)
-    ]
-    written = generate(reflector, prompts, task.max_reflection, task.stop, temperature=temperature, generator=generator)
-    return [task.decode(tokens) for tokens in written]
+    """The text the reflector writes on each rollout; a wrong one is paired with a correct peer's text.
+
+    Greedily, equal rollouts with equal peers are reflected on once.
+    """
+    prompts = []
+    for rollout, peer in zip(rollouts, peers, strict=True):
+        beside = None if rollout.verdict.correct else peer
+        prompts.append(task.reflector_prompt(rollout.problem, rollout.text, beside, told_answer))
+    asked = list(dict.fromkeys(prompts)) if temperature == 0 else prompts
+    tokens = [task.encode(prompt) for prompt in asked]
+    written = generate(reflector, tokens, task.max_reflection, task.stop, 1, temperature, generator=generator)
+    texts = [task.decode(answer) for answer in written]
+    if temperature > 0:
+        return texts
+    by_prompt = dict(zip(asked, texts, strict=True))
+    return [by_prompt[prompt] for prompt in prompts]
 
 
 def parse_reflection(text: str) -> Reflection:
@@ -229,9 +236,8 @@ def main() -> None:
     print("\ntoken   m_t  student's and teacher's favourite   D(pi_S || pi_T)")
     for t, token in enumerate(tokens):
         favourites = [task.pieces([int(p[t].argmax())])[0] + f" {p[t].max().exp():4.0%}" for p in (student, teacher)]
-        print(
-            f"{token:8s} {int(t >= (k or 0))}   {favourites[0]:16s} {favourites[1]:16s}   {D[t]:.3f} {'#' * int(50 * D[t])}"
-        )
+        bar = "#" * int(50 * D[t])
+        print(f"{token:8s} {int(t >= (k or 0))}   {favourites[0]:16s} {favourites[1]:16s}   {D[t]:.3f} {bar}")
 
 
 if __name__ == "__main__":

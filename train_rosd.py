@@ -23,7 +23,6 @@ a batch is exactly on-policy; problems are synthetic and never end; there is no 
 """
 
 import dataclasses
-import random
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -37,6 +36,7 @@ from harness import parallel
 from harness.cli import option, parse_config, run_script
 from harness.errors import UserError
 from harness.run import Run, RunConfig, run_name
+from harness.side_by_side import train_all
 from model import GPT, response_logprobs
 from reflect import (
     Reflection,
@@ -114,7 +114,7 @@ class Config(RunConfig):
     learning_rate: float | None = option(None, "peak rate of AdamW; else the preset's, 1e-3", "1e-5", minimum=0)
     warmup: int = option(5, "steps of linear warm-up", "10", minimum=0)
     grad_clip: float = option(1.0, "largest gradient norm", "1.0", minimum=1e-9)
-    steps: int = option(40, "batches", minimum=1)
+    steps: int = option(30, "batches", minimum=1)
     batch: int = option(32, "problems a step", "32", minimum=1)
     group: int = option(8, "rollouts a problem, G", "8", minimum=2)
     micro_batch: int = option(256, "rollouts in memory at once; the gradient stays the same", minimum=1)
@@ -304,9 +304,9 @@ def update(
 # ---------------------------------------------------------------------------------------------- the loop
 
 
-def train(config: Config, before: dict | None = None) -> dict:
+def train(config: Config) -> dict:
     """One run: evaluate the base, train, evaluate again -> the content of results.json."""
-    with Run(settle(config), run_name(config), {"before": before} if before else {}) as run:
+    with Run(settle(config), run_name(config)) as run:
         if run.results:
             return run.results
         config, task = run.config, run.task
@@ -349,9 +349,7 @@ def main() -> None:
     configs = [config]
     if config.baseline and config.method != "sdpo":
         configs.append(dataclasses.replace(config, method="sdpo", context=None, mask=None))
-    results = []
-    for each in configs:
-        results.append(train(each, before=results[0]["before"] if results else None))
+    results = train_all(train, configs)
     if parallel.FIRST:
         rows = {"base": results[0]["before"]} | {NAMES[r["config"]["method"]]: r["after"] for r in results}
         home = results[0]["config"]["domain"]

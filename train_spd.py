@@ -29,6 +29,7 @@ from evaluate import evaluate, evaluate_run, out_of_domain
 from harness import parallel
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import Run, RunConfig, run_name
+from harness.side_by_side import train_all
 from lora import add_lora, merge_lora
 from losses import masked_mean
 from model import GPT, generate, response_logprobs
@@ -156,9 +157,9 @@ def finetune_epoch(
 # ---------------------------------------------------------------------------------------------- the loop
 
 
-def train(config: Config, before: dict | None = None) -> dict:
+def train(config: Config) -> dict:
     """One run: calibrate, generate and fine-tune, measured before, between and after -> the content of results.json."""
-    with Run(settle(config), run_name(config), {"before": before} if before else {}) as run:
+    with Run(settle(config), run_name(config)) as run:
         if run.results:
             return run.results
         config, task, projected = run.config, run.task, METHODS[config.method][0]
@@ -167,8 +168,7 @@ def train(config: Config, before: dict | None = None) -> dict:
         model = deepcopy(run.base)
         student, optimizer = start_finetuning(model, config, 0)
         run.restore(model=model, student=student, optimizer=optimizer)
-        if config.epochs:
-            before = run.once("before", lambda: evaluate_run(model, task, config))
+        before = run.once("before", lambda: evaluate_run(run.base, task, config)) if config.epochs else None
         own = run.once("own", lambda: score_text(run.base, task, config))
         examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
         for step in run.steps(max(1, config.rounds * config.epochs)):
@@ -194,10 +194,8 @@ def train(config: Config, before: dict | None = None) -> dict:
 def main() -> None:
     config = parse_config(Config, __doc__)
     methods = [config.method, *(m for m in METHODS if m != config.method and config.baseline)]
-    results: list[dict] = []
-    for method in methods:
-        each = config if method == config.method else dataclasses.replace(config, method=method, temperature=None)
-        results.append(train(each, before=results[0]["before"] if results else None))
+    others = [dataclasses.replace(config, method=method, temperature=None) for method in methods[1:]]
+    results = train_all(train, [config, *others])
     if not parallel.FIRST:
         return
     home = results[0]["config"]["domain"]

@@ -2,6 +2,8 @@
 
 from data.task import Problem, Task, Verdict
 
+__all__ = ["Problem", "Task", "Verdict", "load_task"]
+
 
 def load_task(name: str) -> Task:
     """The task that `--task` names; ValueError says which there are."""

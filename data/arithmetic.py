@@ -2,13 +2,13 @@
 
 import random
 
-from data import chains, documents, tokenizer
+from data import chains, prompts, tokenizer
 from data.task import Problem, Task, Verdict
 
 
 class Arithmetic(Task):
     domains = tuple(chains.DOMAINS)
-    habits = ("merged",)
+    habits = ("merged", "checked")
     knows_first_error = True
     max_response = chains.BUDGET
     max_reflection = 80
@@ -20,8 +20,7 @@ class Arithmetic(Task):
         return Problem(chain, chains.golden_solution(chain))
 
     def verify(self, problem: Problem, response: str) -> Verdict:
-        v = chains.verify(problem.question, response)
-        return Verdict(v.correct, v.finished, v.error, ("merged",) if v.shortcut else ())
+        return chains.verify(problem.question, response)
 
     def decisive(self, solution: list[str], rule: str = "aligned") -> list[int]:
         """S: what follows '=' or '#'; with the rule 'steps' every digit and operator.
@@ -34,15 +33,16 @@ class Arithmetic(Task):
         return [i for i, token in enumerate(solution) if rule == "full" or token in tuple("0123456789+-*")]
 
     def student_prompt(self, problem: Problem) -> str:
-        return documents.plain_prompt(problem.question)
+        return prompts.student_prompt(problem.question)
 
     def teacher_prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:
         if solution is None:
-            return documents.hint_prompt(problem.question, idea)
-        return documents.solution_prompt(problem.question, solution, idea)
+            return prompts.hint_prompt(problem.question, idea)
+        return prompts.solution_prompt(problem.question, solution, idea)
 
     def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, told_answer: bool) -> str:
-        return documents.reflect_prompt(problem.question, attempt, peer)
+        answer = chains.true_values(problem.question)[-1] if told_answer else None
+        return prompts.reflect_prompt(problem.question, attempt, peer, answer)
 
     encode = staticmethod(tokenizer.encode)
     decode = staticmethod(tokenizer.decode)

@@ -6,7 +6,7 @@ import tiktoken
 
 CHARACTERS = "0123456789+-*=;#?:"
 SPECIAL_TOKENS = (
-    "<|pad|>", "<|end|>",
+    "<|end|>",
     "<|user|>", "<|assistant|>",  # a problem; the text the model writes
     "<|hint|>", "<|solution|>", "<|attempt|>",  # a corrective idea; a solution held to be correct; one to reflect on
     "<error_quote>", "</error_quote>", "<explanation>", "</explanation>",
@@ -21,7 +21,6 @@ encoding = tiktoken.Encoding(
     special_tokens={token: len(CHARACTERS) + i for i, token in enumerate(SPECIAL_TOKENS)},
 )
 VOCAB_SIZE = encoding.n_vocab
-PAD = encoding.encode_single_token("<|pad|>")
 END = encoding.encode_single_token("<|end|>")
 
 
@@ -34,11 +33,8 @@ def encode(text: str) -> list[int]:
 
 
 def decode(tokens: list[int]) -> str:
-    """Token ids -> text, up to and without the first <|end|> or <|pad|>."""
-    for i, token in enumerate(tokens):
-        if token in (END, PAD):
-            return encoding.decode(tokens[:i])
-    return encoding.decode(tokens)
+    """Token ids -> text, up to and without the first <|end|>."""
+    return encoding.decode(tokens[: tokens.index(END)] if END in tokens else tokens)
 
 
 def pieces(tokens: list[int]) -> list[str]:

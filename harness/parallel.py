@@ -21,11 +21,8 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))
 FIRST = RANK == 0  # the one process that writes files and shows progress
 
 
-def start(name: str = "auto") -> torch.device:
-    """Pick the device and join the other processes: each has its own GPU, or all share the CPU.
-
-    'auto' takes CUDA where it has a GPU for every process, then MPS, which serves one process, then the CPU.
-    """
+def pick_device(name: str = "auto") -> torch.device:
+    """'auto' takes CUDA where it has a GPU for every process, then MPS, which serves one process, then the CPU."""
     enough = torch.cuda.is_available() and torch.cuda.device_count() >= LOCAL_WORLD
     if name == "auto":
         name = "cuda" if enough else "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu"
@@ -35,6 +32,12 @@ def start(name: str = "auto") -> torch.device:
         raise UserError(f"device {name!r} cannot be used here; give --device auto, cpu, cuda or mps") from error
     if WORLD > 1 and (device.type == "mps" or (device.type == "cuda" and not enough)):
         raise UserError(f"{LOCAL_WORLD} processes cannot share device {name!r}; start fewer, or give --device cpu")
+    return device
+
+
+def start(name: str = "auto") -> torch.device:
+    """Pick the device and join the other processes: each has its own GPU, or all share the CPU."""
+    device = pick_device(name)
     if WORLD > 1 and device.type == "cuda":
         device = torch.device("cuda", LOCAL_RANK)
         torch.cuda.set_device(device)

@@ -31,6 +31,7 @@ from data import load_task
 from harness import files, parallel
 from harness.cli import option
 from harness.errors import UserError
+from harness.side_by_side import position
 from model import GPT
 
 
@@ -50,7 +51,7 @@ class RunConfig:
     eval_top_p: float = option(1.0, "truncation of these samples", "0.95", minimum=0.01, maximum=1)
     resume: bool = option(False, "go on from the last checkpoint of the same command")
     device: str = option("auto", "cpu, cuda, mps or auto")
-    threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
+    threads: int = option(1, "CPU threads; more than one pays for larger models", minimum=1)
     bf16: bool = option(False, "bfloat16 autocast while training, for GPUs")
     compile: bool = option(False, "torch.compile the blocks, for GPUs")
 
@@ -71,8 +72,7 @@ class Run:
         if config.domain not in self.task.domains:
             known = ", ".join(self.task.domains)
             raise UserError(f"the task {config.task} has no domain {config.domain!r}; give one of {known}")
-        if config.threads:
-            torch.set_num_threads(config.threads)
+        torch.set_num_threads(config.threads)
         self.device = parallel.start(config.device)
         self.base = files.load_checkpoint(config.base)[0].to(self.device).requires_grad_(False).eval()
         if self.base.config.vocab_size != self.task.vocab_size:
@@ -182,10 +182,10 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ progress
 
-    def steps(self, count: int, title: str = "") -> Iterator[int]:
+    def steps(self, count: int) -> Iterator[int]:
         """The steps still to be made, under a progress bar."""
         done = len(self.state["history"])
-        bar = {"desc": title or self.folder.name, "disable": not parallel.FIRST, "dynamic_ncols": True}
+        bar = {"desc": self.folder.name, "disable": not parallel.FIRST, "dynamic_ncols": True, "position": position()}
         with tqdm(range(done, count), initial=done, total=count, **bar) as self.progress:
             yield from self.progress
 
