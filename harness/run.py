@@ -60,6 +60,9 @@ class RunConfig:
 INCIDENTAL = ("out", "base", "resume", "device", "threads", "baseline")  # the base is compared by its bytes
 
 
+SHOWN = ("loss", "accuracy", "quote_match")  # beside the progress bar
+
+
 class Run:
     """A run's folder, claimed for this process; used as a context, so that others can claim it afterwards."""
 
@@ -199,9 +202,10 @@ class Run:
             else:
                 row[name] = sum(part[name] for part in parts) if isinstance(value, int) else value
         self.state["history"].append(row)
-        shown = {
-            k: f"{v:.0%}" if isinstance(measures[k], list) else f"{v:.4g}" for k, v in row.items() if k in measures
-        }
+        shown = {}
+        for name in SHOWN:
+            if row.get(name) is not None:
+                shown[name] = f"{row[name]:.0%}" if isinstance(measures[name], list) else f"{row[name]:.4g}"
         self.progress.set_postfix(shown)
 
     @contextmanager
