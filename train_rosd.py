@@ -296,8 +296,9 @@ def update(
         parallel.sum_gradients(student.parameters())
         torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip)
         optimizer.step()
-    for teacher_weight, student_weight in zip(teacher.parameters(), student.parameters(), strict=True):
-        teacher_weight.lerp_(student_weight.detach(), config.ema)  # 0 leaves the teacher as it is
+    with torch.no_grad():
+        for teacher_weight, student_weight in zip(teacher.parameters(), student.parameters(), strict=True):
+            teacher_weight.lerp_(student_weight, config.ema)  # 0 leaves the teacher as it is
     return sum(seen) / len(seen) if seen else None
 
 
