@@ -1,4 +1,4 @@
-"""Low-rank adaptation, the fine-tuning of SPD: what a frozen layer W learns is a product of two thin matrices.
+"""Low-rank adaptation, the fine-tuning of SPD: a frozen layer W learns the product of two thin matrices.
 
     W x + (alpha / r) B A dropout(x)        A (r, in), B (out, r), r = 8, alpha = 8; B is zero at the start
 
@@ -11,6 +11,9 @@
 [5.0, 31.0]
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -20,17 +23,23 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class LoRALinear(nn.Module):
-    """A linear layer with a low-rank update: x (..., in) -> (..., out)."""
+    """A linear layer with a low-rank update: x (..., in) -> (..., out), in x's dtype; A and B are float32."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
-        self.linear, self.scale, self.dropout = linear, alpha / rank, dropout
-        self.A = nn.Parameter(torch.randn(rank, linear.in_features) * linear.in_features**-0.5)
-        self.B = nn.Parameter(torch.zeros(linear.out_features, rank))
+        self.linear, self.scale, self.dropout, self.on = linear, alpha / rank, dropout, True
+        device = linear.weight.device
+        self.A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+        self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+        nn.init.kaiming_uniform_(self.A, a=5**0.5)  # uniform within 1 / sqrt(in), as in peft
+        self.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        update = F.dropout(x, self.dropout, self.training) @ self.A.T @ self.B.T
-        return self.linear(x) + self.scale * update
+        y = self.linear(x)
+        if not self.on:
+            return y
+        update = F.dropout(x, self.dropout, self.training).to(self.A.dtype) @ self.A.T @ self.B.T
+        return y + (self.scale * update).to(y.dtype)
 
 
 def add_lora(model: nn.Module, rank: int = 8, alpha: float = 8.0, dropout: float = 0.05) -> list[nn.Parameter]:
@@ -39,20 +48,37 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 8.0, dropout: float
     parameters = []
     for module in list(model.modules()):
         for name in TARGETS:
-            if isinstance(getattr(module, name, None), nn.Linear):
-                lora = LoRALinear(getattr(module, name), rank, alpha, dropout).to(getattr(module, name).weight.device)
+            if isinstance(linear := getattr(module, name, None), nn.Linear):
+                lora = LoRALinear(linear, rank, alpha, dropout)
                 setattr(module, name, lora)
                 parameters += [lora.A, lora.B]
     return parameters
 
 
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Within this context every update counts as zero, so that one model is the student outside and the base inside."""
+    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
+    before = [adapter.on for adapter in adapters]
+    try:
+        for adapter in adapters:
+            adapter.on = False
+        yield
+    finally:
+        for adapter, on in zip(adapters, before, strict=True):
+            adapter.on = on
+
+
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add every update to its frozen weight, W + (alpha / r) B A, and put the plain linear layers back."""
+    """Add every update to its frozen weight, W + (alpha / r) B A, and put the plain linear layers back.
+
+    The sum is taken in float32 and rounded once to the weight's dtype. All parameters require gradients afterwards.
+    """
     for module in list(model.modules()):
         for name in TARGETS:
-            lora = getattr(module, name, None)
-            if isinstance(lora, LoRALinear):
-                lora.linear.weight += lora.scale * lora.B @ lora.A
+            if isinstance(lora := getattr(module, name, None), LoRALinear):
+                weight = lora.linear.weight
+                weight.copy_(weight.to(lora.A.dtype) + lora.scale * lora.B @ lora.A)
                 setattr(module, name, lora.linear)
     model.requires_grad_(True)

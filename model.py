@@ -1,7 +1,8 @@
-"""A compact GPT in the manner of Qwen3, the family both papers train: a whole model in one file.
+"""A GPT in one file, shaped like Qwen3, the family both papers train.
 
-RMSNorm before every block, rotary positions, grouped-query attention with normalized queries and keys, SwiGLU, no
-biases, tied embeddings. With equal weights its logits equal `transformers`' Qwen3ForCausalLM (tests/test_model.py).
+Every block normalizes its input (RMSNorm), attends with rotary positions and grouped queries, and ends in a SwiGLU.
+Three options of GPTConfig make it a Qwen2, a Llama or a SmolLM2; `GPT.from_pretrained` reads their weights from disk.
+With equal weights its logits equal those of `transformers` (tests/test_model.py, tests/test_hub.py).
 
 >>> model = GPT(GPTConfig(vocab_size=10, n_layer=1, n_embd=8, n_head=2, n_kv_head=1, head_dim=4, n_hidden=16))
 >>> model(torch.tensor([[1, 2, 3]])).shape
@@ -9,11 +10,15 @@ torch.Size([1, 3, 10])
 """
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from hub.weights import check_shapes, read_folder
 
 
 @dataclass(frozen=True)
@@ -28,39 +33,26 @@ class GPTConfig:
     n_hidden: int = 192  # width of the SwiGLU
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
-
-
-class NormalizeAndScale(torch.autograd.Function):
-    """y = x / sqrt(mean(x^2) + eps) * w, the gradient written out: half the time of autograd's."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x = x.to(torch.promote_types(x.dtype, weight.dtype))
-        scale = (x.pow(2).mean(dim=-1, keepdim=True) + eps).rsqrt()
-        normal = x * scale
-        ctx.save_for_backward(scale, normal, weight)
-        return normal * weight
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        scale, normal, weight = ctx.saved_tensors
-        product = grad * normal
-        along = (product @ weight).unsqueeze(-1) / -weight.numel()  # what would only make x longer has no effect
-        return torch.addcmul(grad * weight, normal, along).mul_(scale), product.flatten(0, -2).sum(dim=0), None
+    qk_norm: bool = True  # normalize queries and keys: Qwen3 does, Qwen2 and Llama do not
+    qkv_bias: bool = False  # biases on queries, keys and values: Qwen2 has them
+    tied: bool = True  # the output layer is the embedding; or else a matrix of its own, lm_head
 
 
 class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 inside; the result has weight's dtype."""
+
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
-            return NormalizeAndScale.apply(x, self.weight, self.eps)
-        return super().forward(x.to(torch.promote_types(x.dtype, self.weight.dtype)))
+        return super().forward(x.to(self.weight.dtype))  # autocast gives bfloat16 queries to float32 weights
+
+
+Rope = tuple[Tensor, Tensor]  # cos and sin
 
 
 class KVCache:
-    """One layer's keys and values in memory for the longest sequence, filled from the left up to `length`."""
+    """One layer's keys and values, with room for `max_length` positions of which the first `length` are filled."""
 
     def __init__(self, config: GPTConfig, batch: int, max_length: int, like: Tensor) -> None:
-        # each number of all keys side by side: their products with one query are then twice as fast
+        # keys lie transposed in memory: the product with one query is then twice as fast
         self.keys = like.new_empty(batch, config.n_kv_head, config.head_dim, max_length)
         self.values = like.new_empty(batch, config.n_kv_head, max_length, config.head_dim)
         self.length = 0
@@ -77,28 +69,36 @@ class KVCache:
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
+Caches = list[KVCache]  # one a layer
+
+
+def rope_tables(config: GPTConfig) -> Rope:
+    """cos and sin of the angle position * theta^(-2i / D), both (block_size, D), float32, the sign of sin included."""
+    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
+    angles = torch.outer(torch.arange(config.block_size), frequency)  # (block_size, D / 2)
+    return torch.cat((angles.cos(), angles.cos()), dim=-1), torch.cat((-angles.sin(), angles.sin()), dim=-1)
+
+
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the pairs (x_i, x_{i + D/2}) by their position's angles; x (B, T, H, D), cos and sin (B, T, >= H, D).
 
     sin is negative in its first half: (x_i cos - x_{i + D/2} sin, x_{i + D/2} cos + x_i sin).
     """
     D, heads = x.size(3), x.size(2)
-    return x * cos[:, :, :heads] + x.roll(D // 2, dims=-1) * sin[:, :, :heads]
-
-
-Rope = tuple[Tensor, Tensor]
+    return (x * cos[:, :, :heads] + x.roll(D // 2, dims=-1) * sin[:, :, :heads]).to(x.dtype)
 
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=False)
-        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
-        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=False)
-        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps)
+        q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, q_width, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(q_width, config.n_embd, bias=False)
+        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_rope = nn.Identity()  # the finished keys pass through it: a place for the hooks of subspace.py
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -110,7 +110,7 @@ class Attention(nn.Module):
         k = self.k_rope(apply_rope(self.k_norm(k), *rope)).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, n_kv_head, S, head_dim)
-        if T == 1:  # one token a row: plain products beat the fused kernel and need no copies of the shared heads
+        if T == 1:  # for one token a row, plain products are faster than the fused kernel
             q = q.reshape(B, self.n_kv_head, -1, self.head_dim)  # (B, n_kv_head, n_head / n_kv_head, head_dim)
             scores = q @ k.transpose(2, 3) * self.head_dim**-0.5  # (B, n_kv_head, n_head / n_kv_head, S)
             if mask is not None:
@@ -153,49 +153,70 @@ class GPT(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
-        frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
-        angles = torch.outer(torch.arange(config.block_size), frequency)  # (block_size, head_dim / 2)
-        self.register_buffer("cos", torch.cat((angles.cos(), angles.cos()), dim=-1), persistent=False)
-        self.register_buffer("sin", torch.cat((-angles.sin(), angles.sin()), dim=-1), persistent=False)
+        if not config.tied:
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        for name, table in zip(("cos", "sin"), rope_tables(config), strict=True):
+            self.register_buffer(name, table, persistent=False)
         self.apply(self._init_weights)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=0.5 * module.in_features**-0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
+
+    @classmethod
+    def from_pretrained(cls, folder: Path | str, dtype: torch.dtype | None = None, block_size: int = 4096) -> "GPT":
+        """The model of a Hugging Face folder on this disk; hub/weights.py says what it takes and refuses.
+
+        dtype None keeps the dtype of the file. Raises ValueError with one sentence if the folder cannot be loaded.
+        """
+        shape, weights = read_folder(folder, block_size)
+        with torch.device("meta"):  # allocates and initializes nothing
+            model = cls(GPTConfig(**shape))
+        check_shapes(folder, weights, model.state_dict())
+        model.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items()}, assign=True)
+        model.cos, model.sin = rope_tables(model.config)
+        return model.eval()
 
     @property
     def device(self) -> torch.device:
         return self.embed.weight.device
 
     def compile_blocks(self) -> None:
-        """torch.compile, one program for all layers and another for each way they are called; hooks go unnoticed."""
-        torch._dynamo.config.recompile_limit = (
-            32  # prompts, single tokens, training; with a mask or one row, or without
-        )
+        """Compile the blocks with torch.compile, one program for all layers; hooks put on their parts do not fire."""
+        torch._dynamo.config.recompile_limit = 32  # prompts, single tokens and training, with and without a mask
         for block in self.blocks:
             block.compile(dynamic=True)
 
-    def make_caches(self, batch: int, max_length: int) -> list[KVCache]:
+    def uncompile_blocks(self) -> None:
+        """Undo `compile_blocks`, so that hooks fire."""
+        for block in self.blocks:
+            block._compiled_call_impl = None
+
+    def check_length(self, length: int) -> None:
+        """Raise ValueError if a sequence of this length does not fit."""
+        if length > self.config.block_size:
+            raise ValueError(f"a sequence of {length} tokens does not fit in block_size = {self.config.block_size}")
+
+    def make_caches(self, batch: int, max_length: int) -> Caches:
         return [KVCache(self.config, batch, max_length, like=self.embed.weight) for _ in self.blocks]
 
     def hidden(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        caches: list[KVCache] | None = None,
+        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, caches: Caches | None = None
     ) -> Tensor:
         """Last hidden states, before the output layer: tokens (B, T) -> (B, T, n_embd).
 
-        positions (B, T) count from 0 where not given. mask is True where a query may look, broadcast to
-        (B, heads, T, S), and causal where not given. caches, one a layer, hold the keys and values of all earlier
-        positions; to read several tokens into ones that are not empty, give the mask.
+        positions (B, T), below block_size, count from 0 by default. mask, True where a query may look, broadcasts to
+        (B, heads, T, S) and is causal by default. caches hold the keys and values of all earlier positions; a call
+        that reads several tokens into filled ones must give the mask. Raises ValueError if T exceeds block_size.
         """
+        self.check_length(tokens.size(1))
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)[None]
-        heads = (-1, -1, self.config.n_head, -1)  # written out for every head: to broadcast over them is slower
+        heads = (-1, -1, self.config.n_head, -1)  # a copy for every head is faster than broadcasting over them
         cos, sin = (f[positions].unsqueeze(2).expand(heads).contiguous() for f in (self.cos, self.sin))
         x = self.embed(tokens)  # (B, T, n_embd)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
@@ -203,24 +224,21 @@ class GPT(nn.Module):
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """The output layer, tied to the embedding: (..., n_embd) -> (..., vocab_size)."""
-        return F.linear(hidden, self.embed.weight)
+        """The output layer: (..., n_embd) -> (..., vocab_size)."""
+        return F.linear(hidden, self.embed.weight if self.config.tied else self.lm_head.weight)
 
     def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor | None = None,
-        mask: Tensor | None = None,
-        caches: list[KVCache] | None = None,
+        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, caches: Caches | None = None
     ) -> Tensor:
         """Logits of every next token: tokens (B, T) -> (B, T, vocab_size); the rest as for `hidden`."""
         return self.logits(self.hidden(tokens, positions, mask, caches))
 
 
 def response_logprobs(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
-    """log pi(. | prompt, response_<t) for every t of every response -> (B, longest response, vocab_size).
+    """log pi(. | prompt, response_<t) for every t of every response -> (B, longest response, vocab_size), float32.
 
-    Rows are padded on the right, where causal attention never looks; what lies beyond a row's response is arbitrary.
+    Rows are padded on the right, where causal attention never looks; values beyond a row's response are arbitrary.
+    Raises ValueError if the longest prompt and response together exceed block_size.
     """
     lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
@@ -234,9 +252,9 @@ def response_logprobs(model: GPT, prompts: list[list[int]], responses: list[list
 
 
 def next_token_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Sampling distribution over the next token, not renormalized: logits (B, V) -> (B, V).
+    """Sampling distribution over the next token, not renormalized: logits (B, V) -> (B, V), float32.
 
-    top_k = 0 and top_p = 1 keep every token; temperature 0 puts everything on the likeliest.
+    top_k = 0 and top_p = 1 keep every token; temperature 0 keeps only the likeliest.
     """
     if temperature == 0:
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
@@ -252,76 +270,75 @@ def next_token_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, t
     return probs
 
 
-def generate(*args, **settings) -> list[list[int]]:
-    return sample(*args, **settings)[0]
-
-
 @torch.inference_mode()
 def sample(
     model: GPT,
     prompts: list[list[int]],
     max_new_tokens: int,
-    stop: int,
+    stop: int | tuple[int, ...],
     samples: int = 1,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Sample responses: `samples` per prompt, side by side, each up to and with its first stop token.
+    """Sample responses, `samples` per prompt, side by side -> their tokens, and the log-probability of each token.
 
-    Prompts of unequal length are padded on the left and read once for all of their samples. Finished rows leave the
-    batch. Row i draws its token at step t by inverting the cumulative distribution at the t-th uniform number of its
-    own, so neither padding nor what is in other rows changes what it samples; the generator is always a CPU one.
+    A response ends with its first stop token. Log-probabilities are those of the sampling distribution: after
+    temperature, top_k and top_p. Raises ValueError if the longest prompt and max_new_tokens exceed block_size.
+
+    Each row inverts the cumulative distribution at uniform numbers of its own, so neither padding nor the other rows
+    change what it samples. The generator is one of the CPU.
     """
     if not prompts:
         return [], []
     device, longest = model.device, max(map(len, prompts))
-    tokens = torch.tensor([[stop] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
+    model.check_length(longest + max_new_tokens)
+    stops = torch.tensor([stop] if isinstance(stop, int) else stop, device=device)
+    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
     real = torch.arange(longest) >= longest - torch.tensor([len(prompt) for prompt in prompts])[:, None]
     real = real.to(device)  # (prompts, longest): False on the padding
     positions = (real.cumsum(dim=1) - 1).clamp(min=0)
     mask = None
     if not real.all():
         causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
-        itself = torch.eye(longest, dtype=torch.bool, device=device)  # or padding would look at nothing at all
+        itself = torch.eye(longest, dtype=torch.bool, device=device)  # a row of the mask must not be empty
         mask = ((real[:, None] & causal) | itself)[:, None]  # (prompts, 1, longest, longest)
-    caches = model.make_caches(len(prompts), longest + max_new_tokens)
+    caches = model.make_caches(len(prompts), longest + max_new_tokens)  # a prompt is read once for all its samples
     logits = model.logits(model.hidden(tokens, positions, mask, caches)[:, -1])  # (prompts, V)
 
     total = len(prompts) * samples
     uniform = torch.rand(max_new_tokens, total, generator=generator).to(device)
-    responses = torch.full((total, max_new_tokens), stop, device=device)
-    logprobs = torch.zeros(total, max_new_tokens, device=device)
-    rows = torch.arange(total, device=device)  # the responses still being written; all below is about these
-    parent = rows // samples
+    responses = torch.zeros(total, max_new_tokens, dtype=torch.long, device=device)
+    chances = torch.ones(total, max_new_tokens, device=device)
+    lengths = torch.ones_like(responses[:, 0])
+    rows = torch.arange(total, device=device)  # the responses in the batch; all tensors below are about these
+    parent, unfinished = rows // samples, rows >= 0
     logits, position, real = logits[parent], positions[parent, -1:], real[parent]
     for cache in caches:
         cache.select(parent)
     for t in range(max_new_tokens):
-        cdf = next_token_probs(logits, temperature, top_k, top_p).cumsum(dim=-1)  # (rows, V)
-        token = (cdf <= uniform[t, rows, None] * cdf[:, -1:]).sum(dim=-1).clamp(max=cdf.size(1) - 1)
-        logprobs[rows, t] = (
-            next_token_probs(logits, temperature, top_k, top_p).gather(1, token[:, None]) / cdf[:, -1:]
-        ).log()[:, 0]
-        if t > 0:
-            token = token.masked_fill(responses[rows, t - 1] == stop, stop)  # finished, and still in the batch
+        cdf = (probs := next_token_probs(logits, temperature, top_k, top_p)).cumsum(dim=-1)  # (rows, V)
+        token = (cdf <= uniform[t, rows, None] * cdf[:, -1:]).sum(dim=-1).clamp(max=cdf.size(1) - 1)  # (rows,)
         responses[rows, t] = token
-        alive = (token != stop).nonzero()[:, 0]
+        chances[rows, t] = (probs.gather(1, token[:, None]) / cdf[:, -1:])[:, 0]
+        unfinished = unfinished & (token[:, None] != stops).all(dim=1)
+        alive = unfinished.nonzero()[:, 0]
         if len(alive) == 0 or t == max_new_tokens - 1:
             break
-        if len(alive) < 0.8 * len(rows):
-            rows, token, position, real = rows[alive], token[alive], position[alive], real[alive]
+        lengths[rows] += unfinished
+        if len(alive) < 0.8 * len(rows):  # finished rows leave the batch
+            rows, token, position, real, unfinished = (x[alive] for x in (rows, token, position, real, unfinished))
             for cache in caches:
                 cache.select(alive)
         position = position + 1
         if mask is not None:
             real = F.pad(real, (0, 1), value=True)
         logits = model(token[:, None], position, None if mask is None else real[:, None, None], caches)[:, -1]
-    ends = (responses == stop).long().argmax(dim=1) + 1
-    finished = (responses == stop).any(dim=1)
-    rows = [
-        row[: end if done else None]
-        for row, end, done in zip(responses.tolist(), ends.tolist(), finished.tolist(), strict=True)
-    ]
-    return rows, [lp[: len(row)] for lp, row in zip(logprobs.tolist(), rows, strict=True)]
+    tables, ends = (responses.tolist(), chances.log().tolist()), lengths.tolist()
+    return tuple([row[:end] for row, end in zip(table, ends, strict=True)] for table in tables)
+
+
+def generate(model: GPT, prompts: list[list[int]], *args: Any, **options: Any) -> list[list[int]]:
+    """The tokens that `sample` draws; arguments and errors are the same."""
+    return sample(model, prompts, *args, **options)[0]

@@ -91,10 +91,15 @@ def save_checkpoint(path: Path, model: GPT, **extra: Any) -> None:
 
 
 def load_checkpoint(path: Path | str, remedy: str = "make it anew with pretrain.py") -> tuple[GPT, dict]:
-    """Model and extra state of a checkpoint; UserError where it is missing, damaged or holds a NaN.
+    """Model and extra state of a checkpoint or of a Hugging Face folder; UserError where it cannot be loaded.
 
     A relative path that leads nowhere from the current folder is taken from the repository's.
     """
+    if Path(path).is_dir():
+        try:
+            return GPT.from_pretrained(path), {}
+        except ValueError as error:
+            raise UserError(str(error)) from error
     path = find_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

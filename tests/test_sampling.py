@@ -1,0 +1,171 @@
+"""Sampling against a plain loop over single rows, without cache, padding or batch."""
+
+from functools import partial
+
+import pytest
+import torch
+from test_model import PROMPTS, SMALL, STOP, random_model, seeded
+from torch import Tensor
+
+from model import GPT, generate, next_token_probs, response_logprobs, sample
+
+
+def distribution(probs: list[float], **sampling: float) -> list[float]:
+    kept = next_token_probs(torch.tensor([probs]).log(), **sampling)[0]
+    return (kept / kept.sum()).tolist()
+
+
+def test_temperature_raises_probabilities_to_its_inverse() -> None:
+    assert distribution([0.8, 0.2], temperature=0.5) == pytest.approx([0.64 / 0.68, 0.04 / 0.68])
+    assert distribution([0.8, 0.2], temperature=2.0) == pytest.approx([2 / 3, 1 / 3])
+    assert distribution([0.2, 0.5, 0.3], temperature=0.0) == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("top_p", "expected"),
+    [
+        (0.49, [0, 1, 0, 0]),
+        (0.51, [0, 0.5 / 0.8, 0, 0.3 / 0.8]),
+        (0.79, [0, 0.5 / 0.8, 0, 0.3 / 0.8]),
+        (0.81, [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
+        (0.96, [0.15, 0.5, 0.05, 0.3]),
+        (1.0, [0.15, 0.5, 0.05, 0.3]),
+    ],
+)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, expected: list[float]) -> None:
+    assert distribution([0.15, 0.5, 0.05, 0.3], top_p=top_p) == pytest.approx(expected, abs=1e-6)
+
+
+def test_top_k_keeps_the_k_likeliest_and_comes_before_top_p() -> None:
+    probs = [0.15, 0.5, 0.05, 0.3]
+    assert distribution(probs, top_k=2) == pytest.approx([0, 0.625, 0, 0.375])
+    assert distribution(probs, top_k=0) == pytest.approx(probs)
+    assert distribution(probs, top_k=9) == pytest.approx(probs)
+    assert distribution(probs, top_k=3, top_p=0.83)[0] == 0  # 0.5 + 0.3 are 0.842 of the three, 0.8 of all
+
+
+def test_every_row_has_a_distribution_of_its_own() -> None:
+    logits = torch.randn(5, 12, generator=seeded(0))
+    together = next_token_probs(logits, temperature=0.7, top_k=6, top_p=0.8)
+    alone = torch.cat([next_token_probs(row[None], temperature=0.7, top_k=6, top_p=0.8) for row in logits])
+    torch.testing.assert_close(together, alone)
+
+
+# ---------------------------------------------------------------------------------------------- generate
+
+
+def write_alone(
+    model: GPT, prompt: list[int], uniform: Tensor, stop: tuple[int, ...], **sampling: float
+) -> tuple[list[int], list[float]]:
+    """One response without cache, padding or batch: the first token whose cumulative probability exceeds u."""
+    response: list[int] = []
+    logprobs: list[float] = []
+    for u in uniform:
+        probs = next_token_probs(model(torch.tensor([prompt + response]))[:, -1], **sampling)[0]
+        cdf = probs.cumsum(dim=0)
+        response.append(int(torch.searchsorted(cdf, u * cdf[-1], right=True)))
+        logprobs.append(float((probs / probs.sum())[response[-1]].log()))
+        if response[-1] in stop:
+            break
+    return response, logprobs
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 1.5, "top_k": 6, "top_p": 0.9}],
+    ids=str,
+)
+@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2], [3, 4]]], ids=["ragged", "equal"])
+@pytest.mark.parametrize("stop", [STOP, (3, STOP)], ids=["one stop", "two stops"])
+def test_batched_sampling_equals_a_loop_over_single_rows(
+    prompts: list[list[int]], stop: int | tuple[int, ...], sampling: dict[str, float]
+) -> None:
+    model, steps, samples = random_model(seed=1).double(), 16, 5
+    tokens, logprobs = sample(model, prompts, steps, stop, samples, generator=seeded(3), **sampling)
+    uniform = torch.rand(steps, len(prompts) * samples, generator=seeded(3))
+    owners = [prompt for prompt in prompts for _ in range(samples)]
+    stops = (stop,) if isinstance(stop, int) else stop
+    alone = [write_alone(model, p, uniform[:, i], stops, **sampling) for i, p in enumerate(owners)]
+    assert tokens == [response for response, _ in alone]
+    for ours, (_, theirs) in zip(logprobs, alone, strict=True):
+        assert ours == pytest.approx(theirs, abs=1e-5)
+    assert len(set(map(len, tokens))) > 2, "the case must hold rows that stop at different times"
+    assert tokens == generate(model, prompts, steps, stop, samples, generator=seeded(3), **sampling)
+
+
+def test_sampled_tokens_are_those_of_earlier_versions() -> None:
+    """Results in this repository depend on which token a random number draws."""
+    written = generate(random_model(seed=1).double(), [[1, 2], [3]], 6, STOP, samples=4, generator=seeded(3))
+    assert written == [[0], [0], [2, 2, 9, 1, 1, 7], [0], [3, 2, 7, 3, 3, 4], [1, 2, 1, 0], [5, 0], [5, 5, 0]]
+
+
+def test_responses_end_with_their_first_stop_token() -> None:
+    responses = generate(random_model(seed=1), PROMPTS, 12, STOP, samples=20, generator=seeded(0))
+    assert len(responses) == 60
+    assert all(STOP not in response[:-1] for response in responses)
+    assert all(response[-1] == STOP or len(response) == 12 for response in responses)
+    assert {response[-1] == STOP for response in responses} == {True, False}
+
+
+def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read = random_model(seed=1), 0
+    hidden = model.hidden
+
+    def counting(tokens: Tensor, *args: object) -> Tensor:
+        nonlocal read
+        read += tokens.size(0)
+        return hidden(tokens, *args)
+
+    monkeypatch.setattr(model, "hidden", counting)
+    responses = generate(model, [[1, 2]], 50, STOP, samples=100, generator=seeded(0))
+    assert read < 1.5 * sum(map(len, responses)) < 0.75 * 50 * 100
+
+
+def test_seed_determines_the_samples() -> None:
+    model = random_model()
+    first, again, other = (generate(model, PROMPTS, 8, STOP, 3, generator=seeded(s)) for s in (0, 0, 1))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}], ids=str)
+def test_greedy_decoding_takes_the_likeliest_token(sampling: dict[str, float]) -> None:
+    model = random_model(seed=2)
+    greedy = generate(model, PROMPTS, 8, STOP, generator=seeded(0), **sampling)
+    for prompt, response in zip(PROMPTS, greedy, strict=True):
+        for t, token in enumerate(response):
+            assert token == model(torch.tensor([prompt + response[:t]]))[0, -1].argmax()
+
+
+@pytest.mark.parametrize("u", [0.0, 1 - 2**-24])
+def test_extreme_random_numbers_draw_no_excluded_token(monkeypatch: pytest.MonkeyPatch, u: float) -> None:
+    model, prompts = random_model(), [[token] for token in range(SMALL["vocab_size"])]
+    monkeypatch.setattr(torch, "rand", lambda *shape, generator: torch.full(shape, u))
+    for prompt, (token,) in zip(prompts, generate(model, prompts, 1, STOP, top_k=2), strict=True):
+        assert token in model(torch.tensor([prompt]))[0, -1].topk(2).indices
+
+
+def test_samples_are_distributed_as_the_softmax_says() -> None:
+    model, samples = random_model(), 4000
+    drawn = generate(model, [[1], [2, 3, 4]], 1, STOP, samples, generator=seeded(0))
+    for i, prompt in enumerate(([1], [2, 3, 4])):
+        tokens = torch.tensor(drawn[i * samples : (i + 1) * samples]).flatten()
+        frequency = tokens.bincount(minlength=SMALL["vocab_size"]) / samples
+        probs = model(torch.tensor([prompt]))[0, -1].softmax(dim=-1)
+        torch.testing.assert_close(frequency, probs, atol=0.03, rtol=0)
+        assert probs.max() > 2 / SMALL["vocab_size"], "the distribution must not be flat"
+
+
+def test_compiled_blocks_write_the_same_and_share_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Traced as for the compiler, but run as they are: a compiler is not everywhere."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    plain, compiled = random_model(seed=1, n_layer=4), random_model(seed=1, n_layer=4)
+    compiled.compile_blocks()
+    written = [generate(model, PROMPTS, 12, STOP, samples=4, generator=seeded(0)) for model in (plain, compiled)]
+    assert written[0] == written[1]
+    for model in (plain, compiled):
+        response_logprobs(model.requires_grad_(True), [[1, 2], [3]], [[4, 5], [6]])[0].sum().backward()
+    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4  # prompts, tokens, training; not times layers
