@@ -150,8 +150,8 @@ def token_at(character: int, tokens: list[str]) -> int:
     return len(tokens)
 
 
-def locate(quote: str | None, tokens: list[str]) -> int | None:
-    """k = Locate(q, y-): the token in which the quote's first occurrence begins, None where y- does not contain it.
+def locate_span(quote: str | None, tokens: list[str]) -> tuple[int, int] | None:
+    """The tokens [k, end) that hold the quote's first occurrence, None where y- does not contain it.
 
     tokens are the texts of the rollout's tokens. A quote that begins inside a token is located at that token. One that
     does not occur as it is, is looked for without the white space around it, as in the released code.
@@ -159,16 +159,14 @@ def locate(quote: str | None, tokens: list[str]) -> int | None:
     text = "".join(tokens)
     for form in (quote or "", (quote or "").strip()):
         if form and (character := text.find(form)) >= 0:
-            return token_at(character, tokens)
+            return token_at(character, tokens), token_at(character + len(form) - 1, tokens) + 1
     return None
 
 
-def quote_end(quote: str, start: int, tokens: list[str]) -> int:
-    """The token after the quote that was located at `start`: where the error's span ends."""
-    length, end = len(quote.strip()), start
-    while end < len(tokens) and length > 0:
-        length, end = length - len(tokens[end]), end + 1
-    return end
+def locate(quote: str | None, tokens: list[str]) -> int | None:
+    """k = Locate(q, y-): the token in which the quote's first occurrence begins, None where there is none."""
+    span = locate_span(quote, tokens)
+    return span[0] if span else None
 
 
 def true_position(rollout: Rollout, tokens: list[str]) -> int:

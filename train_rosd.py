@@ -44,9 +44,8 @@ from reflect import (
     choose_peers,
     error_mask,
     false_idea,
-    locate,
+    locate_span,
     parse_reflection,
-    quote_end,
     reflect,
     sample_rollouts,
     spoil,
@@ -61,16 +60,8 @@ METHODS = {  # what the teacher holds, and which tokens the loss is on
     "opsd": {"context": "gold", "mask": "whole"},  # OPSD in the setting of SFT: the data set's golden solution
     "grpo": {"context": "none", "mask": "whole"},  # no teacher: group-relative advantage
 }
-PAPER = {
-    "peer": "shortest",
-    "reflector": "base",
-    "told_answer": False,
-    "solved": "keep",
-    "malformed": "drop",
-    "ema": 0.0,
-    "minibatches": 1,
-    "learning_rate": 1e-3,
-}
+PAPER = {"peer": "shortest", "reflector": "base", "told_answer": False, "solved": "keep", "malformed": "drop"}
+PAPER |= {"ema": 0.0, "minibatches": 1, "learning_rate": 1e-3}
 RELEASED = {  # where the released code differs
     "rosd": {"peer": "first", "reflector": "student", "told_answer": True, "solved": "drop", "malformed": "peer"},
     "sdpo": {"peer": "first", "solved": "drop", "ema": 0.05},
@@ -187,7 +178,7 @@ def reflect_on(
         idea = None
         if rng.random() < config.spoil_idea and reflection.idea is not None:
             others = [r.idea for r, o in zip(read, rollouts, strict=True) if r.idea and o.problem != rollout.problem]
-            idea = false_idea(reflection.idea, rng) if config.spoil_kind == "false" else rng.choice(others or ["#"])
+            idea = false_idea(reflection.idea, rng) if config.spoil_kind == "false" else rng.choice(others or [None])
         quote = rng.random() < config.spoil_quote and not rollout.verdict.correct
         spoiled.append(spoil(reflection, task.pieces(rollout.tokens), idea, quote, rng))
     return spoiled
@@ -212,16 +203,14 @@ def make_lessons(
     for (rollout, peer), reflection in zip(pairs, reflections, strict=True):
         start, end, tokens = 0, len(rollout.tokens), task.pieces(rollout.tokens)
         if not rollout.verdict.correct:
-            k, oracle = locate(reflection.quote, tokens), true_position(rollout, tokens)  # k = Locate(q, y-)
-            if config.mask == "oracle":
-                start = oracle
-            elif config.mask in ("suffix", "span") and k is not None:
-                start = k
-                end = quote_end(reflection.quote, k, tokens) if config.mask == "span" else end
+            quoted, oracle = locate_span(reflection.quote, tokens), true_position(rollout, tokens)
+            k = quoted[0] if quoted else 0  # Locate(q, y-)
+            start = {"whole": 0, "suffix": k, "span": k, "oracle": oracle}[config.mask]
+            end = quoted[1] if quoted and config.mask == "span" else end
             if reflecting:
-                quotes["quote_match"].append(k is not None)
-                quotes["quote_accuracy"] += [k == oracle] if task.knows_first_error else []
-                quotes["error_position"].append((k or 0) / len(tokens))
+                quotes["quote_match"].append(quoted is not None)
+                quotes["quote_accuracy"] += [quoted is not None and k == oracle] if task.knows_first_error else []
+                quotes["error_position"].append(k / len(tokens))
         solution = rollout.problem.solution if config.context == "gold" else peer.text if peer else None
         if config.context == "reflection":
             solution = None if reflection.idea or config.malformed == "drop" else solution
@@ -339,9 +328,6 @@ def train(config: Config, before: dict | None = None) -> dict:
         return run.finish(student, before=before, after=after)
 
 
-NAMES = {"rosd": "ROSD", "sdpo": "SDPO", "opsd": "OPSD", "grpo": "GRPO"}
-
-
 def main() -> None:
     config = parse_config(Config, __doc__)
     if config.method == "grpo" and (config.context or config.mask):
@@ -349,11 +335,11 @@ def main() -> None:
     configs = [config]
     if config.baseline and config.method != "sdpo":
         configs.append(dataclasses.replace(config, method="sdpo", context=None, mask=None))
-    results = []
+    results: list[dict] = []
     for each in configs:
         results.append(train(each, before=results[0]["before"] if results else None))
     if parallel.FIRST:
-        rows = {"base": results[0]["before"]} | {NAMES[r["config"]["method"]]: r["after"] for r in results}
+        rows = {"base": results[0]["before"]} | {r["config"]["method"].upper(): r["after"] for r in results}
         home = results[0]["config"]["domain"]
         print(f"\n{comparison(rows, home)}\n\nEvery figure is in {config.out}/<run>/results.json.")
 
