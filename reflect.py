@@ -66,7 +66,7 @@ def sample_rollouts(
 
 
 def choose_peers(rollouts: list[Rollout], group: int, rule: str = "shortest") -> list[Rollout | None]:
-    """y* of each rollout: a correct rollout of its group of G, another one than itself where there is another."""
+    """y* of each rollout: another, correct rollout of its group of G; None where there is no other."""
     peers: list[Rollout | None] = []
     for start in range(0, len(rollouts), group):
         members = rollouts[start : start + group]
@@ -75,7 +75,7 @@ def choose_peers(rollouts: list[Rollout], group: int, rule: str = "shortest") ->
             correct.sort(key=lambda rollout: len(rollout.tokens))
         for rollout in members:
             others = [peer for peer in correct if peer is not rollout]
-            peers.append(others[0] if others else rollout if rollout.verdict.correct else None)
+            peers.append(others[0] if others else None)
     return peers
 
 
