@@ -227,9 +227,8 @@ def main() -> None:
     print("\ntoken   m_t  student's and teacher's favourite   D(pi_S || pi_T)")
     for t, token in enumerate(tokens):
         favourites = [task.pieces([int(p[t].argmax())])[0] + f" {p[t].max().exp():4.0%}" for p in (student, teacher)]
-        print(
-            f"{token:8s} {int(t >= (k or 0))}   {favourites[0]:16s} {favourites[1]:16s}   {D[t]:.3f} {'#' * int(50 * D[t])}"
-        )
+        mask, bar = int(t >= (k or 0)), "#" * int(50 * D[t])
+        print(f"{token:8s} {mask}   {favourites[0]:16s} {favourites[1]:16s}   {D[t]:.3f} {bar}")
 
 
 if __name__ == "__main__":

@@ -23,16 +23,17 @@ a batch is exactly on-policy; problems are synthetic and never end; there is no 
 """
 
 import dataclasses
-import random
+import math
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
 import losses
 from data import Task
-from evaluate import comparison, evaluate_run
+from evaluate import comparison, evaluate_run, quick_test
 from harness import parallel
 from harness.cli import option, parse_config, run_script
 from harness.errors import UserError
@@ -78,11 +79,9 @@ class Config(RunConfig):
         None, "what the teacher holds; else the method's", "reflection", ("reflection", "peer", "gold", "both")
     )
     mask: str | None = option(
-        None,
-        "tokens the loss is on: all, from the quote on, the quote alone, from the true first error on; else the method's",
-        "suffix (abstract: span)",
-        ("whole", "suffix", "span", "oracle"),
-    )
+        None, "tokens the loss is on: all, from the quote on, the quote, from the true error on; else the method's",
+        "suffix (abstract: span)", ("whole", "suffix", "span", "oracle"),
+    )  # fmt: skip
     peer: str | None = option(
         None, "which correct rollout of the group is y*; else the preset's", "shortest", ("shortest", "first")
     )
@@ -94,7 +93,7 @@ class Config(RunConfig):
         None, "groups without a wrong rollout: keep or drop; else the preset's", "keep", ("keep", "drop")
     )
     malformed: str | None = option(
-        None, "reflections without an idea: drop the rollout, or give its teacher the peer's solution; else the preset's",
+        None, "reflections without an idea: drop the rollout, or teach from the peer's solution; else the preset's",
         "not stated", ("drop", "peer"),
     )  # fmt: skip
     ema: float | None = option(
@@ -152,7 +151,7 @@ def pair_up(rollouts: list[Rollout], config: Config) -> list[tuple[Rollout, Roll
     """Every rollout that the method can learn from, and its correct peer y*, if it needs one.
 
     A wrong rollout in a group without a correct one has no peer, and is skipped unless the teacher holds the golden
-    solution. A group's only correct rollout has no peer either: it is skipped where the teacher holds a peer's solution.
+    solution. A group's only correct rollout has none either, and is skipped where the teacher holds a peer's solution.
     """
     pairs, peers = [], choose_peers(rollouts, config.group, config.peer)
     for i, (rollout, peer) in enumerate(zip(rollouts, peers, strict=True)):
@@ -252,13 +251,7 @@ def pad(rows: list[list], dtype: torch.dtype) -> Tensor:
 
 
 def update(
-    student: GPT,
-    teacher: GPT,
-    optimizer: torch.optim.Optimizer,
-    lessons: list[Lesson],
-    task: Task,
-    config: Config,
-    step: int,
+    student: GPT, teacher: GPT, optimizer: Optimizer, lessons: list[Lesson], task: Task, config: Config, step: int
 ) -> float | None:
     """All updates of a batch: warm-up, loss, clipped gradient, AdamW; then the teacher's EMA -> the mean loss.
 
@@ -280,14 +273,16 @@ def update(
             share.backward()
             loss += share.detach()
         seen.append(parallel.total(loss).item())
-        if not torch.tensor(seen[-1]).isfinite():
-            raise FloatingPointError(f"the loss of step {step} is {seen[-1]}")
         parallel.sum_gradients(student.parameters())
-        torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip).item()
+        if not math.isfinite(seen[-1] + norm):
+            raise FloatingPointError(f"the loss of step {step} is {seen[-1]}, the norm of its gradient {norm}")
         optimizer.step()
+    if not seen:
+        return None
     for teacher_weight, student_weight in zip(teacher.parameters(), student.parameters(), strict=True):
         teacher_weight.lerp_(student_weight.detach(), config.ema)  # 0 leaves the teacher as it is
-    return sum(seen) / len(seen) if seen else None
+    return sum(seen) / len(seen)
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -300,7 +295,7 @@ def train(config: Config, before: dict | None = None) -> dict:
             return run.results
         config, task = run.config, run.task
         student, teacher = deepcopy(run.base).requires_grad_(True), deepcopy(run.base)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
+        optimizer = AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
         if config.compile:
             student.compile_blocks()
             teacher.compile_blocks()
@@ -315,6 +310,7 @@ def train(config: Config, before: dict | None = None) -> dict:
             with run.keeping_bad_batch(lessons):
                 loss = update(student, teacher, optimizer, lessons, task, config, step)
             verdicts = [rollout.verdict for rollout in rollouts]
+            tests = config.eval_every and (step + 1) % config.eval_every == 0
             run.log(
                 loss=loss,
                 accuracy=[v.correct for v in verdicts],
@@ -322,6 +318,7 @@ def train(config: Config, before: dict | None = None) -> dict:
                 unfinished=[not v.finished for v in verdicts],
                 **quotes,
                 learned_from=len(lessons),
+                **({"tested": quick_test(student, task)} if tests else {}),
             )
             run.save()
         after = run.once("after", lambda: evaluate_run(student, task, config))

@@ -85,7 +85,7 @@ def self_generate(model: GPT, task: Task, config: Config, run: Run, round: int) 
 
 
 def score_text(model: GPT, task: Task, config: Config) -> dict[str, dict]:
-    """How right the text is that a model writes at the method's temperature, on test problems of the training domain."""
+    """How right a model's text is at the method's temperature, on test problems of the training domain."""
     problems, samples = config.eval_problems, config.eval_samples
     if config.temperature == 0:  # all samples of a problem would be the same: as many problems instead
         problems, samples = problems * samples, 1
