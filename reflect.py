@@ -26,11 +26,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data import Problem, Task, Verdict, load_task
+from data import Problem, Task, Verdict
 from harness import files
 from harness.cli import option, parse_config, run_script
 from harness.errors import UserError
-from harness.run import seeded
+from harness.run import find_task, seeded
 from losses import divergence
 from model import GPT, generate, response_logprobs, sample
 
@@ -206,7 +206,7 @@ def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Ro
 @torch.no_grad()
 def main() -> None:
     config = parse_config(Config, "One worked example of first-error reflection.")
-    task, model = load_task(config.task), files.load_checkpoint(config.base)[0]
+    task, model = find_task(config.task, config.domain), files.load_checkpoint(config.base)[0]
     wrong, peer, _ = example(model, task, config.domain, config.seed)
     written = reflect(model, task, [wrong], [peer.text])[0]
     reflection, tokens = parse_reflection(written), task.pieces(wrong.tokens)
