@@ -196,9 +196,9 @@ def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Ro
     rng, generator = random.Random(seed), seeded("example", seed)
     for _ in range(200):
         group = sample_rollouts(model, task, task.problems(domain, 1, rng, test=True), 8, generator)
-        wrong = [rollout for rollout in group if rollout.verdict.error]
+        wrong = [r for r in group if not r.verdict.correct and (r.verdict.error or not task.knows_first_error)]
         if len({rollout.text for rollout in wrong}) > 1 and any(rollout.verdict.correct for rollout in group):
-            latest = max(wrong, key=lambda rollout: rollout.verdict.error[0])
+            latest = max(wrong, key=lambda rollout: rollout.verdict.error or (0, 0))
             return latest, choose_peers(group, 8)[group.index(latest)], group
     raise UserError("in 200 problems no group had a right and two wrong rollouts; give the base model with --base")
 
@@ -217,7 +217,8 @@ def main() -> None:
     print(f"reflector writes     {written}")
     print(f"error quote q        {reflection.quote}")
     print(f"corrective idea e    {reflection.idea}")
-    print(f"k = Locate(q, y-)    {k}, and the verifier's own first error is at {true_position(wrong, tokens)}")
+    truth = f", and the verifier's own first error is at {true_position(wrong, tokens)}" if wrong.verdict.error else ""
+    print(f"k = Locate(q, y-)    {k}{truth}")
     if reflection.idea is None:
         print("The reflection is malformed: this rollout is left out of the loss.")
         return

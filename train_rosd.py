@@ -129,7 +129,7 @@ def settle(config: Config) -> Config:
     >>> settle(Config(method="sdpo", preset="released")).ema, settle(Config(method="sdpo", ema=0.1)).ema
     (0.05, 0.1)
     """
-    preset = PAPER | (RELEASED[config.method] if config.preset == "released" else {}) | METHODS[config.method]
+    preset = PAPER | (RELEASED.get(config.method, {}) if config.preset == "released" else {}) | METHODS[config.method]
     return dataclasses.replace(config, **{name: v for name, v in preset.items() if getattr(config, name) is None})
 
 
@@ -294,6 +294,8 @@ def train(config: Config, before: dict | None = None) -> dict:
         if run.results:
             return run.results
         config, task = run.config, run.task
+        if config.mask == "oracle" and not task.knows_first_error:
+            raise UserError(f"nobody knows the first errors of the task {config.task}; give another --mask")
         student, teacher = deepcopy(run.base).requires_grad_(True), deepcopy(run.base)
         optimizer = AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
         if config.compile:
@@ -329,16 +331,14 @@ def main() -> None:
     config = parse_config(Config, __doc__)
     if config.method == "grpo" and (config.context or config.mask):
         raise UserError("--method grpo has no teacher and no mask; leave out --context and --mask")
-    configs = [config]
-    if config.baseline and config.method != "sdpo":
-        configs.append(dataclasses.replace(config, method="sdpo", context=None, mask=None))
+    sdpo = dataclasses.replace(config, method="sdpo", context=None, mask=None)
+    configs = [config, sdpo] if config.baseline and config.method != "sdpo" else [config]
     results: list[dict] = []
     for each in configs:
         results.append(train(each, before=results[0]["before"] if results else None))
     if parallel.FIRST:
         rows = {"base": results[0]["before"]} | {r["config"]["method"].upper(): r["after"] for r in results}
-        home = results[0]["config"]["domain"]
-        print(f"\n{comparison(rows, home)}\n\nEvery figure is in {config.out}/<run>/results.json.")
+        print(f"\n{comparison(rows, results[0]['config']['domain'])}\n\nEvery figure is in {config.out}/<run>/results.json.")
 
 
 if __name__ == "__main__":
