@@ -338,7 +338,7 @@ def main() -> None:
         results.append(train(each, before=results[0]["before"] if results else None))
     if parallel.FIRST:
         rows = {"base": results[0]["before"]} | {r["config"]["method"].upper(): r["after"] for r in results}
-        print(f"\n{comparison(rows, results[0]['config']['domain'])}\n\nEvery figure is in {config.out}/<run>/results.json.")
+        print(f"\n{comparison(rows, results[0]['config']['domain'])}\n\nEvery figure: {config.out}/<run>/results.json.")
 
 
 if __name__ == "__main__":
