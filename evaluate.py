@@ -60,6 +60,12 @@ def evaluate_run(model: GPT, task: Task, config: RunConfig) -> dict[str, dict]:
     )
 
 
+def quick_test(model: GPT, task: Task) -> dict[str, float]:
+    """domain -> accuracy on a few problems, the same for every seed: a point of a learning curve."""
+    scores = evaluate(model, task, task.domains, problems=32, samples=4, seed=1)
+    return {domain: entry["mean"] for domain, entry in scores.items()}
+
+
 def out_of_domain(scores: dict[str, dict], home: str) -> float | None:
     """Mean accuracy over all domains but the one trained on; None where there is no other."""
     away = [entry["mean"] for domain, entry in scores.items() if domain != home]

@@ -26,11 +26,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data import Problem, Task, Verdict, load_task
+from data import Problem, Task, Verdict
 from harness import files
 from harness.cli import option, parse_config, run_script
 from harness.errors import UserError
-from harness.run import seeded
+from harness.run import find_task, seeded
 from losses import divergence
 from model import GPT, generate, response_logprobs, sample
 
@@ -66,7 +66,7 @@ def sample_rollouts(
 
 
 def choose_peers(rollouts: list[Rollout], group: int, rule: str = "shortest") -> list[Rollout | None]:
-    """y* of each rollout: a correct rollout of its group of G, another one than itself where there is another."""
+    """y* of each rollout: another, correct rollout of its group of G; None where there is no other."""
     peers: list[Rollout | None] = []
     for start in range(0, len(rollouts), group):
         members = rollouts[start : start + group]
@@ -75,7 +75,7 @@ def choose_peers(rollouts: list[Rollout], group: int, rule: str = "shortest") ->
             correct.sort(key=lambda rollout: len(rollout.tokens))
         for rollout in members:
             others = [peer for peer in correct if peer is not rollout]
-            peers.append(others[0] if others else rollout if rollout.verdict.correct else None)
+            peers.append(others[0] if others else None)
     return peers
 
 
@@ -157,8 +157,8 @@ def token_at(character: int, tokens: list[str]) -> int:
     return len(tokens)
 
 
-def locate(quote: str | None, tokens: list[str]) -> int | None:
-    """k = Locate(q, y-): the token in which the quote's first occurrence begins, None where y- does not contain it.
+def locate_span(quote: str | None, tokens: list[str]) -> tuple[int, int] | None:
+    """The tokens [k, end) that hold the quote's first occurrence, None where y- does not contain it.
 
     tokens are the texts of the rollout's tokens. A quote that begins inside a token is located at that token. One that
     does not occur as it is, is looked for without the white space around it, as in the released code.
@@ -166,16 +166,14 @@ def locate(quote: str | None, tokens: list[str]) -> int | None:
     text = "".join(tokens)
     for form in (quote or "", (quote or "").strip()):
         if form and (character := text.find(form)) >= 0:
-            return token_at(character, tokens)
+            return token_at(character, tokens), token_at(character + len(form) - 1, tokens) + 1
     return None
 
 
-def quote_end(quote: str, start: int, tokens: list[str]) -> int:
-    """The token after the quote that was located at `start`: where the error's span ends."""
-    length, end = len(quote.strip()), start
-    while end < len(tokens) and length > 0:
-        length, end = length - len(tokens[end]), end + 1
-    return end
+def locate(quote: str | None, tokens: list[str]) -> int | None:
+    """k = Locate(q, y-): the token in which the quote's first occurrence begins, None where there is none."""
+    span = locate_span(quote, tokens)
+    return span[0] if span else None
 
 
 def true_position(rollout: Rollout, tokens: list[str]) -> int:
@@ -205,9 +203,9 @@ def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Ro
     rng, generator = random.Random(seed), seeded("example", seed)
     for _ in range(200):
         group = sample_rollouts(model, task, task.problems(domain, 1, rng, test=True), 8, generator)
-        wrong = [rollout for rollout in group if rollout.verdict.error]
+        wrong = [r for r in group if not r.verdict.correct and (r.verdict.error or not task.knows_first_error)]
         if len({rollout.text for rollout in wrong}) > 1 and any(rollout.verdict.correct for rollout in group):
-            latest = max(wrong, key=lambda rollout: rollout.verdict.error[0])
+            latest = max(wrong, key=lambda rollout: rollout.verdict.error or (0, 0))
             return latest, choose_peers(group, 8)[group.index(latest)], group
     raise UserError("in 200 problems no group had a right and two wrong rollouts; give the base model with --base")
 
@@ -215,7 +213,7 @@ def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Ro
 @torch.no_grad()
 def main() -> None:
     config = parse_config(Config, "One worked example of first-error reflection.")
-    task, model = load_task(config.task), files.load_checkpoint(config.base)[0]
+    task, model = find_task(config.task, config.domain), files.load_checkpoint(config.base)[0]
     wrong, peer, _ = example(model, task, config.domain, config.seed)
     written = reflect(model, task, [wrong], [peer.text])[0]
     reflection, tokens = parse_reflection(written), task.pieces(wrong.tokens)
@@ -226,7 +224,8 @@ def main() -> None:
     print(f"reflector writes     {written}")
     print(f"error quote q        {reflection.quote}")
     print(f"corrective idea e    {reflection.idea}")
-    print(f"k = Locate(q, y-)    {k}, and the verifier's own first error is at {true_position(wrong, tokens)}")
+    truth = f", and the verifier's own first error is at {true_position(wrong, tokens)}" if wrong.verdict.error else ""
+    print(f"k = Locate(q, y-)    {k}{truth}")
     if reflection.idea is None:
         print("The reflection is malformed: this rollout is left out of the loss.")
         return
@@ -236,8 +235,8 @@ def main() -> None:
     print("\ntoken   m_t  student's and teacher's favourite   D(pi_S || pi_T)")
     for t, token in enumerate(tokens):
         favourites = [task.pieces([int(p[t].argmax())])[0] + f" {p[t].max().exp():4.0%}" for p in (student, teacher)]
-        bar = "#" * int(50 * D[t])
-        print(f"{token:8s} {int(t >= (k or 0))}   {favourites[0]:16s} {favourites[1]:16s}   {D[t]:.3f} {bar}")
+        mask, bar = int(t >= (k or 0)), "#" * int(50 * D[t])
+        print(f"{token:8s} {mask}   {favourites[0]:16s} {favourites[1]:16s}   {D[t]:.3f} {bar}")
 
 
 if __name__ == "__main__":

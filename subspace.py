@@ -28,11 +28,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from data import Task, load_task
+from data import Task
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.errors import UserError
-from harness.run import seeded
+from harness.run import find_task, seeded
 from model import GPT, generate
 
 Place = tuple[int, str]  # (layer counted from 0, "k" or "v")
@@ -79,7 +79,7 @@ def calibration_set(task: Task, domains: tuple[str, ...], config: SubspaceConfig
 
 def target_layers(spec: str, n_layer: int) -> list[int]:
     """Layers counted from 0: 'paper' is {floor(L/2), L} counted from 1; or 'last', 'all', or numbers like '3,4'."""
-    named = {"paper": [n_layer // 2 - 1, n_layer - 1], "last": [n_layer - 1], "all": list(range(n_layer))}
+    named = {"paper": [max(n_layer // 2, 1) - 1, n_layer - 1], "last": [n_layer - 1], "all": list(range(n_layer))}
     if spec in named:
         return sorted(set(named[spec]))
     numbers = spec.split(",")
@@ -179,6 +179,8 @@ def principal_directions(G: Tensor) -> tuple[Tensor, Tensor]:
     Where M is much larger than d they come from the Gram matrix G^T G = V diag(s^2) V^T, in float64.
     """
     G = G.double()
+    if not G.isfinite().all():
+        raise UserError("the calibration gradients hold a number that is not finite; give another --base")
     if G.size(0) > 4 * G.size(1):
         squares, V = torch.linalg.eigh(G.T @ G)
         return squares.clamp(min=0).sqrt().flip(0).float(), V.flip(1).float()
@@ -222,7 +224,7 @@ def make_projectors(
             singular_values, V = principal_directions(part)
             r = choose_rank(config.rank, singular_values)
             spanned = int((singular_values > 1e-6 * singular_values[0]).sum()) if singular_values[0] > 0 else 0
-            if spanned < r:
+            if spanned < r and config.subspace == "gradient":
                 where = f"the gradients at {place_name(place)} span {spanned} of the {r} directions of --rank"
                 raise UserError(f"{where} {config.rank}; give a lower rank or a larger --calibration-size")
             if config.subspace == "random":
@@ -268,7 +270,7 @@ class Config(SubspaceConfig):
     task: str = option("arithmetic", "what the calibration set and the prompt are from")
     domain: str = option("add", "domain of the calibration set and the prompt")
     temperature: float = option(0.0, "sampling temperature of the answers; 0 is greedy", minimum=0)
-    seed: int = option(0, "seed of calibration set, prompts and sampling")
+    seed: int = option(0, "seed of calibration set, prompts and sampling", None, (), 0, 2**63 - 1)
     base: str = option("data/base.pt", "checkpoint of the model")
 
 
@@ -285,10 +287,14 @@ def spectra(model: GPT, task: Task, config: Config) -> dict[Place, tuple[Tensor,
 
 def main() -> None:
     config = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
-    task, model = load_task(config.task), files.load_checkpoint(config.base)[0]
+    task, model = (
+        find_task(config.task, config.domain, *config.calibration_domain),
+        files.load_checkpoint(config.base)[0],
+    )
+    choose_rank(config.rank, torch.ones(place_width(model, config.coordinate)))  # a bad one is told at once
     chosen, rows = target_layers(config.layers, model.config.n_layer), []
     for place, (s, r) in spectra(model, task, config).items():
-        bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for value in (s / s[0]).tolist())
+        bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for value in (s / s[0].clamp(min=1e-30)).tolist())
         kept = f"{s[:r].square().sum() / s.square().sum():.1%}"
         mark = "projected" if place[0] in chosen and place[1] in config.project else ""
         rows.append([place_name(place), bars, f"{r} of {len(s)}", kept, mark])

@@ -23,15 +23,17 @@ a batch is exactly on-policy; problems are synthetic and never end; there is no 
 """
 
 import dataclasses
+import math
 from copy import deepcopy
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.optim import AdamW, Optimizer
 
 import losses
 from data import Task
-from evaluate import comparison, evaluate_run
+from evaluate import comparison, evaluate_run, quick_test
 from harness import parallel
 from harness.cli import option, parse_config, run_script
 from harness.errors import UserError
@@ -44,9 +46,8 @@ from reflect import (
     choose_peers,
     error_mask,
     false_idea,
-    locate,
+    locate_span,
     parse_reflection,
-    quote_end,
     reflect,
     sample_rollouts,
     spoil,
@@ -61,16 +62,8 @@ METHODS = {  # what the teacher holds, and which tokens the loss is on
     "opsd": {"context": "gold", "mask": "whole"},  # OPSD in the setting of SFT: the data set's golden solution
     "grpo": {"context": "none", "mask": "whole"},  # no teacher: group-relative advantage
 }
-PAPER = {
-    "peer": "shortest",
-    "reflector": "base",
-    "told_answer": False,
-    "solved": "keep",
-    "malformed": "drop",
-    "ema": 0.0,
-    "minibatches": 1,
-    "learning_rate": 1e-3,
-}
+PAPER = {"peer": "shortest", "reflector": "base", "told_answer": False, "solved": "keep", "malformed": "drop"}
+PAPER |= {"ema": 0.0, "minibatches": 1, "learning_rate": 1e-3}
 RELEASED = {  # where the released code differs
     "rosd": {"peer": "first", "reflector": "student", "told_answer": True, "solved": "drop", "malformed": "peer"},
     "sdpo": {"peer": "first", "solved": "drop", "ema": 0.05},
@@ -87,11 +80,9 @@ class Config(RunConfig):
         None, "what the teacher holds; else the method's", "reflection", ("reflection", "peer", "gold", "both")
     )
     mask: str | None = option(
-        None,
-        "tokens the loss is on: all, from the quote on, the quote alone, from the true first error on; else the method's",
-        "suffix (abstract: span)",
-        ("whole", "suffix", "span", "oracle"),
-    )
+        None, "tokens the loss is on: all, from the quote on, the quote, from the true error on; else the method's",
+        "suffix (abstract: span)", ("whole", "suffix", "span", "oracle"),
+    )  # fmt: skip
     peer: str | None = option(
         None, "which correct rollout of the group is y*; else the preset's", "shortest", ("shortest", "first")
     )
@@ -103,7 +94,7 @@ class Config(RunConfig):
         None, "groups without a wrong rollout: keep or drop; else the preset's", "keep", ("keep", "drop")
     )
     malformed: str | None = option(
-        None, "reflections without an idea: drop the rollout, or give its teacher the peer's solution; else the preset's",
+        None, "reflections without an idea: drop the rollout, or teach from the peer's solution; else the preset's",
         "not stated", ("drop", "peer"),
     )  # fmt: skip
     ema: float | None = option(
@@ -139,7 +130,7 @@ def settle(config: Config) -> Config:
     >>> settle(Config(method="sdpo", preset="released")).ema, settle(Config(method="sdpo", ema=0.1)).ema
     (0.05, 0.1)
     """
-    preset = PAPER | (RELEASED[config.method] if config.preset == "released" else {}) | METHODS[config.method]
+    preset = PAPER | (RELEASED.get(config.method, {}) if config.preset == "released" else {}) | METHODS[config.method]
     return dataclasses.replace(config, **{name: v for name, v in preset.items() if getattr(config, name) is None})
 
 
@@ -161,7 +152,7 @@ def pair_up(rollouts: list[Rollout], config: Config) -> list[tuple[Rollout, Roll
     """Every rollout that the method can learn from, and its correct peer y*, if it needs one.
 
     A wrong rollout in a group without a correct one has no peer, and is skipped unless the teacher holds the golden
-    solution. A group's only correct rollout has no peer either: it is skipped where the teacher holds a peer's solution.
+    solution. A group's only correct rollout has none either, and is skipped where the teacher holds a peer's solution.
     """
     pairs, peers = [], choose_peers(rollouts, config.group, config.peer)
     for i, (rollout, peer) in enumerate(zip(rollouts, peers, strict=True)):
@@ -187,7 +178,7 @@ def reflect_on(
         idea = None
         if rng.random() < config.spoil_idea and reflection.idea is not None:
             others = [r.idea for r, o in zip(read, rollouts, strict=True) if r.idea and o.problem != rollout.problem]
-            idea = false_idea(reflection.idea, rng) if config.spoil_kind == "false" else rng.choice(others or ["#"])
+            idea = false_idea(reflection.idea, rng) if config.spoil_kind == "false" else rng.choice(others or [None])
         quote = rng.random() < config.spoil_quote and not rollout.verdict.correct
         spoiled.append(spoil(reflection, task.pieces(rollout.tokens), idea, quote, rng))
     return spoiled
@@ -212,16 +203,14 @@ def make_lessons(
     for (rollout, peer), reflection in zip(pairs, reflections, strict=True):
         start, end, tokens = 0, len(rollout.tokens), task.pieces(rollout.tokens)
         if not rollout.verdict.correct:
-            k, oracle = locate(reflection.quote, tokens), true_position(rollout, tokens)  # k = Locate(q, y-)
-            if config.mask == "oracle":
-                start = oracle
-            elif config.mask in ("suffix", "span") and k is not None:
-                start = k
-                end = quote_end(reflection.quote, k, tokens) if config.mask == "span" else end
+            quoted, oracle = locate_span(reflection.quote, tokens), true_position(rollout, tokens)
+            k = quoted[0] if quoted else 0  # Locate(q, y-)
+            start = {"whole": 0, "suffix": k, "span": k, "oracle": oracle}[config.mask]
+            end = quoted[1] if quoted and config.mask == "span" else end
             if reflecting:
-                quotes["quote_match"].append(k is not None)
-                quotes["quote_accuracy"] += [k == oracle] if task.knows_first_error else []
-                quotes["error_position"].append((k or 0) / len(tokens))
+                quotes["quote_match"].append(quoted is not None)
+                quotes["quote_accuracy"] += [quoted is not None and k == oracle] if task.knows_first_error else []
+                quotes["error_position"].append(k / len(tokens))
         solution = rollout.problem.solution if config.context == "gold" else peer.text if peer else None
         if config.context == "reflection":
             solution = None if reflection.idea or config.malformed == "drop" else solution
@@ -263,13 +252,7 @@ def pad(rows: list[list], dtype: torch.dtype) -> Tensor:
 
 
 def update(
-    student: GPT,
-    teacher: GPT,
-    optimizer: torch.optim.Optimizer,
-    lessons: list[Lesson],
-    task: Task,
-    config: Config,
-    step: int,
+    student: GPT, teacher: GPT, optimizer: Optimizer, lessons: list[Lesson], task: Task, config: Config, step: int
 ) -> float | None:
     """All updates of a batch: warm-up, loss, clipped gradient, AdamW; then the teacher's EMA -> the mean loss.
 
@@ -291,15 +274,17 @@ def update(
             share.backward()
             loss += share.detach()
         seen.append(parallel.total(loss).item())
-        if not torch.tensor(seen[-1]).isfinite():
-            raise FloatingPointError(f"the loss of step {step} is {seen[-1]}")
         parallel.sum_gradients(student.parameters())
-        torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip)
+        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip).item()
+        if not math.isfinite(seen[-1] + norm):
+            raise FloatingPointError(f"the loss of step {step} is {seen[-1]}, the norm of its gradient {norm}")
         optimizer.step()
+    if not seen:
+        return None
     with torch.no_grad():
         for teacher_weight, student_weight in zip(teacher.parameters(), student.parameters(), strict=True):
             teacher_weight.lerp_(student_weight, config.ema)  # 0 leaves the teacher as it is
-    return sum(seen) / len(seen) if seen else None
+    return sum(seen) / len(seen)
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -311,8 +296,10 @@ def train(config: Config) -> dict:
         if run.results:
             return run.results
         config, task = run.config, run.task
+        if config.mask == "oracle" and not task.knows_first_error:
+            raise UserError(f"nobody knows the first errors of the task {config.task}; give another --mask")
         student, teacher = deepcopy(run.base).requires_grad_(True), deepcopy(run.base)
-        optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
+        optimizer = AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
         if config.compile:
             student.compile_blocks()
             teacher.compile_blocks()
@@ -327,6 +314,7 @@ def train(config: Config) -> dict:
             with run.keeping_bad_batch(lessons):
                 loss = update(student, teacher, optimizer, lessons, task, config, step)
             verdicts = [rollout.verdict for rollout in rollouts]
+            tests = config.eval_every and (step + 1) % config.eval_every == 0
             run.log(
                 loss=loss,
                 accuracy=[v.correct for v in verdicts],
@@ -334,27 +322,22 @@ def train(config: Config) -> dict:
                 unfinished=[not v.finished for v in verdicts],
                 **quotes,
                 learned_from=len(lessons),
+                **({"tested": quick_test(student, task)} if tests else {}),
             )
             run.save()
         after = run.once("after", lambda: evaluate_run(student, task, config))
         return run.finish(student, before=before, after=after)
 
 
-NAMES = {"rosd": "ROSD", "sdpo": "SDPO", "opsd": "OPSD", "grpo": "GRPO"}
-
-
 def main() -> None:
     config = parse_config(Config, __doc__)
     if config.method == "grpo" and (config.context or config.mask):
         raise UserError("--method grpo has no teacher and no mask; leave out --context and --mask")
-    configs = [config]
-    if config.baseline and config.method != "sdpo":
-        configs.append(dataclasses.replace(config, method="sdpo", context=None, mask=None))
-    results = train_all(train, configs)
+    sdpo = dataclasses.replace(config, method="sdpo", context=None, mask=None)
+    results = train_all(train, [config, sdpo] if config.baseline and config.method != "sdpo" else [config])
     if parallel.FIRST:
-        rows = {"base": results[0]["before"]} | {NAMES[r["config"]["method"]]: r["after"] for r in results}
-        home = results[0]["config"]["domain"]
-        print(f"\n{comparison(rows, home)}\n\nEvery figure is in {config.out}/<run>/results.json.")
+        rows = {"base": results[0]["before"]} | {r["config"]["method"].upper(): r["after"] for r in results}
+        print(f"\n{comparison(rows, results[0]['config']['domain'])}\n\nEvery figure: {config.out}/<run>/results.json.")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from data import Task
 from evaluate import evaluate, evaluate_run, out_of_domain
 from harness import parallel
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.run import Run, RunConfig, run_name
+from harness.run import Run, RunConfig, find_task, run_name
 from harness.side_by_side import train_all
 from lora import add_lora, merge_lora
 from losses import masked_mean
@@ -86,7 +86,7 @@ def self_generate(model: GPT, task: Task, config: Config, run: Run, round: int) 
 
 
 def score_text(model: GPT, task: Task, config: Config) -> dict[str, dict]:
-    """How right the text is that a model writes at the method's temperature, on test problems of the training domain."""
+    """How right a model's text is at the method's temperature, on test problems of the training domain."""
     problems, samples = config.eval_problems, config.eval_samples
     if config.temperature == 0:  # all samples of a problem would be the same: as many problems instead
         problems, samples = problems * samples, 1
@@ -127,8 +127,11 @@ def start_finetuning(model: GPT, config: Config, round: int) -> tuple[GPT, torch
 
 def finetune_epoch(
     student: GPT, optimizer: torch.optim.Optimizer, pairs: list[Pair], config: Config, run: Run, round: int, epoch: int
-) -> float:
-    """One pass over the completions in random order, the learning rate on a cosine over all passes -> the mean loss."""
+) -> float | None:
+    """One pass over the completions in random order, the learning rate on a cosine over all passes -> the mean loss.
+
+    None where the processes are more than the completions of every batch, and nothing is learned.
+    """
     key = f"{config.seed} {round} {epoch}"
     torch.manual_seed(zlib.crc32(key.encode()))  # for dropout
     order = random.Random(f"order {key}").sample(pairs, len(pairs))
@@ -151,7 +154,7 @@ def finetune_epoch(
         parallel.sum_gradients(trained)
         optimizer.step()
     student.eval()
-    return sum(seen) / max(1, len(seen))
+    return sum(seen) / len(seen) if seen else None
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -163,7 +166,8 @@ def train(config: Config) -> dict:
         if run.results:
             return run.results
         config, task, projected = run.config, run.task, METHODS[config.method][0]
-        choose_rank(config.rank, torch.ones(place_width(run.base, config.coordinate)))  # a bad one is told at once
+        find_task(config.task, *config.calibration_domain)  # a bad flag is told at once
+        choose_rank(config.rank, torch.ones(place_width(run.base, config.coordinate)))
         target_layers(config.layers, run.base.config.n_layer)
         model = deepcopy(run.base)
         student, optimizer = start_finetuning(model, config, 0)
@@ -187,7 +191,7 @@ def train(config: Config) -> dict:
                 merge_lora(model)
             run.save()
         after = run.once("after", lambda: evaluate_run(model, task, config)) if config.epochs else None
-        generations = [run.state[f"generation {round}"] for round in range(config.rounds)]
+        generations = [run.state[f"generation {round}"] for round in range(config.rounds if config.epochs else 1)]
         return run.finish(model, before=before, own=own, generation=generations, after=after)
 
 

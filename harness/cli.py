@@ -89,12 +89,18 @@ def check_limits(name: str, value: Any, low: float | None, high: float | None) -
 def run_script(main: Callable[[], None], stopped: str = "Stopped.") -> None:
     """Call main; turn a UserError into one sentence and exit code 2, Ctrl-C into `stopped` and exit code 130."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a console without UTF-8 shows '?' instead of ending the script
+        if hasattr(stream, "reconfigure"):  # a notebook's has no encoding
+            stream.reconfigure(errors="replace")  # a console without UTF-8 shows '?' instead of ending the script
     keep_freed_memory()
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ValueError as error:
+        if "block_size" not in str(error):  # the base is too short for the task
+            raise
+        print(f"error: {error}; give another --base", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)

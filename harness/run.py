@@ -27,7 +27,7 @@ import tiktoken
 import torch
 from tqdm import tqdm
 
-from data import load_task
+from data import Task, load_task
 from harness import files, parallel
 from harness.cli import option
 from harness.errors import UserError
@@ -41,7 +41,7 @@ class RunConfig:
 
     task: str = option("arithmetic", "what to train on")
     domain: str = option("", "domain to train on, all others are out of domain; the task's first where none is given")
-    seed: int = option(0, "seed of everything random, test problems included")
+    seed: int = option(0, "seed of everything random, test problems included", None, (), 0, 2**63 - 1)
     base: str = option("data/base.pt", "checkpoint to start from")
     out: str = option("out", "folder for runs")
     baseline: bool = option(True, "train what the method is compared with afterwards, for the table")
@@ -51,7 +51,7 @@ class RunConfig:
     eval_top_p: float = option(1.0, "truncation of these samples", "0.95", minimum=0.01, maximum=1)
     resume: bool = option(False, "go on from the last checkpoint of the same command")
     device: str = option("auto", "cpu, cuda, mps or auto")
-    threads: int = option(1, "CPU threads; more than one pays for larger models", minimum=1)
+    threads: int = option(1, "CPU threads; more than one pays for larger models", None, (), 1, 1024)
     bf16: bool = option(False, "bfloat16 autocast while training, for GPUs")
     compile: bool = option(False, "torch.compile the blocks, for GPUs")
 
@@ -67,14 +67,8 @@ class Run:
     """A run's folder, claimed for this process; used as a context, so that others can claim it afterwards."""
 
     def __init__(self, config: RunConfig, name: str, state: dict[str, Any] | None = None) -> None:
-        try:
-            self.task = load_task(config.task)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        self.task = find_task(config.task, *([config.domain] if config.domain else []))
         self.config = config = dataclasses.replace(config, domain=config.domain or self.task.domains[0])
-        if config.domain not in self.task.domains:
-            known = ", ".join(self.task.domains)
-            raise UserError(f"the task {config.task} has no domain {config.domain!r}; give one of {known}")
         torch.set_num_threads(config.threads)
         self.device = parallel.start(config.device)
         self.base = files.load_checkpoint(config.base)[0].to(self.device).requires_grad_(False).eval()
@@ -89,8 +83,21 @@ class Run:
         self.lock = None
 
     def __enter__(self) -> "Run":
-        self.lock = lock_folder(self.folder) if parallel.FIRST else None
         self.began = time.time()
+        self.lock = lock_folder(self.folder) if parallel.FIRST else None
+        try:
+            self.look_for_results()
+        except UserError:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.lock:
+            self.lock.close()
+
+    def look_for_results(self) -> None:
+        """What an earlier run left in the folder: with --resume it is taken, else a run of other settings is kept."""
         results, state = self.folder / "results.json", self.folder / "state.pt"
         if results.exists():
             finished = files.read_json(results)
@@ -99,18 +106,16 @@ class Run:
                 self.results = finished
             elif parallel.FIRST:
                 print(f"{self.folder}: runs again, and replaces the results of the same command.", file=sys.stderr)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.lock:
-            self.lock.close()
 
     def check_same(self, saved: dict, path: Path) -> None:
         """UserError where a file in this folder comes from other settings."""
-        now, defaults = files.plain(self.config), {f.name: f.default for f in dataclasses.fields(self.config)}
-        before = defaults | saved["config"]
-        other = [name for name in now if name not in INCIDENTAL and before[name] != now[name]]
-        other += ["base"] if saved["base_checksum"] != self.checksum else []
+        now = files.plain(self.config)
+        try:  # a setting that is newer than the file had its default
+            before = files.plain(type(self.config)()) | saved["config"]
+            other = [name for name in now if name not in INCIDENTAL and before[name] != now[name]]
+            other += ["base"] if saved["base_checksum"] != self.checksum else []
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged or of another version; remove it, or give another --out") from error
         if other:
             raise UserError(f"{path} comes from a run with another {', '.join(other)}; give another --out or remove it")
 
@@ -128,19 +133,23 @@ class Run:
             return
         try:
             saved = torch.load(path, map_location=self.device, weights_only=True)
-            saved_parts = saved.pop("parts")
+            self.check_same(saved, path)
+            for name, part in parts.items():
+                part.load_state_dict(saved["parts"][name])
+            self.state = saved["state"]
+        except UserError:
+            raise
         except Exception as error:
             raise UserError(f"{path} is damaged; delete it and run again, from the start") from error
-        self.check_same(saved, path)
-        self.state = saved["state"]
-        for name, part in parts.items():
-            part.load_state_dict(saved_parts[name])
         self.write_metrics()
 
     def save(self) -> None:
         """Write the state, then the metrics made from it: stopped in between, the resumed run loses nothing."""
         if not parallel.FIRST:
             return
+        for name, part in self.parts.items():
+            if isinstance(part, GPT):
+                files.check_finite(part, f"the {name}'s weights", "the state before is intact; lower --learning-rate")
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         state = self.state | {"seconds": self.seconds()}
         settings = {"config": files.plain(self.config), "base_checksum": self.checksum}
@@ -167,6 +176,8 @@ class Run:
         measured = {"seconds": self.seconds(), "peak_memory_mb": peak_memory_mb()}
         self.results = files.plain({**about, **provenance(), **measured, **content})
         if parallel.FIRST:
+            if self.state["history"] and all(row["loss"] is None for row in self.state["history"]):
+                print(f"{self.folder}: no step had anything to learn from, the model is the base.", file=sys.stderr)
             self.write_metrics()
             files.save_checkpoint(self.folder / "model.pt", model)
             files.write_json(self.folder / "results.json", self.results)
@@ -202,6 +213,8 @@ class Run:
             else:
                 row[name] = sum(part[name] for part in parts) if isinstance(value, int) else value
         self.state["history"].append(row)
+        if row.get("loss", 0) is None and parallel.FIRST:
+            self.progress.write(f"step {row['step']}: nothing to learn from, no update", file=sys.stderr)
         shown = {}
         for name in SHOWN:
             if row.get(name) is not None:
@@ -234,28 +247,49 @@ def run_name(config: RunConfig) -> str:
         if field.name not in named and value != field.default:
             shown = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
             flags.append(f"{field.name}={''.join(c if c.isalnum() or c in '+.-' else '_' for c in shown)}")
-    if files.checksum(config.base) != files.checksum(files.BASE_CHECKPOINT):
+    shipped = files.BASE_CHECKPOINT
+    if not shipped.is_file() or files.checksum(config.base) != files.checksum(shipped):
         flags.append(f"base={Path(config.base).stem}.{files.checksum(config.base)}")
     where = [config.domain] if config.domain else []
-    return "-".join([config.method, *flags, *where, f"seed{config.seed}"])
+    name = "-".join([config.method, *flags, *where, f"seed{config.seed}"])
+    return name if len(name) < 200 else f"{name[:180]}-{zlib.crc32(name.encode()):08x}"  # file systems allow 255
+
+
+def find_task(name: str, *domains: str) -> Task:
+    """The task of this name; UserError where there is none, or where it lacks one of the domains."""
+    try:
+        task = load_task(name)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    for domain in domains:
+        if domain not in task.domains:
+            raise UserError(f"the task {name} has no domain {domain!r}; give one of {', '.join(task.domains)}")
+    return task
 
 
 def lock_folder(folder: Path) -> Any:
     """An open file that no other process can lock until it is closed or this process ends, however it ends."""
-    file = (folder / ".lock").open("a+", encoding="utf-8")
+    try:
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder with --out") from error
     try:
         if sys.platform == "win32":
             import msvcrt
 
+            file.seek(1 << 20)  # what is locked cannot be read there: not the first bytes
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
         else:
             import fcntl
 
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+    except (BlockingIOError, PermissionError) as error:
         file.seek(0)
         other = file.read().strip() or "another process"
+        file.close()
         raise UserError(f"{other} is running in {folder}; wait for it, or give another --out") from error
+    except OSError:  # a file system without locks
+        return file
     with suppress(OSError):  # a full disk is told when something is lost by it
         file.truncate(0)
         file.write(f"process {os.getpid()}")

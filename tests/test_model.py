@@ -199,7 +199,6 @@ def test_rows_of_response_logprobs_do_not_influence_one_another() -> None:
     torch.testing.assert_close(together, response_logprobs(model, [row[0]], [row[1]])[0], atol=1e-5, rtol=0)
 
 
-
 def test_hooks_fire_once_the_blocks_are_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
