@@ -241,13 +241,10 @@ def test_loss_of_a_batch_is_the_mean_over_its_unmasked_tokens_one_by_one(method:
     values = []
     for lesson in lessons:
         tokens = lesson.rollout.tokens
-        prompts = [
-            TASK.encode(prompt) for prompt in (TASK.student_prompt(lesson.rollout.problem), lesson.teacher_prompt)
-        ]
-        pi_S, pi_T = (
-            model(torch.tensor([p + tokens]))[0].log_softmax(-1)
-            for model, p in zip((student, teacher), prompts, strict=True)
-        )
+        asked = (TASK.student_prompt(lesson.rollout.problem), lesson.teacher_prompt)
+        prompts = list(map(TASK.encode, asked))
+        pi_S = student(torch.tensor([prompts[0] + tokens]))[0].log_softmax(-1)
+        pi_T = teacher(torch.tensor([prompts[1] + tokens]))[0].log_softmax(-1)
         for t in range(lesson.start, lesson.end):
             s, teach = pi_S[len(prompts[0]) + t - 1], pi_T[len(prompts[1]) + t - 1]
             ratio = (s[tokens[t]] - lesson.rollout.logprobs[t]).exp()
@@ -274,9 +271,12 @@ def test_first_update_is_weighed_by_the_policy_now_over_the_policy_that_sampled(
 ) -> None:
     """pi(y_t) at temperature 1 / pi(y_t) at temperature 0.7, and 1 where both are the same."""
     seen: list[Tensor] = []
-    monkeypatch.setattr(
-        train_rosd.losses, "importance_ratio", lambda now, then: seen.append((now - then).exp()) or seen[-1]
-    )
+
+    def ratio(now: Tensor, then: Tensor) -> Tensor:
+        seen.append(importance_ratio(now, then))
+        return seen[-1]
+
+    monkeypatch.setattr(train_rosd.losses, "importance_ratio", ratio)
     student = tiny_gpt(TASK)
     for temperature in (1.0, 0.7):
         (lesson, *_) = lessons = lessons_of(3, temperature)
