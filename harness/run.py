@@ -174,9 +174,7 @@ class Run:
         self.results = files.plain({**about, **provenance(), **measured, **content})
         if parallel.FIRST:
             if self.state["history"] and all(row["loss"] is None for row in self.state["history"]):
-                print(
-                    f"{self.folder}: no step had anything to learn from, the model is the base.", file=sys.stderr
-                )
+                print(f"{self.folder}: no step had anything to learn from, the model is the base.", file=sys.stderr)
             self.write_metrics()
             files.save_checkpoint(self.folder / "model.pt", model)
             files.write_json(self.folder / "results.json", self.results)
