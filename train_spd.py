@@ -28,6 +28,7 @@ from data import Task
 from evaluate import evaluate, evaluate_run, out_of_domain
 from harness import parallel
 from harness.cli import markdown_table, option, parse_config, run_script
+from harness.errors import UserError
 from harness.run import Run, RunConfig, find_task, run_name
 from harness.side_by_side import train_all
 from lora import add_lora, merge_lora
@@ -166,6 +167,8 @@ def train(config: Config) -> dict:
         if run.results:
             return run.results
         config, task, projected = run.config, run.task, METHODS[config.method][0]
+        if config.batch < parallel.WORLD:
+            raise UserError(f"--batch {config.batch} is too small for {parallel.WORLD} processes; start fewer")
         find_task(config.task, *config.calibration_domain)  # a bad flag is told at once
         choose_rank(config.rank, torch.ones(place_width(run.base, config.coordinate)))
         target_layers(config.layers, run.base.config.n_layer)

@@ -43,9 +43,9 @@ def parse_config(config_class: type[Config], description: str, argv: list[str] |
     """Derive the command line from a frozen dataclass of options, parse it and validate it."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    own_first = [*config_class.__annotations__, *fields]
+    own_first, kinds = [*config_class.__annotations__, *fields], typing.get_type_hints(config_class)
     for name in dict.fromkeys(own_first):
-        add_flag(parser, fields[name], typing.get_type_hints(config_class)[name])
+        add_flag(parser, fields[name], kinds[name])
     values = vars(parser.parse_args(argv))
     for name, field in fields.items():
         check_limits(name, values[name], *field.metadata["limits"])

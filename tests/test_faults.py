@@ -381,7 +381,7 @@ def test_a_full_disk_is_one_sentence_and_destroys_nothing(
     before = {path: path.read_bytes() for path in (tmp_path / "out").glob("*/*") if path.name != ".lock"}
     with monkeypatch.context() as patch:
         patch.setattr(*failure)
-        with pytest.raises(UserError, match="free some space|choose another folder"):
+        with pytest.raises(UserError, match=r"free some space|choose another folder"):
             train(script, base, tmp_path / "out")
     assert {path: path.read_bytes() for path in before} == before
     assert not list((tmp_path / "out").glob("*/*.tmp"))

@@ -1,17 +1,25 @@
+"""Gradients, singular directions and projectors against direct computation; projection against folding."""
+
 import pytest
 import torch
+from conftest import Letters, tiny_gpt
 from torch import Tensor
 
-import runs
-from data.tokenizer import END, VOCAB_SIZE, encode, pieces
+import subspace
+from harness.cli import run_script
+from harness.errors import UserError
 from lora import add_lora, merge_lora
-from model import GPT, GPTConfig, generate
+from model import GPT, generate
 from subspace import (
     COORDINATES,
+    LOSSES,
+    Example,
+    SubspaceConfig,
+    aligned_loss,
+    calibrate,
     calibration_set,
     capability_gradients,
     choose_rank,
-    correctness_positions,
     fold,
     make_projectors,
     principal_directions,
@@ -20,22 +28,29 @@ from subspace import (
     target_layers,
 )
 
-PROMPTS = [encode(f"<|user|>{problem}<|assistant|>") for problem in ("3+8-5", "1*2*3*4")]
+TASK = Letters()
+PROMPTS = [TASK.encode(question) for question in ("a0?", "bd2~abc!?")]
 
 
 @pytest.fixture
 def model() -> GPT:
-    torch.manual_seed(0)
-    shape = {"n_layer": 3, "n_embd": 16, "n_head": 4, "n_kv_head": 2, "head_dim": 8, "n_hidden": 32}
-    return GPT(GPTConfig(VOCAB_SIZE, **shape)).eval()
+    return tiny_gpt(TASK, n_layer=3)
+
+
+def examples_of(domain: str = "two", size: int = 20, **settings: str) -> list[Example]:
+    return calibration_set(TASK, (domain,), SubspaceConfig(calibration_size=size, **settings), seed=0)
 
 
 def places(model: GPT) -> list[tuple[int, str]]:
     return [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
 
 
+def projectors_of(gradients: dict, rank: str, coordinate: str = "linear") -> dict:
+    return make_projectors(gradients, SubspaceConfig(rank=rank, coordinate=coordinate), n_kv_head=2)
+
+
 def greedy(model: GPT) -> list[list[int]]:
-    return generate(model, PROMPTS, 12, END, temperature=0)
+    return generate(model, PROMPTS, 12, TASK.stop, temperature=0)
 
 
 @pytest.mark.parametrize("rows", [5, 20, 400])
@@ -63,7 +78,7 @@ def test_projector_is_orthogonal_of_its_rank_and_keeps_the_most_energy() -> None
 def test_rank_by_number_fraction_and_energy() -> None:
     singular_values = torch.tensor([3.0, 2.0, 1.0, 0.0])  # energies 9, 4, 1 of 14
     assert choose_rank("2", singular_values) == 2
-    with pytest.raises(runs.UserError, match="only 4 dimensions"):
+    with pytest.raises(UserError, match="only 4 dimensions"):
         choose_rank("9", singular_values)
     assert choose_rank("75%", singular_values) == 3
     assert choose_rank("energy:0.6", singular_values) == 1
@@ -75,11 +90,15 @@ def test_target_layers() -> None:
     assert target_layers("paper", 4) == [1, 3]
     assert target_layers("paper", 5) == [1, 4]
     assert target_layers("last", 4) == [3]
+    assert target_layers("paper", 1) == [0]
     assert target_layers("3,4", 4) == [2, 3]
+    for wrong in ("5", "0", "", "1,", "first"):
+        with pytest.raises(UserError, match="numbers from 1 to 4"):
+            target_layers(wrong, 4)
 
 
 def test_batched_gradients_are_those_of_each_example_by_itself(model: GPT) -> None:
-    examples = calibration_set(("add", "mix"), 6, seed=0)
+    examples = calibration_set(TASK, ("one", "two"), SubspaceConfig(calibration_size=6), seed=0)
     together = capability_gradients(model, examples, places(model), batch=6)
     alone = [capability_gradients(model, [example], places(model)) for example in examples]
     for place, rows in together.items():
@@ -89,8 +108,8 @@ def test_batched_gradients_are_those_of_each_example_by_itself(model: GPT) -> No
 
 def test_gradient_rows_are_the_derivative_of_the_aligned_loss(model: GPT) -> None:
     """Moving the values of one position by epsilon u changes the loss by epsilon <row, u>."""
-    (example,) = calibration_set(("add",), 1, seed=0)
-    place, t = (1, "v"), 4
+    (example,) = examples_of(size=1, loss="full")
+    place, t = (1, "v"), 2
     row = capability_gradients(model.double(), [example], [place])[place][t]
     u, epsilon = torch.randn(16, dtype=torch.float64), 1e-5
 
@@ -104,39 +123,37 @@ def test_gradient_rows_are_the_derivative_of_the_aligned_loss(model: GPT) -> Non
         tokens = torch.tensor([example.prompt + example.solution])
         logp = model(tokens).log_softmax(-1)[0]
         handle.remove()
-        at = [len(example.prompt) + position for position in correctness_positions(pieces(example.solution))]
+        at = [len(example.prompt) + position for position in example.S]
         return -sum(logp[i - 1, tokens[0, i]].item() for i in at) / len(at)
 
     assert (loss(epsilon) - loss(-epsilon)) / (2 * epsilon) == pytest.approx((row @ u).item(), rel=1e-4, abs=1e-9)
 
 
 def test_last_layer_keys_get_no_gradient_after_the_last_position_of_s(model: GPT) -> None:
-    examples = calibration_set(("add",), 1, seed=0)
-    rows = capability_gradients(model, examples, [(2, "k")])[(2, "k")]
-    assert rows[-1].abs().sum() == 0  # <|end|> is read by nobody
+    rows = capability_gradients(model, examples_of(size=1), [(2, "k")])[(2, "k")]
+    assert rows[-3:].abs().sum() == 0  # the whole solution: its first token is what counts
     assert rows[:-3].abs().sum() > 0
 
 
 @pytest.mark.parametrize("coordinate", COORDINATES)
 def test_full_rank_projection_changes_nothing_and_low_rank_does(model: GPT, coordinate: str) -> None:
-    gradients = capability_gradients(model, calibration_set(("add",), 20, 0), places(model), coordinate=coordinate)
+    gradients = capability_gradients(model, examples_of(), places(model), coordinate)
     tokens = torch.tensor([PROMPTS[1]])
     plain = model(tokens)
-    with project_kv(model, make_projectors(gradients, "100%", coordinate, 2), coordinate):
+    with project_kv(model, projectors_of(gradients, "100%", coordinate), coordinate):
         torch.testing.assert_close(model(tokens), plain, rtol=0, atol=1e-4)
-    with project_kv(model, make_projectors(gradients, "1", coordinate, 2), coordinate):
+    with project_kv(model, projectors_of(gradients, "1", coordinate), coordinate):
         assert (model(tokens) - plain).abs().max() > 1e-3
 
 
 def test_projected_keys_and_values_lie_in_the_subspace_of_their_head(model: GPT) -> None:
-    gradients = capability_gradients(model, calibration_set(("add",), 20, 0), [(1, "k")], coordinate="head")
-    P = make_projectors(gradients, "2", "head", 2)[(1, "k")]
+    gradients = capability_gradients(model, examples_of(), [(1, "k")], "head")
+    P = projectors_of(gradients, "2", "head")[(1, "k")]
     assert P[:8, 8:].abs().sum() == 0 and torch.linalg.matrix_rank(P) == 4
 
 
 def test_hooked_and_folded_generation_agree(model: GPT) -> None:
-    gradients = capability_gradients(model, calibration_set(("add",), 20, 0), places(model))
-    projectors = make_projectors(gradients, "50%")
+    projectors = projectors_of(capability_gradients(model, examples_of(), places(model)), "50%")
     with project_kv(model, projectors):
         hooked, logits = greedy(model), model(torch.tensor([PROMPTS[0]]))
     fold(model, projectors)
@@ -153,8 +170,8 @@ def test_the_model_is_restored_even_after_an_error(model: GPT) -> None:
 
 
 def test_random_subspaces_have_the_rank_and_differ_between_places(model: GPT) -> None:
-    gradients = capability_gradients(model, calibration_set(("add",), 20, 0), places(model))
-    projectors = make_projectors(gradients, "25%", source="random", seed=1)
+    gradients = capability_gradients(model, examples_of(), places(model))
+    projectors = make_projectors(gradients, SubspaceConfig(rank="25%", subspace="random"), 2, seed=1)
     assert all(round(P.trace().item()) == 4 for P in projectors.values())
     assert not torch.allclose(projectors[(0, "k")], projectors[(0, "v")])
 
@@ -177,3 +194,64 @@ def test_lora_starts_as_the_model_trains_only_its_updates_and_merges_exactly(mod
     merge_lora(model)
     torch.testing.assert_close(model(tokens), trained, rtol=0, atol=1e-5)
     assert torch.nn.Linear is type(model.blocks[0].attn.q_proj)
+
+
+def test_fold_takes_the_bias_along(model: GPT) -> None:
+    projectors = projectors_of(capability_gradients(model, examples_of(), places(model)), "50%")
+    for block in model.blocks:
+        for linear in (block.attn.k_proj, block.attn.v_proj):
+            linear.bias = torch.nn.Parameter(torch.randn(16))
+    tokens = torch.tensor([PROMPTS[0]])
+    with project_kv(model, projectors):
+        hooked = model(tokens)
+    fold(model, projectors)
+    torch.testing.assert_close(model(tokens), hooked, rtol=0, atol=1e-5)
+
+
+def test_aligned_loss_is_a_mean_over_each_examples_own_positions() -> None:
+    logits, tokens = torch.randn(2, 4, 5), torch.tensor([[1, 2, 3, 4], [4, 3, 2, 1]])
+    weights = torch.tensor([[0, 0, 0.5, 0.5], [0, 1.0, 0, 0]])
+    logp = logits.log_softmax(-1)
+    expected = -(logp[0, 1, 3] + logp[0, 2, 4]) / 2 - logp[1, 0, 3]
+    torch.testing.assert_close(aligned_loss(logits, tokens, weights), expected)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_calibration_asks_the_task_for_problems_solutions_and_positions(loss: str) -> None:
+    for example in examples_of("one", 4, loss=loss):
+        solution = TASK.pieces(example.solution)
+        assert TASK.decode(example.prompt)[0] == solution[0] and solution[1] == "<end>"
+        assert TASK.decisive(solution, loss) == example.S
+
+
+def test_a_solution_without_a_decisive_position_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Letters, "decisive", lambda self, solution, rule: [])
+    with pytest.raises(UserError, match="no position that decides"):
+        examples_of()
+
+
+@pytest.mark.parametrize("broken", ["too few", "zero", "nan"])
+def test_gradients_that_span_too_little_are_told_and_never_filled_up(broken: str, model: GPT) -> None:
+    with torch.no_grad():
+        if broken == "zero":
+            model.blocks[2].attn.o_proj.weight.zero_()
+        if broken == "nan":
+            model.norm.weight.fill_(torch.inf)
+    cause = "not finite" if broken == "nan" else r"span \d+ of the 16 directions"
+    with pytest.raises(UserError, match=cause):
+        calibrate(model, examples_of(size=2), SubspaceConfig(layers="3", rank="100%"))
+
+
+def test_a_random_subspace_needs_no_gradients_that_span_it(model: GPT) -> None:
+    config = SubspaceConfig(layers="3", rank="100%", subspace="random")
+    assert len(calibrate(model, examples_of(size=1), config)) == 2
+
+
+def test_the_worked_example_is_of_any_task(
+    letters: Letters, base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    flags = ["--domain", "one", "--calibration-domain", "two", "one", "--layers", "paper", "--rank", "2"]
+    monkeypatch.setattr("sys.argv", ["subspace.py", "--base", base, *flags])
+    run_script(subspace.main)
+    printed = capsys.readouterr().out
+    assert printed.count("projected") == 4 and "with projection:" in printed
