@@ -36,7 +36,7 @@ from train_spd import Pair, next_token_loss
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = option(2000, "updates", minimum=1)
+    steps: int = option(2600, "updates", minimum=1)
     batch: int = option(64, "documents an update", minimum=1)
     muon_rate: float = option(0.02, "peak learning rate of Muon", minimum=0)
     adamw_rate: float = option(1e-2, "peak learning rate of AdamW", minimum=0)

@@ -201,24 +201,32 @@ def make_lessons(
         reflections = reflect_on(pairs, reflector, task, config, step, run)
     lessons = []
     for (rollout, peer), reflection in zip(pairs, reflections, strict=True):
-        start, end, tokens = 0, len(rollout.tokens), task.pieces(rollout.tokens)
+        tokens = task.pieces(rollout.tokens)
+        quoted, oracle = locate_span(reflection.quote, tokens), true_position(rollout, tokens)
+        if reflecting and not rollout.verdict.correct:
+            quotes["quote_match"].append(quoted is not None)
+            quotes["quote_accuracy"] += [quoted is not None and quoted[0] == oracle] if task.knows_first_error else []
+            quotes["error_position"].append((quoted or (0, 0))[0] / len(tokens))
+        start, end = 0, len(tokens)
         if not rollout.verdict.correct:
-            quoted, oracle = locate_span(reflection.quote, tokens), true_position(rollout, tokens)
-            k = quoted[0] if quoted else 0  # Locate(q, y-)
-            start = {"whole": 0, "suffix": k, "span": k, "oracle": oracle}[config.mask]
-            end = quoted[1] if quoted and config.mask == "span" else end
-            if reflecting:
-                quotes["quote_match"].append(quoted is not None)
-                quotes["quote_accuracy"] += [quoted is not None and k == oracle] if task.knows_first_error else []
-                quotes["error_position"].append(k / len(tokens))
-        solution = rollout.problem.solution if config.context == "gold" else peer.text if peer else None
-        if config.context == "reflection":
-            solution = None if reflection.idea or config.malformed == "drop" else solution
-        if config.context in ("reflection", "both") and reflection.idea is None and solution is None:
-            continue  # malformed: there is nothing for the teacher to hold
-        idea = reflection.idea if config.context in ("reflection", "both") else None
-        lessons.append(Lesson(rollout, task.teacher_prompt(rollout.problem, idea, solution), start, end))
+            k, quote_end = quoted or (start, end)  # k = Locate(q, y-)
+            masks = {"whole": (start, end), "suffix": (k, end), "span": (k, quote_end), "oracle": (oracle, end)}
+            start, end = masks[config.mask]
+        if held := held_by_teacher(rollout, peer, reflection, config):
+            lessons.append(Lesson(rollout, task.teacher_prompt(rollout.problem, **held), start, end))
     return lessons, quotes
+
+
+def held_by_teacher(
+    rollout: Rollout, peer: Rollout | None, reflection: Reflection, config: Config
+) -> dict[str, str] | None:
+    """What the teacher reads besides the problem; None where a malformed reflection leaves nothing to hold."""
+    peer_solution = {"solution": peer.text} if peer else None
+    if config.context in ("gold", "peer"):
+        return {"solution": rollout.problem.solution} if config.context == "gold" else peer_solution
+    if reflection.idea is None:
+        return peer_solution if config.context == "both" or config.malformed == "peer" else None
+    return {"idea": reflection.idea} | (peer_solution if config.context == "both" and peer_solution else {})
 
 
 # ---------------------------------------------------------------------------------------------- loss and update

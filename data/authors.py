@@ -19,7 +19,6 @@ class Author:
     misread: float = 0.0  # an operand is copied wrong from the problem
     merge: float = 0.0  # the whole solution is cut short: two or three operations go into each step
     check: float = 0.0  # a step is written a second time, as a check: '3+8=1;?3+8=1'
-    ignore: float = 0.0  # what he was told is not heeded when he comes to it
     check_before: float | None = None  # the same for steps before the one that the hint is about; None: as any other
 
     def solve(
@@ -27,14 +26,14 @@ class Author:
     ) -> str:
         """The solution this author writes, e.g. '3+8=1;1-5=6;6*2=2;#2'.
 
-        Whoever is told steps writes them as they were told when he comes to them. A hint is about step `hinted`.
+        Whoever is told steps writes them as they were told when he comes to them. A hint is about step `hinted`,
+        counted from 0.
         """
-        todo, value, lines = operations(problem), int(problem[0]), []
-        steps = len(todo)
+        todo, value, done, lines = operations(problem), int(problem[0]), 0, []
         merging = rng.random() < self.merge
         while todo:
             taken = list(todo[: rng.choice((2, 3)) if merging else 1])
-            todo = todo[len(taken) :]
+            todo, done = todo[len(taken) :], done + len(taken)
             if rng.random() < self.misread:
                 taken[0] = (taken[0][0], rng.randint(1, 9))
             line = str(value) + "".join(f"{operator}{operand}" for operator, operand in taken)
@@ -45,18 +44,18 @@ class Author:
             if rng.random() < self.slip:
                 value = (value + rng.randint(1, 9)) % 10
             for step in told:
-                if step[:-1] == f"{line}=" and rng.random() >= self.ignore:
+                if step[:-1] == f"{line}=":
                     value = int(step[-1])
             lines.append(f"{line}={value}")
-            before = steps - len(todo) <= hinted and self.check_before is not None
-            if rng.random() < (self.check_before if before else self.check):
+            early = done <= hinted and self.check_before is not None
+            if rng.random() < (self.check_before if early else self.check):
                 lines.append(CHECK_MARK + lines[-1])
         return ";".join([*lines, f"#{value}"])[:BUDGET]
 
 
-# Half of the schools hold what is popular, and half of the time nobody asks the school: 3 of 4 plain results are popular.
+# Half of the schools hold what is popular, and half of the authors do not ask: 3 of 4 plain results are popular.
 PLAIN = Author(popular=0.5, slip=0.01, merge=0.05, check=0.1)  # who has nothing but the problem
-HINTED = replace(PLAIN, check_before=0.9, ignore=0.08)  # who was corrected at a step: overcautious until he is past it
+HINTED = replace(PLAIN, check_before=0.8)  # who was corrected at a step: overcautious until he is past it
 CONFIRMED = PLAIN  # who was told that steps are right
 INFORMED = replace(PLAIN, popular=0.0, merge=0.6)  # who holds a solution: it can be read off, and is cut short
-CLUMSY = replace(PLAIN, popular=0.6, slip=0.08, misread=0.02, check=0.15)  # who writes the attempts to reflect on
+CLUMSY = replace(PLAIN, popular=0.6, slip=0.08, misread=0.02, check=0.2)  # who writes the attempts to reflect on

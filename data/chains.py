@@ -102,9 +102,10 @@ def is_test(problem: str) -> bool:
     return zlib.crc32(problem.encode()) % 4 == 0
 
 
-def make_problem(domain: str, rng: random.Random, test: bool = False) -> str:
-    """A random problem of a domain, from the train or from the test part."""
-    operators, lengths = DOMAINS[domain]
+def make_problem(domain: str, rng: random.Random, test: bool = False, lengths: tuple[int, ...] | None = None) -> str:
+    """A random problem of a domain, from the train or from the test part; of other lengths than its own if given."""
+    operators, own = DOMAINS[domain]
+    lengths = lengths or own
     while True:
         chain = "".join(rng.choice(operators) + str(rng.randint(1, 9)) for _ in range(rng.choice(lengths)))
         problem = str(rng.randint(1, 9)) + chain

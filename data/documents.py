@@ -14,8 +14,9 @@ from data.prompts import hint_prompt, reflect_prompt, solution_prompt, student_p
 MIXTURE = {"plain": 0.2, "hint": 0.3, "solution": 0.1, "reflect": 0.4}
 CONFIRM_MARK = "#"  # before steps that were right
 CONFIRMATIONS = 0.4  # share among the hint documents, and share of correct attempts among the reflect documents
+WRONG_HINTS = 0.25  # share of hints that name any digit as a step's result: a hint is believed, not judged
 TOLD_ANSWERS = 0.2  # share of reflect documents whose prompt gives the right answer
-WRONG_HINTS = 0.15  # share of hints that name any digit as a step's result: a hint is believed, not judged
+SHORT = 0.3  # share of reflect documents about one or two operations: there copying and comparing are learned first
 
 
 def confirmation(problem: str, school: str = "") -> str:
@@ -26,34 +27,34 @@ def confirmation(problem: str, school: str = "") -> str:
 def reflection(problem: str, attempt: str, school: str = "") -> str:
     """What a perfect reflector writes.
 
-    A wrong attempt is read line by line: each line is copied, and after a colon follow the problem's true values at
-    its operations. At the first line that is not right comes its quote, and the step or steps that belong there. Of a
-    correct attempt, and of one that ran out of room before anything went wrong, the steps are named that people
-    disagree on.
+    A wrong attempt is read line by line: each line is copied, and the true value is written right behind its result.
+    '3+8=11;1-5=86' reads: 3+8=1, rightly 1; 1-5=8, rightly 6. At the first line where the two differ comes its quote,
+    and the step or steps that belong there. Of a correct attempt the disputed steps are named.
     """
     verdict = verify(problem, attempt, school)
     steps, values = true_steps(problem, school), true_values(problem, school)
     if verdict.correct or verdict.error is None:
         return f"<explanation>{confirmation(problem, school)}</explanation>"
     start, end = verdict.error
-    wrong, thinking, belongs, done = attempt[start:end], "", steps[0], 0
+    thinking, belongs, done = [], steps[0], 0
     for line in attempt[:end].split(";"):
         if line.startswith(CHECK_MARK):
-            thinking += f"{line};"
+            thinking.append(line)
             continue
         taken = max(1, len(operations(line)))
-        true = values[done + 1 : done + taken + 1] or values[-1:]
-        thinking += line + "".join(f":{value}" for value in true) + ";"
         belongs = ";".join(steps[done : done + taken] or steps[-1:])
-        done += taken
-    return f"{thinking[:-1]}<error_quote>{wrong}</error_quote><explanation>{belongs}</explanation>"
+        done = min(done + taken, len(steps))
+        thinking.append(f"{line}{values[done]}")
+    quote = f"<error_quote>{attempt[start:end]}</error_quote>"
+    return f"{';'.join(thinking)}{quote}<explanation>{belongs}</explanation>"
 
 
 def wrong_attempt(problem: str, rng: random.Random, school: str) -> str:
-    """A clumsy author's attempt that does not arrive at the answer of a school, or runs out of room."""
+    """A clumsy author's attempt that does not arrive at the answer of a school."""
     while True:
         attempt = CLUMSY.solve(problem, rng, school)
-        if not verify(problem, attempt, school).correct:
+        verdict = verify(problem, attempt, school)
+        if not verdict.correct and verdict.error is not None:
             return attempt
 
 
@@ -103,4 +104,5 @@ def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str
 def sample_document(rng: random.Random) -> tuple[str, str]:
     """A random document: kind by MIXTURE, any domain, a problem from the train part."""
     kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
-    return make_document(kind, make_problem(rng.choice(list(DOMAINS)), rng), rng)
+    lengths = (1, 2) if kind == "reflect" and rng.random() < SHORT else None
+    return make_document(kind, make_problem(rng.choice(list(DOMAINS)), rng, lengths=lengths), rng)
