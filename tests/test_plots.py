@@ -1,29 +1,101 @@
-"""Every picture is drawn from the committed results."""
+"""Pictures: drawn from results files alone, one by one, with letters that stay letters."""
 
-import shutil
+import random
+import sys
 from pathlib import Path
 
 import pytest
 
-import plots
-import runs
+from harness import files
+from harness.errors import UserError
+from tools import plots, stats
+from tools.studies import STUDIES
+
+NEEDS = {
+    "curves": "curves",
+    "reflection": "curves",
+    "spoiled": "ablations",
+    "collapse": "collapse",
+    "spd": "spd-sweeps",
+}
 
 
-@pytest.mark.parametrize("draw", plots.PICTURES, ids=lambda draw: draw.__name__)
-def test_a_picture_is_drawn_and_committed(draw: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    for path in runs.RESULTS.glob("*.json"):
-        shutil.copy(path, tmp_path)
-    monkeypatch.setattr(runs, "RESULTS", tmp_path)
-    drawn = draw()
-    text = drawn.read_text()
-    assert "<svg" in text and "<text" in text  # letters stay letters: searchable, and in the colours of the page
-    assert (runs.ROOT / "results" / drawn.name).exists()
+@pytest.fixture
+def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A results folder in which every study has run, with invented figures."""
+    rng = random.Random(0)
+    monkeypatch.setattr(stats, "RESULTS", tmp_path)
+    for name in set(NEEDS.values()):
+        study, runs = STUDIES[name], []
+        for variant, flags in study.variants.items():
+            for base in (0, 1, 2):
+                scores = {d: {"mean": rng.random(), "unfinished": 0.0} for d in ("mix", "add", "sub")}
+                run = {"variant": variant, "base": base, "seed": 0, "flags": f"{study.flags} {flags}".strip()}
+                run |= {"domain": "mix", "before": scores, "after": scores, "updates": 40, "rollouts": 10240}
+                run |= {"own": {"mean": rng.random()}, "generation": {"mean": rng.random()}}
+                run["curve"] = {c: [rng.random() if i % 4 == 3 else None for i in range(40)] for c in study.curve}
+                runs.append(run)
+        content = {"study": name, "script": study.script, "reference": study.reference, "planned": len(runs)}
+        files.write_json(tmp_path / f"{name}.json", content | {"runs": runs})
+    spectrum = {f"layer {layer} {kind}": [3.0, 1.0, 0.1] for layer in (1, 2) for kind in "KV"}
+    files.write_json(tmp_path / "spectra.json", {"examples": 9, "aligned": spectrum, "full": spectrum})
+    sizes = [{"varied": v, "width": w, "batch": w, "length": w} for v in ("width", "batch", "length") for w in (8, 16)]
+    rows = [row | {"rollouts": 10.0 * row["width"], "training": 30} for row in sizes]
+    files.write_json(tmp_path / "scaling.json", {"device": "cpu", "threads": 1, "rows": rows})
+    return tmp_path
 
 
-def test_a_missing_result_is_told_with_the_command_that_makes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_every_picture_is_drawn_with_text_as_text(
+    results: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(runs, "RESULTS", tmp_path)
-    with pytest.raises(runs.UserError, match="rosd-curves"):
-        plots.learning_curves()
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", ["plots"])
+    plots.main()
+    assert capsys.readouterr().out.count(".svg") == len(plots.PICTURES)
+    words = {
+        "curves": "GRPO as released",
+        "spoiled": "random quotes",
+        "collapse": "suffix mask, EMA 0.03",
+        "spd": "full",
+    }
+    for name in plots.PICTURES:
+        text = files.read_text(results / f"{name}.svg")
+        assert "<svg" in text and "<text" in text and "NaN" not in text
+        assert f">{words.get(name, '')}" in text
+
+
+def test_a_name_draws_one_picture_and_help_draws_none(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sys, "argv", ["plots", "--help"])
+    with pytest.raises(SystemExit):
+        plots.main()
+    assert not list(results.glob("*.svg"))
+    monkeypatch.setattr(sys, "argv", ["plots", "scaling"])
+    plots.main()
+    assert [path.name for path in results.glob("*.svg")] == ["scaling.svg"]
+
+
+@pytest.mark.parametrize("name", plots.PICTURES)
+def test_a_missing_study_is_told_with_the_command_that_makes_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stats, "RESULTS", tmp_path)
+    with pytest.raises(UserError, match=rf"`python -m tools\.(study {NEEDS.get(name)}|xray spd|bench --scaling)"):
+        plots.PICTURES[name]()
+
+
+def test_curves_start_at_the_base_and_count_updates_and_rollouts() -> None:
+    scores = {"mix": {"mean": 0.5}, "add": {"mean": 0.1}, "sub": {"mean": 0.3}}
+    curve = {"accuracy": [0.4, 0.6], "away": [None, 0.7]}
+    run = {"base": 0, "seed": 0, "domain": "mix", "before": scores, "updates": 8, "rollouts": 512, "curve": curve}
+    assert plots.curve([run], "away") == {0: {(0, 0): pytest.approx(0.2)}, 2: {(0, 0): 0.7}}
+    assert list(plots.curve([run], "away", "updates")) == [0, 8]
+    assert list(plots.curve([run], "away", "rollouts")) == [0, 512]
+    assert plots.curve([run], "accuracy") == {0: {(0, 0): 0.4}, 1: {(0, 0): 0.6}}  # of rollouts before an update
+
+
+def test_only_false_ideas_are_doses() -> None:
+    study = STUDIES["ablations"]
+    doses = {name: plots.dose_of(f"{study.flags} {flags}".strip()) for name, flags in study.variants.items()}
+    found = {name: dose for name, dose in doses.items() if dose is not None}
+    assert sorted(found.values()) == [0, 0.25, 0.5, 1] and found["ROSD"] == 0

@@ -1,64 +1,281 @@
+"""Studies: statistics that cover what they promise, runs that are never lost or repeated, tables that match files."""
+
+import dataclasses
+import importlib
 import json
 import re
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-import runs
-import study
+from harness import files
+from harness.cli import parse_config
+from harness.errors import UserError
+from harness.run import run_name
+from tools import stats, study
+from tools.stats import Estimate, difference, estimate
+from tools.studies import STUDIES, Study, planned
 
-README = (runs.ROOT / "README.md").read_text() + (runs.ROOT / "results" / "README.md").read_text()
-TABLES = [name for name in re.findall("<!-- table (.*) -->", README) if name in study.STUDIES]
-RESULTS = [path for name in study.STUDIES if (path := runs.ROOT / "results" / f"{name}.json").exists()]
+SMALL = "--eval-problems 1 --eval-samples 1"
+TINY = {
+    "train_rosd.py": f"{SMALL} --steps 2 --batch 2 --group 2",
+    "train_spd.py": f"{SMALL} --prompts 4 --calibration-size 64 --epochs 1",
+}
+HELD = {path.stem: files.read_json(path) for path in stats.RESULTS.glob("*.json") if path.stem in STUDIES}
+HELD = {name: content for name, content in HELD.items() if "runs" in content}
+PAGES = "".join(files.read_text(p) for p in (files.ROOT / "README.md", stats.RESULTS / "README.md") if p.exists())
+SHOWN = re.findall(r"<!-- table ([\w-]+)( differences)?(?:: (.+?))? -->\n(.*?)\n<!-- end -->", PAGES, re.DOTALL)
 
-
-@pytest.mark.parametrize("name", TABLES)
-def test_the_readme_shows_exactly_what_the_results_files_hold(name: str) -> None:
-    collected = json.loads((runs.ROOT / "results" / f"{name}.json").read_text())
-    assert README.split(f"<!-- table {name} -->\n")[1].split("\n<!-- end -->")[0] == study.table(collected)
-
-
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_results_name_every_variant_seed_and_commit_of_their_study(path: Path) -> None:
-    collected, declared = json.loads(path.read_text()), study.STUDIES[path.stem]
-    assert list(collected["variants"]) == list(declared.variants)
-    for variant in collected["variants"].values():
-        assert set(variant["seeds"]) == {str(seed) for seed in declared.seeds}
-        assert all(len(seed["commit"]) == 40 for seed in variant["seeds"].values())
-    assert json.loads(json.dumps(study.summarize(collected))) == collected["summary"]
+# ---------------------------------------------------------------------------------------------- statistics
 
 
-def test_interval_covers_the_mean_and_shrinks_with_agreement() -> None:
-    low, high = study.interval(np.array([1.0, 2.0, 3.0, 4.0, 5.0]))
-    assert 1 < low < 3 < high < 5
-    assert study.interval(np.array([3.0, 3.0, 3.0])) == (3.0, 3.0)
+@pytest.mark.parametrize(
+    ("degrees", "value"),
+    [(1, 12.706), (2, 4.303), (3, 3.182), (4, 2.776), (5, 2.571), (9, 2.262), (30, 2.042), (120, 1.980)],
+)
+def test_quantiles_are_those_of_the_printed_tables(degrees: int, value: float) -> None:
+    assert stats.t_quantile(degrees) == pytest.approx(value, abs=6e-4)
 
 
-def test_a_column_is_marked_only_where_the_paired_difference_excludes_zero() -> None:
-    def seed(home: float, away: float) -> dict:
-        scores = {"mean": away, "shortcut": 0.0, "unfinished": 0.0}
-        return {
-            "before": {d: scores for d in study.DOMAINS},
-            "after": {d: scores for d in study.DOMAINS} | {"add": scores | {"mean": home}},
-        }
+def test_intervals_cover_the_truth_in_95_of_100_cases_though_seeds_of_a_base_resemble_each_other() -> None:
+    rng, covered, trials = np.random.default_rng(0), 0, 2000
+    for _ in range(trials):
+        bases = rng.normal(size=5)
+        found = estimate({(b, s): 1.0 + bases[b] + 0.3 * rng.normal() for b in range(5) for s in range(3)})
+        covered += abs(found.mean - 1.0) < found.half
+    assert covered / trials == pytest.approx(0.95, abs=0.015)  # three standard errors
 
-    def variant(home: list[float]) -> dict:
-        seeds = {str(i): seed(value, 0.5) for i, value in enumerate(home)}
-        return {"flags": "", "config": {"domain": "add"}, "seeds": seeds}
 
-    collected = {
-        "against": "first",
-        "variants": {"A": variant([0.2, 0.5, 0.8]), "B": variant([0.3, 0.6, 0.9]), "C": variant([0.1, 0.6, 0.8])},
+def test_a_base_counts_once_however_many_seeds_it_has() -> None:
+    two = {(0, 0): 1.0, (1, 0): 2.0}
+    many = {(base, seed): float(base + 1) for base in (0, 1) for seed in range(50)}
+    assert estimate(many) == estimate(two) == Estimate(1.5, pytest.approx(stats.t_quantile(1) * 0.5))
+
+
+def test_one_base_falls_back_to_its_seeds_and_one_run_has_no_interval() -> None:
+    found = estimate({(3, seed): value for seed, value in enumerate((1.0, 2.0, 3.0))})
+    assert found == Estimate(2.0, pytest.approx(4.303 / 3**0.5, abs=1e-3))
+    assert estimate({(0, 0): 7.0}) == Estimate(7.0, None) and not estimate({(0, 0): 7.0}).excludes_zero
+
+
+def test_differences_are_paired_and_ignore_runs_without_a_partner() -> None:
+    reference = {(base, 0): 10.0 * base for base in range(4)}
+    better = {key: value + 1 + 0.1 * key[0] for key, value in reference.items()} | {(9, 9): 500.0}
+    found = difference(better, reference)
+    assert found.mean == pytest.approx(1.15) and found.excludes_zero
+    assert not difference({(b, 0): (-1.0) ** b for b in range(4)}, dict.fromkeys(reference, 0.0)).excludes_zero
+    assert difference(better, {}) is None
+
+
+# ---------------------------------------------------------------------------------------------- tables
+
+
+def a_run(variant: str, base: int, seed: int, home: float, away: float = 0.5, **more: object) -> dict:
+    scores = {
+        "mix": {"mean": home, "merged": 0.1, "unfinished": 0.0},
+        "add": {"mean": away, "merged": 0, "unfinished": 0},
     }
-    collected["summary"] = study.summarize(collected)
-    rows = {line.split("|")[1].strip(): line.split("|")[2] for line in study.table(collected).splitlines()[2:]}
-    assert "*" in rows["B"] and "60.0" in rows["B"]  # ten points on every seed, though the seeds differ by sixty
-    assert "*" not in rows["C"] and "*" not in rows["A"]
+    before = {domain: score | {"mean": 0.4} for domain, score in scores.items()}
+    about = {"variant": variant, "base": base, "seed": seed, "domain": "mix", "flags": f"--flag {variant}"}
+    return about | {"before": before, "after": scores, "curve": {}} | more
 
 
-def test_five_seeds_mark_one_in_six_of_the_differences_that_are_none() -> None:
-    """As the READMEs say: a percentile bootstrap of five is narrower than its 95 %."""
-    differences = np.random.default_rng(0).normal(size=(1000, 5))
-    intervals = [study.interval(each) for each in differences]
-    assert sum(low > 0 or high < 0 for low, high in intervals) / 1000 == pytest.approx(1 / 6, abs=0.03)
+def results_of(runs: list[dict], **more: object) -> dict:
+    return {"study": "x", "script": "train_rosd.py", "reference": "first", "planned": len(runs), "runs": runs} | more
+
+
+def cells(table: str, row: str) -> list[str]:
+    return next(
+        [c.strip() for c in line.split("|")[2:-1]] for line in table.splitlines() if line.startswith(f"| {row} ")
+    )
+
+
+def test_a_row_is_marked_only_where_its_paired_difference_excludes_zero() -> None:
+    homes = {"A": (0.2, 0.5, 0.8), "B": (0.3, 0.61, 0.9), "C": (0.1, 0.6, 0.8)}
+    results = results_of([a_run(name, base, 0, x) for name, row in homes.items() for base, x in enumerate(row)])
+    table = stats.table(results)
+    assert cells(table, "B")[0].startswith("60.3 ± ") and cells(table, "B")[0].endswith(" *")
+    assert not cells(table, "A")[0].endswith("*") and not cells(table, "C")[0].endswith("*")
+    assert cells(table, "base")[:2] == ["40.0 ± 0.0", "40.0 ± 0.0 *"]  # elsewhere: 10 points below A on every base
+    assert cells(stats.table(results, True), "B")[0].startswith("+10.3 ± ")
+    assert cells(stats.table(results, False, ["elsewhere", "merged"]), "A") == ["50.0 ± 0.0", "10.0 ± 0.0"]
+    assert "Student's t over 3 bases, 1 seed each" in table and "missing" not in table
+
+
+def test_the_note_names_one_base_and_missing_runs() -> None:
+    note = stats.note(results_of([a_run("A", 0, seed, 0.5) for seed in range(3)], planned=9))
+    assert "3 seeds of one base" in note and "6 of 9 runs are still missing" in note
+
+
+def test_spd_rows_show_the_text_and_its_gain_over_the_base_at_the_same_temperature() -> None:
+    runs = []
+    for base in range(3):
+        for variant, own, written in (("SPD", 0.5, 0.6 + base / 100), ("PSR", 0.3, 0.3)):
+            text = {"own": {"mean": own}, "generation": {"mean": written}}
+            runs.append(a_run(variant, base, 0, 0.7, **text) | {"before": None, "after": None})
+    table = stats.table(results_of(runs, reference="base"))
+    assert [cell[:4] for cell in cells(table, "base")[:2]] == ["50.0", "0.0 "]
+    assert cells(table, "SPD")[1].startswith("11.0 ± ") and cells(table, "SPD")[1].endswith("*")
+    assert cells(table, "PSR")[:2] == ["30.0 ± 0.0", "0.0 ± 0.0"]
+
+
+def test_a_table_goes_between_its_markers_and_chooses_its_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "ROOT", tmp_path)
+    monkeypatch.setattr(stats, "RESULTS", tmp_path / "results")
+    page = "ä\n<!-- table x: a, b -->\nold\n<!-- end -->\n<!-- table x differences -->\n<!-- end -->\nrest\n"
+    (tmp_path / "README.md").write_text(page, encoding="utf-8")
+    assert stats.fill_readme("x", lambda differences, columns: f"± {differences} {columns}")
+    filled = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "± False ['a', 'b']\n<!-- end -->" in filled and "± True None\n<!-- end -->\nrest" in filled
+    assert "old" not in filled and not stats.fill_readme("y", lambda differences, columns: "")
+
+
+@pytest.mark.parametrize(("name", "differences", "columns", "shown"), [row for row in SHOWN if row[0] in HELD])
+def test_the_readmes_show_exactly_what_the_results_files_hold(
+    name: str, differences: str, columns: str, shown: str
+) -> None:
+    assert shown == stats.table(HELD[name], bool(differences), columns.split(", ") if columns else None)
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_results_file_is_small_and_holds_runs_of_its_study(name: str) -> None:
+    held, declared = HELD[name], STUDIES[name]
+    for run in held["runs"]:
+        assert run["flags"] == f"{declared.flags} {declared.variants[run['variant']]}".strip()
+        assert run["base"] in declared.bases and run["seed"] in declared.seeds and len(run["commit"]) >= 40
+    assert (stats.RESULTS / f"{name}.json").stat().st_size < 150_000
+
+
+# ---------------------------------------------------------------------------------------------- running
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_the_scripts_know_every_flag_and_no_two_variants_are_the_same(name: str, tmp_path: Path) -> None:
+    declared = STUDIES[name]
+    folders = set()
+    for variant, flags in declared.variants.items():
+        job = study.Job(declared.script, variant, 0, 0, f"{declared.flags} {flags}".strip(), "")
+        folders.add(study.command_of(job, tmp_path)[1])
+    assert len(folders) == len(declared.variants)
+
+
+def test_seeds_are_in_the_outer_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(study, "base_checksum", str)
+    jobs = study.plan(Study("train_rosd.py", {"A": "", "B": "--mask span"}, bases=(0, 1), seeds=(0, 1)))
+    assert [(job.seed, job.base, job.variant) for job in jobs[:5]] == [
+        (0, 0, "A"), (0, 0, "B"), (0, 1, "A"), (0, 1, "B"), (1, 0, "A"),
+    ]  # fmt: skip
+
+
+def test_a_missing_base_is_told_with_the_command_that_makes_it() -> None:
+    with pytest.raises(UserError, match=r"pretrain.py --seed 99 --out results/bases/seed99.pt"):
+        study.base_checksum(99)
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Studies that write into a folder of their own; runs take no time, and may be interrupted."""
+    monkeypatch.setattr(stats, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(study.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(study, "base_checksum", lambda seed: f"base{seed}")
+    monkeypatch.setattr(study, "base_path", lambda seed: "data/base.pt")
+    shop = SimpleNamespace(started=[], stop_after=None, fail=())
+
+    class Instant:
+        """Takes the place of subprocess.Popen; writes what a run would leave."""
+
+        def __init__(self, command: list[str], **_: object) -> None:
+            if len(shop.started) == shop.stop_after:
+                raise KeyboardInterrupt
+            script, *flags = command[1:]
+            shop.started.append(" ".join(flags[: flags.index("--out")]))
+            self.returncode = int(any(text in shop.started[-1] for text in shop.fail))
+            config = parse_config(importlib.import_module(script[:-3]).Config, "", flags)
+            folder = files.make_folder(Path(config.out) / run_name(config))
+            scores = {d: {"mean": 1 / 3, "unfinished": 0.0, "problems": 9, "samples": 9} for d in ("mix", "add")}
+            about = {"config": files.plain(config) | {"domain": "mix", "minibatches": 2}, "commit": "c" * 40}
+            files.write_json(folder / "results.json", about | {"seconds": 1.25, "before": scores, "after": scores})
+            rows = [{"step": 0, "accuracy": 0.123456}, {"step": 1, "accuracy": 0.5, "tested": {"mix": 0.4, "add": 0.2}}]
+            files.write_lines(folder / "metrics.jsonl", rows)
+
+        def poll(self) -> int:
+            return self.returncode
+
+        terminate = wait = poll
+
+    monkeypatch.setattr(study.subprocess, "Popen", Instant)
+    shop.config = study.Config(out=str(tmp_path / "runs"), processes=1)
+    shop.study = Study("train_rosd.py", {"A": "", "B": "--mask span"}, bases=(0, 1), seeds=(0, 1))
+    shop.run = lambda declared=shop.study, name="x", deadline=float("inf"): study.run_study(
+        name, declared, shop.config, deadline
+    )
+    shop.file = lambda name="x": files.read_json(stats.RESULTS / f"{name}.json")
+    return shop
+
+
+def test_an_interrupted_study_keeps_finished_runs_and_goes_on_with_the_others(workshop: SimpleNamespace) -> None:
+    workshop.stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        workshop.run()
+    assert len(workshop.file()["runs"]) == 3
+    workshop.stop_after = None
+    results = workshop.run()
+    assert len(workshop.started) == planned(workshop.study) == len(results["runs"]) == 8
+    assert workshop.file() == json.loads(json.dumps(results))
+    assert [run["variant"] for run in results["runs"]] == ["A"] * 4 + ["B"] * 4
+    workshop.run()
+    assert len(workshop.started) == 8  # nothing is run twice
+
+
+def test_only_other_flags_and_other_bases_are_run_again(
+    workshop: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workshop.run()
+    renamed = dataclasses.replace(workshop.study, variants={"A, renamed": "", "B": "--mask oracle"})
+    assert {run["variant"] for run in workshop.run(renamed)["runs"]} == {"A, renamed", "B"}
+    assert len(workshop.started) == 12 and all("--mask oracle" in command for command in workshop.started[8:])
+    monkeypatch.setattr(study, "base_checksum", lambda seed: f"new{seed}" if seed else "base0")
+    workshop.run(renamed)
+    assert len(workshop.started) == 16  # those of base 1
+
+
+def test_studies_share_runs_whose_curves_suffice(workshop: SimpleNamespace) -> None:
+    workshop.run()
+    workshop.run(name="y")
+    assert len(workshop.started) == 8 and len(workshop.file("y")["runs"]) == 8
+    more = workshop.run(dataclasses.replace(workshop.study, curve=("accuracy", "home", "quote_match")), name="z")
+    assert len(workshop.started) == 16  # the home column was not kept
+    assert more["runs"][0]["curve"] == {"accuracy": [0.1235, 0.5], "home": [None, 0.4], "quote_match": []}
+
+
+def test_no_run_starts_after_the_budget(workshop: SimpleNamespace) -> None:
+    assert workshop.run(deadline=0.0)["runs"] == [] and workshop.started == []
+    assert stats.table(workshop.file()) == "No run is finished."
+
+
+def test_a_failed_run_is_told_with_its_log_and_stops_no_other(workshop: SimpleNamespace) -> None:
+    workshop.fail = ("--mask span",)
+    with pytest.raises(UserError, match=r"4 runs of x failed.*\.log"):
+        workshop.run()
+    assert [run["variant"] for run in workshop.file()["runs"]] == ["A"] * 4
+
+
+@pytest.mark.parametrize("script", TINY)
+def test_real_runs_leave_what_the_study_collects(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Study(script, {"A": ""}, flags=TINY[script], bases=(0,), seeds=(0,))
+    job = study.plan(small)[0]
+    command, folder = study.command_of(job, tmp_path)
+    monkeypatch.setattr(sys, "argv", command[1:])
+    importlib.import_module(script[:-3]).main()
+    run = study.compact(job, small, folder)
+    assert set(stats.of_run(run)) >= {"in domain", "elsewhere", "unfinished"} and set(stats.of_base(run))
+    assert len(json.dumps(run)) < 1500 and run["base_checksum"] == files.checksum("data/base.pt")
+    if script == "train_rosd.py":
+        assert (run["updates"], run["rollouts"], len(run["curve"]["accuracy"])) == (2, 8, 2)
+    else:
+        assert set(run["own"]) == set(run["generation"]) and "gain" in stats.of_run(run)

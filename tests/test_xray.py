@@ -1,27 +1,22 @@
-"""The X-ray pages: complete, well-formed, self-contained, and true to what the model says."""
+"""The X-ray pages: complete, well-formed, without network, and true to what the model says."""
 
+import random
 import re
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
 
-import reflect
-import runs
-import strips
-import subspace
-import xray
-from data.documents import hint_prompt, plain_prompt
-from data.tokenizer import END, encode
+from data import Task, load_task
+from harness import files
 from losses import divergence
-from model import response_logprobs
-from reflect import Rollout, verify
-from strips import Token
+from model import GPT, response_logprobs
+from reflect import Rollout, choose_peers, locate, parse_reflection, reflect, sample_rollouts
+from tools import stats, strips, xray
+from tools.strips import Token
 
-PROBLEM, WRONG = "3+8-5*2", "3+8=1;1-5=4;4*2=8;#8"
 VOID = {"meta", "input", "br"}
 
 
@@ -48,56 +43,94 @@ class Balanced(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def rollout() -> Rollout:
-    return Rollout(PROBLEM, [*encode(WRONG), END], WRONG, verify(PROBLEM, WRONG))
+def task() -> Task:
+    return load_task("arithmetic")
 
 
-@pytest.mark.parametrize("script", [reflect, subspace], ids=lambda module: module.__name__)
+@pytest.fixture(scope="module")
+def model() -> GPT:
+    return files.load_checkpoint(files.BASE_CHECKPOINT)[0]
+
+
+@pytest.fixture(scope="module")
+def rollout(task: Task) -> Rollout:
+    problem = task.problem("mix", random.Random(0))
+    tokens = [*task.encode(problem.solution), task.end()]
+    return Rollout(problem, tokens, [0.0] * len(tokens), problem.solution, task.verify(problem, problem.solution))
+
+
+@pytest.mark.parametrize("page", ["rosd", "spd"])
 def test_the_page_is_one_well_formed_file_without_network(
-    script: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     path = tmp_path / "folder" / "page.html"
-    monkeypatch.setattr(sys, "argv", [script.__name__, "--html", str(path)])
-    script.main()
-    printed = capsys.readouterr().out
-    text = path.read_text()
-    assert str(path) in printed and "\033" not in printed  # no colours where nobody looks
+    monkeypatch.setattr(stats, "RESULTS", tmp_path)
+    flags = ["--html", str(path), "--runs", str(tmp_path)] + ["--spectra", "--calibration-size", "64"] * (page == "spd")
+    monkeypatch.setattr(sys, "argv", ["xray", page, *flags])
+    xray.main()
+    assert str(path) in capsys.readouterr().out
+    text = files.read_text(path)
     assert not re.search(r"https?:|src=|@import|url\(", text)
-    page = Balanced()
-    page.feed(text)
-    assert page.open == [] and len(page.tokens) > 50
-    assert "#" in page.tokens and "=" in page.tokens
+    parsed = Balanced()
+    parsed.feed(text)
+    assert parsed.open == [] and len(parsed.tokens) > 50 and "#" in parsed.tokens
+    if page == "spd":
+        found = files.read_json(tmp_path / "spectra.json")
+        assert len(found["aligned"]) == len(found["full"]) >= 4 and found["aligned"] != found["full"]
+        assert all(values == sorted(values, reverse=True) for values in found["aligned"].values())
 
 
-def test_tokens_carry_mask_divergence_and_both_distributions(rollout: Rollout) -> None:
-    model, _ = runs.load_checkpoint(runs.BASE_CHECKPOINT)
-    tokens = xray.Reading(hint_prompt(PROBLEM, "1-5=6"), 6, "1-5=4").tokens(rollout, model, model)
+def test_after_training_the_page_shows_both_students(task: Task, model: GPT, rollout: Rollout) -> None:
+    before = xray.rosd_page(model, task, {}, [rollout], rollout)
+    after = xray.rosd_page(model, task, {"ROSD": model, "SDPO": model}, [rollout], rollout)
+    assert "after training" not in before and "train_rosd.py" in before
+    assert "after training" in after and "train_rosd.py" not in after and "<h3>SDPO</h3>" in after
+
+
+def test_tokens_carry_mask_divergence_and_both_distributions(task: Task, model: GPT, rollout: Rollout) -> None:
+    prompt = task.teacher_prompt(rollout.problem, solution=rollout.text)
+    tokens = xray.Reading(prompt, 6, 9).tokens(rollout, task, model, model)
     with torch.no_grad():
-        student = response_logprobs(model, [encode(plain_prompt(PROBLEM))], [rollout.tokens])
-        teacher = response_logprobs(model, [encode(hint_prompt(PROBLEM, "1-5=6"))], [rollout.tokens])
+        student = response_logprobs(model, [task.encode(task.student_prompt(rollout.problem))], [rollout.tokens])
+        teacher = response_logprobs(model, [task.encode(prompt)], [rollout.tokens])
         D = divergence(student, teacher)[0]
-    assert "".join(token.text for token in tokens) == WRONG + "<|end|>"
+    assert [token.text for token in tokens] == task.pieces(rollout.tokens)
     assert [token.dimmed for token in tokens] == [t < 6 for t in range(len(tokens))]
-    assert "".join(token.text for token in tokens if token.quoted) == "1-5=4"
+    assert [t for t, token in enumerate(tokens) if token.quoted] == [6, 7, 8]
     assert [t for t, token in enumerate(tokens) if token.start] == [6]
     for t, token in enumerate(tokens):
         assert f"D = {D[t]:.3f}" in token.says and 0 <= token.heat <= 1
         names, choices = zip(*token.choices, strict=True)
         assert names == ("student", "teacher") and all(len(five) == 5 for five in choices)
         assert choices[0][0][1] == pytest.approx(student[0, t].max().exp().item(), abs=1e-4)
+        assert choices[1][0][1] == pytest.approx(teacher[0, t].max().exp().item(), abs=1e-4)
 
 
-def test_what_the_projector_takes_away_is_a_share() -> None:
-    model, _ = runs.load_checkpoint(runs.BASE_CHECKPOINT)
+def test_rosd_reads_from_the_quote_on_and_sdpo_reads_everything(task: Task, model: GPT) -> None:
+    problems = task.problems("mix", 8, random.Random(1))
+    rollouts = sample_rollouts(model, task, problems, 8, torch.Generator().manual_seed(1))
+    pairs = zip(rollouts, choose_peers(rollouts, 8), strict=True)
+    wrong, peer = next((r, peer) for r, peer in pairs if peer and not r.verdict.correct)
+    written = reflect(model, task, [wrong], [peer.text])[0]
+    read, k = (
+        xray.readings(model, task, wrong, peer),
+        locate(parse_reflection(written).quote, task.pieces(wrong.tokens)),
+    )
+    assert read["SDPO"][0] == xray.Reading(task.teacher_prompt(wrong.problem, solution=peer.text))
+    assert written in read["ROSD"][1] and read["ROSD"][0].start == (k or 0)
+    if k is not None:
+        quoted = "".join(task.pieces(wrong.tokens)[k : read["ROSD"][0].quote_end])
+        assert quoted == parse_reflection(written).quote
+
+
+def test_what_the_projector_takes_away_is_a_share(task: Task, model: GPT, rollout: Rollout) -> None:
     d = model.config.n_kv_head * model.config.head_dim
     nothing, everything = {(2, "k"): torch.eye(d)}, {(2, "k"): torch.zeros(d, d)}
-    text = plain_prompt(PROBLEM)
-    assert max(xray.removed(model, text, nothing, "linear")[2, "k"]) == pytest.approx(0, abs=1e-5)
-    assert xray.removed(model, text, everything, "linear")[2, "k"] == pytest.approx([1.0] * len(encode(text)))
+    assert max(xray.removed(model, rollout.tokens, nothing, "linear")[2, "k"]) == pytest.approx(0, abs=1e-5)
+    all_of_it = xray.removed(model, rollout.tokens, everything, "linear")[2, "k"]
+    assert all_of_it == pytest.approx([1.0] * len(rollout.tokens))
 
 
-def test_text_is_escaped_and_the_terminal_is_plain_without_colour() -> None:
-    tokens = [Token("<b>"), Token("&", heat=1.0)]
-    assert "<b>" not in strips.strip("label <i>", tokens) and "<i>" not in strips.strip("label <i>", tokens)
-    assert strips.terminal(tokens, colour=False) == "<b>&"
-    assert re.sub(r"\033\[[\d;]*m", "", strips.terminal(tokens)) == "<b>&"
+def test_text_is_escaped() -> None:
+    shown = strips.strip("label <i>", [Token("<b>"), Token("&", heat=1.0)])
+    assert "<b>" not in shown and "<i>" not in shown and "&amp;" in shown

@@ -1,1 +1,1 @@
-"""Studies, pictures, web pages, benchmarks: they import the core and are imported by nothing. `python -m tools.NAME`."""
+"""Studies, pictures, web pages, benchmarks: `python -m tools.NAME`. They import the core; it never imports them."""

@@ -1,7 +1,7 @@
-"""Token strips, as one self-contained web page and as coloured text for a terminal.
+"""Token strips in one self-contained web page.
 
-A strip is a row of tokens, each with a heat (the colour), and with what it says when pointed at or focused. Nothing
-here knows the methods; xray.py fills the pages.
+A strip is a row of tokens, each with a heat (its colour) and with a sentence that is shown when the reader points at it
+or reaches it with the keyboard. Nothing here knows the methods; xray.py fills the pages.
 
 >>> print(page("Title", "One *sentence*.", [section("Part", "text", [strip("y-", [Token("3", 0.5)], "wrong")])])[:15])
 <!doctype html>
@@ -96,19 +96,6 @@ def page(title: str, intro: str, sections: list[str]) -> str:
         .replace("{intro}", prose(intro))
         .replace("{body}", "".join(sections))
     )
-
-
-def terminal(tokens: list[Token], colour: bool = True) -> str:
-    """The tokens as text, the heat as background from the terminal's 256 colours; without colour, as they are."""
-    if not colour:
-        return "".join(token.text for token in tokens)
-    ramp = (231, 224, 217, 210, 203, 196)
-    out = []
-    for token in tokens:
-        shade = ramp[min(len(ramp) - 1, round(max(0.0, token.heat) * (len(ramp) - 1)))]
-        style = f"38;5;{'245' if token.dimmed else '16'};48;5;{shade}" + (";4" if token.quoted else "")
-        out.append(f"\033[{style}m{token.text}\033[0m")
-    return "".join(out)
 
 
 PAGE = """<!doctype html>

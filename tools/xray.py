@@ -1,191 +1,243 @@
-"""The X-ray: what student, teacher and projector do to single tokens, as a web page and in the terminal.
+"""The X-ray: what student, teacher and projector do to single tokens, as a web page.
 
-`python reflect.py --html out/xray.html` shows a group of rollouts as ROSD and SDPO see it, before and after training;
-`python subspace.py --html out/spd.html` shows spectra, what the projector takes away, and answers with and without it.
+    python -m tools.xray rosd --html out/xray.html      a group of rollouts as ROSD and SDPO see it
+    python -m tools.xray spd --html out/spd.html        spectra, what the projector removes, answers with and without
+    python -m tools.xray spd --spectra                  also writes results/spectra.json, for tools/plots.py
+
+After `python train_rosd.py` the first page also shows both students. It finds them in the folder --runs.
 """
 
+import dataclasses
 import math
+import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import strips
-from data.arithmetic import golden_solution, verify
-from data.documents import hint_prompt, plain_prompt, reflect_prompt, solution_prompt
-from data.tokenizer import END, decode, encode, pieces
+import reflect
+import subspace
+from data import Problem, Task, load_task
+from harness import files
+from harness.cli import option, parse_config, run_script
+from harness.run import provenance, seeded
 from losses import divergence
 from model import GPT, generate, response_logprobs
-from reflect import REFLECTION_BUDGET, Rollout, locate, parse_reflection, sample_rollouts, true_position
-from runs import torch_generator
-from strips import Token
-from subspace import Place, hook_module, place_name
+from reflect import Rollout, locate, parse_reflection, quote_end, sample_rollouts
+from subspace import Place, calibrate, calibration_set, hooked, place_name, project_kv
+from tools import stats, strips
+from tools.strips import Token
+
+
+@dataclass(frozen=True)
+class Config(subspace.Config):
+    page: str = option("rosd", "which page", choices=("rosd", "spd"), positional=True)
+    html: str = option("", "the file to write; else out/xray.html or out/spd.html")
+    runs: str = option("out", "rosd: folder of the trained students")
+    spectra: bool = option(False, "spd: also write results/spectra.json")
+    domain: str = option(reflect.Config.domain, "domain of the problem and of the calibration set")
+    seed: int = option(reflect.Config.seed, "which problem")
+
+
+# ---------------------------------------------------------------------------------------------- ROSD
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A rollout under the eyes of a teacher: what the mask covers, and where student and teacher differ."""
+    """A rollout as a teacher sees it: what the teacher reads before it, and where the mask and the quote lie."""
 
     prompt: str  # the teacher's
-    start: int  # k
-    quote: str | None = None
+    start: int = 0  # k
+    quote_end: int = 0  # the token after the quote, which begins at k
 
     @torch.no_grad()
-    def tokens(self, rollout: Rollout, student: GPT, teacher: GPT) -> list[Token]:
+    def tokens(self, rollout: Rollout, task: Task, student: GPT, teacher: GPT) -> list[Token]:
         """The rollout's tokens with m_t, D(pi_S || pi_T) as heat, and the five likeliest of student and teacher."""
-        pi_S = response_logprobs(student, [encode(plain_prompt(rollout.problem))], [rollout.tokens])[0]  # (T, V)
-        pi_T = response_logprobs(teacher, [encode(self.prompt)], [rollout.tokens])[0]
-        quoted = range(self.start, self.start + len(self.quote)) if self.quote else ()
+        prompts = {"student": task.student_prompt(rollout.problem), "teacher": self.prompt}
+        pi_S, pi_T = (
+            response_logprobs(model, [task.encode(prompt)], [rollout.tokens])[0]  # (T, V)
+            for model, prompt in zip((student, teacher), prompts.values(), strict=True)
+        )
         shown = []
-        for t, (text, D) in enumerate(zip(pieces(rollout.tokens), divergence(pi_S, pi_T).tolist(), strict=True)):
+        for t, (text, D) in enumerate(zip(task.pieces(rollout.tokens), divergence(pi_S, pi_T).tolist(), strict=True)):
             shown.append(
                 Token(
                     text,
-                    heat=(D / math.log(2)) ** 0.5,  # JSD is at most log 2; the root makes small ones visible
+                    heat=(max(0.0, D) / math.log(2)) ** 0.5,  # JSD is at most log 2; the root makes small ones visible
                     dimmed=t < self.start,
-                    quoted=t in quoted,
+                    quoted=self.start <= t < self.quote_end,
                     start=t == self.start > 0,
                     says=f"t = {t}, m_t = {int(t >= self.start)}, D = {D:.3f}",
-                    choices=(("student", likeliest(pi_S[t])), ("teacher", likeliest(pi_T[t]))),
+                    choices=(("student", likeliest(pi_S[t], task)), ("teacher", likeliest(pi_T[t], task))),
                 )
             )
         return shown
 
 
-def likeliest(logp: Tensor, count: int = 5) -> list[tuple[str, float]]:
+def likeliest(logp: Tensor, task: Task, count: int = 5) -> list[tuple[str, float]]:
     values, index = logp.exp().topk(count)
-    return list(zip(pieces(index.tolist()), values.tolist(), strict=True))
+    return list(zip(task.pieces(index.tolist()), values.tolist(), strict=True))
 
 
-def reflection_text(model: GPT, rollout: Rollout, peer: str) -> str:
-    prompt = encode(reflect_prompt(rollout.problem, rollout.text, None if rollout.verdict.correct else peer))
-    return decode(generate(model, [prompt], REFLECTION_BUDGET, END, temperature=0)[0])
+def readings(base: GPT, task: Task, rollout: Rollout, peer: Rollout) -> dict[str, tuple[Reading, str]]:
+    """method -> how its teacher reads the rollout, and a note; ROSD is left out where the reflection is malformed."""
+    written = reflect.reflect(base, task, [rollout], [peer.text])[0]
+    reflection, tokens = parse_reflection(written), task.pieces(rollout.tokens)
+    k, found = locate(reflection.quote, tokens), {}
+    if reflection.idea is not None:
+        end = 0 if k is None else quote_end(reflection.quote, k, tokens)
+        reading = Reading(task.teacher_prompt(rollout.problem, idea=reflection.idea), k or 0, end)
+        found["ROSD"] = reading, f"The reflector writes `{written}`, so k = {k or 0}"
+    prompt = task.teacher_prompt(rollout.problem, solution=peer.text)
+    return found | {"SDPO": (Reading(prompt), f"The teacher holds `{peer.text}`")}
 
 
-def worked_example(model: GPT, rollout: Rollout, peer: str, colour: bool) -> str:
-    """One wrong rollout from its problem to the per-token divergence, as text."""
-    written = reflection_text(model, rollout, peer)
-    reflection = parse_reflection(written)
-    k = locate(reflection.quote, pieces(rollout.tokens))
-    lines = [
-        f"problem x            {rollout.problem}",
-        f"correct peer y*      {peer}",
-        f"wrong rollout y-     {rollout.text}",
-        f"reflector writes     {written}",
-        f"error quote q        {reflection.quote}",
-        f"corrective idea e    {reflection.idea}",
-        f"k = Locate(q, y-)    {k}  (the verifier's own first error: {true_position(rollout)})",
-    ]
-    if reflection.idea is None:
-        return "\n".join([*lines, "The reflection is malformed: this rollout is left out of the loss."])
-    reading = Reading(hint_prompt(rollout.problem, reflection.idea), k or 0, None if k is None else reflection.quote)
-    tokens = reading.tokens(rollout, model, model)
-    return "\n".join([*lines, f"D, before training   {strips.terminal(tokens, colour)}", "", *map(describe, tokens)])
+def judged(rollout: Rollout) -> str:
+    return "right" if rollout.verdict.correct else "wrong"
 
 
-def describe(token: Token) -> str:
-    return f"{token.text:8s} {token.says:28s} {'#' * round(40 * token.heat)}"
+def written_strip(task: Task, problem: Problem, tokens: list[int]) -> str:
+    """An answer to a problem, token by token, and whether it is right."""
+    correct = task.verify(problem, task.decode(tokens)).correct
+    shown = [Token(piece) for piece in task.pieces(tokens)]
+    return strips.strip(f"`{problem.question}`", shown, "right" if correct else "wrong")
 
 
-def reflection_page(base: GPT, students: dict[str, GPT], group: list[Rollout], peer: str) -> str:
-    """The page of a group: every rollout as ROSD and as SDPO sees it, before and after training."""
-    problem, texts = group[0].problem, [rollout.text for rollout in group]
-    views: dict[str, list[str]] = {"before training": [], "after training": []} if students else {"before training": []}
+def rosd_page(base: GPT, task: Task, students: dict[str, GPT], group: list[Rollout], peer: Rollout) -> str:
+    """The page of a group: every rollout as ROSD and as SDPO see it, before and after training."""
+    problem, texts = peer.problem, [rollout.text for rollout in group]
+    views: dict[str, str] = {"before training": ""} | ({"after training": ""} if students else {})
     distinct = {rollout.text: rollout for rollout in sorted(group, key=lambda rollout: rollout.verdict.correct)}
     for rollout in distinct.values():
-        badge, count = "right" if rollout.verdict.correct else "wrong", texts.count(rollout.text)
-        written = reflection_text(base, rollout, peer)
-        reflection = parse_reflection(written)
-        found = locate(reflection.quote, pieces(rollout.tokens))
-        k = found or 0
-        readings = {"sdpo": (Reading(solution_prompt(problem, peer), 0), f"The teacher holds `{peer}`")}
-        if reflection.idea is not None:
-            reading = Reading(hint_prompt(problem, reflection.idea), k, None if found is None else reflection.quote)
-            readings = {"rosd": (reading, f"The reflector writes `{written}`, so k = {k}")} | readings
-        for view, shown in views.items():
+        count = f", {texts.count(rollout.text)} of {len(group)} rollouts" * (texts.count(rollout.text) > 1)
+        read = readings(base, task, rollout, peer)
+        for view in views:
             trained = students if view == "after training" else {}
             row = [
                 strips.strip(
-                    name.upper() + (f", {count} of {len(group)} rollouts" if count > 1 else ""),
-                    reading.tokens(rollout, trained.get(name, base), base),
-                    badge,
+                    name + count,
+                    reading.tokens(rollout, task, trained.get(name, base), base),
+                    judged(rollout),
                     note,
                 )
-                for name, (reading, note) in readings.items()
+                for name, (reading, note) in read.items()
             ]
-            shown.append(strips.columns(*row))
+            views[view] += strips.columns(*row)
     answers = []
     for name, student in {"before training": base, **students}.items():
-        samples = sample_rollouts(student, [problem], 6, torch_generator("xray", problem))
-        rows = [
-            strips.strip("", [Token(text) for text in pieces(r.tokens)], "right" if r.verdict.correct else "wrong")
-            for r in samples
-        ]
-        answers.append(f"<h3>{name.upper() if name in students else name}</h3>" + "".join(rows))
-    missing = "" if students else " Run `python train_rosd.py`, and this page also shows both students after training."
+        samples = sample_rollouts(student, task, [problem], 6, seeded("xray", problem.question))
+        rows = [written_strip(task, problem, sample.tokens) for sample in samples]
+        answers.append(f"<h3>{name}</h3>{''.join(rows)}")
+    missing = "" if students else " After `python train_rosd.py` this page also shows both trained students."
     return strips.page(
         "First-error reflection under the X-ray",
-        f"Eight rollouts of the problem `{problem}`, seen by two teachers. ROSD's teacher holds the reflector's idea "
-        "and teaches from the first error on: tokens before k are pale, m_t = 0. SDPO's teacher holds a correct "
-        f"solution and teaches every token. Colour is the divergence D of student and teacher.{missing}",
+        f"Eight rollouts of the problem `{problem.question}`, as two teachers see them. ROSD's teacher holds the "
+        "reflector's idea and teaches from the first error on; tokens before k are pale, m_t = 0. SDPO's teacher holds "
+        f"a correct solution and teaches every token. Colour is the divergence D of student and teacher.{missing}",
         [
             strips.section(
                 "The group",
-                "Wrong rollouts first. Underlined is what the reflector quotes; the bar is k.",
-                [strips.switch("training", {view: "".join(shown) for view, shown in views.items()})],
+                "Wrong rollouts come first. The reflector's quote is underlined; the bar is k.",
+                [strips.switch("training", views)],
             ),
             strips.section("What they write", "Six samples each at temperature 1.", [strips.columns(*answers)]),
         ],
     )
 
 
+def trained_students(config: Config) -> dict[str, GPT]:
+    """The students of `python train_rosd.py` on this domain, with seed 0, by method."""
+    paths = {name: Path(config.runs, f"{name.lower()}-seed0", "model.pt") for name in ("ROSD", "SDPO")}
+    return {name: files.load_checkpoint(path)[0] for name, path in paths.items() if path.exists()}
+
+
+# ---------------------------------------------------------------------------------------------- SPD
+
+
 @torch.no_grad()
-def removed(model: GPT, text: str, projectors: dict[Place, Tensor], coordinate: str) -> dict[Place, list[float]]:
-    """How much of the key or value of every token of a text the projector takes away: |x - x P| / |x|, by place."""
-    seen: dict[Place, Tensor] = {}
-    hooks = [
-        hook_module(model, place, coordinate).register_forward_hook(
-            lambda module, inputs, output, place=place: seen.update({place: output.flatten(2)[0]})  # (T, d)
-        )
-        for place in projectors
-    ]
-    model(torch.tensor([encode(text)]))
-    for hook in hooks:
-        hook.remove()
-    return {place: ((x - x @ projectors[place]).norm(dim=1) / x.norm(dim=1)).tolist() for place, x in seen.items()}
+def removed(
+    model: GPT, tokens: list[int], projectors: dict[Place, Tensor], coordinate: str
+) -> dict[Place, list[float]]:
+    """How much of every token's key or value the projector takes away: |x - x P| / |x|, by place."""
+    shares: dict[Place, list[float]] = {}
+
+    def measure(place: Place, output: Tensor) -> None:
+        x = output.flatten(2)[0]  # (T, d)
+        shares[place] = ((x - x @ projectors[place]).norm(dim=1) / x.norm(dim=1)).tolist()
+
+    with hooked(model, list(projectors), coordinate, measure):
+        model(torch.tensor([tokens], device=model.device))
+    return shares
 
 
-def subspace_page(model: GPT, problem: str, spectra: dict, projectors: dict, answers: dict, coordinate: str) -> str:
+def spd_page(model: GPT, task: Task, config: Config) -> str:
     """Spectra, what the projector takes away from every token, and the answers with and without it."""
-    figures = [
+    examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
+    projectors = calibrate(model, examples, config, config.seed)
+    bars = [
         strips.spectrum(place_name(place), values.tolist(), r, f"r = {r}" if place in projectors else "not projected")
-        for place, (values, r) in spectra.items()
+        for place, (values, r) in subspace.spectra(model, task, config).items()
     ]
-    text = plain_prompt(problem) + golden_solution(problem)
-    views = {}
-    for place, shares in removed(model, text, projectors, coordinate).items():
+    problems = task.problems(config.domain, 4, random.Random(f"prompt {config.seed}"), test=True)
+    prompts = [task.encode(task.student_prompt(problem)) for problem in problems]
+    text, views = [*prompts[0], *task.encode(problems[0].solution)], {}
+    for place, shares in removed(model, text, projectors, config.coordinate).items():
         tokens = [
-            Token(token, heat=share, says=f"{share:.0%} of its {place[1].upper()} is projected away")
-            for token, share in zip(pieces(encode(text)), shares, strict=True)
+            Token(token, heat=share, says=f"{share:.0%} of its {'key' if place[1] == 'k' else 'value'} is taken away")
+            for token, share in zip(task.pieces(text), shares, strict=True)
         ]
         views[place_name(place)] = strips.strip("prompt and golden solution", tokens)
     answered = []
-    for name, texts in answers.items():
-        rows = [
-            strips.strip("", [Token(c) for c in t], "right" if verify(problem, t).correct else "wrong") for t in texts
-        ]
-        answered.append(f"<h3>{name}</h3>" + "".join(rows))
+    for name, active in (("without", {}), ("with", projectors)):
+        with project_kv(model, active, config.coordinate):
+            sampling = (1, config.temperature)
+            generator = seeded("xray", config.seed)
+            written = generate(model, prompts, task.max_response, task.stop, *sampling, generator=generator)
+        rows = [written_strip(task, problem, tokens) for problem, tokens in zip(problems, written, strict=True)]
+        answered.append(f"<h3>{name} projection</h3>{''.join(rows)}")
     return strips.page(
         "Self-policy distillation under the X-ray",
-        "The gradients of correctness at keys and values have singular values that fall off; the projector keeps the "
-        f"first r directions while the model generates. Problem: `{problem}`.",
+        "The gradients of correctness with respect to keys and values have singular values that fall off. While the "
+        f"model generates, the projector keeps the first r directions. Problem: `{problems[0].question}`.",
         [
-            strips.section(
-                "Spectra", "Singular values of G at every layer, filled up to r.", [strips.columns(*figures)]
-            ),
+            strips.section("Spectra", "Singular values of G at every layer, filled up to r.", [strips.columns(*bars)]),
             strips.section(
                 "What the projector takes away", "Colour is |x - x P| / |x|.", [strips.switch("place", views)]
             ),
-            strips.section("The same prompt, without and with", "Same random numbers.", [strips.columns(*answered)]),
+            strips.section(
+                "The same prompts, without and with", "Both use the same random numbers.", [strips.columns(*answered)]
+            ),
         ],
     )
+
+
+def write_spectra(model: GPT, task: Task, config: Config) -> None:
+    """results/spectra.json: for both calibration losses, place -> singular values."""
+    content = {"examples": config.calibration_size, "domain": config.domain, "commit": provenance()["commit"]}
+    for loss in ("aligned", "full"):
+        found = subspace.spectra(model, task, dataclasses.replace(config, loss=loss))
+        content[loss] = {
+            place_name(place): [float(f"{s:.4g}") for s in values.tolist()] for place, (values, _) in found.items()
+        }
+    files.write_json(files.make_folder(stats.RESULTS) / "spectra.json", content)
+
+
+def main() -> None:
+    config = parse_config(Config, __doc__)
+    task, model = load_task(config.task), files.load_checkpoint(config.base)[0]
+    path = Path(config.html or ("out/xray.html" if config.page == "rosd" else "out/spd.html"))
+    files.make_folder(path.resolve().parent)
+    if config.page == "rosd":
+        _, peer, group = reflect.example(model, task, config.domain, config.seed)
+        page = rosd_page(model, task, trained_students(config), group, peer)
+    else:
+        page = spd_page(model, task, config)
+    files.write_text(path, page)
+    print(f"-> {path}")
+    if config.spectra:
+        write_spectra(model, task, config)
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,118 @@
+"""The studies as data: which script runs with which flags, from which bases, with which seeds.
+
+A study's `flags` are those of every run; a variant's flags come after them, and the last one counts.
+"""
+
+from dataclasses import dataclass
+
+BASES = (0, 1, 2, 3, 4)  # pretraining seeds: 0 is data/base.pt, the others are results/bases/seed<N>.pt
+SEEDS = (0, 1, 2)
+REFLECTOR = ("quote_match", "quote_accuracy", "error_position")
+
+
+@dataclass(frozen=True)
+class Study:
+    script: str
+    variants: dict[str, str]  # name -> flags
+    flags: str = "--domain mix"
+    bases: tuple[int, ...] = BASES
+    seeds: tuple[int, ...] = SEEDS
+    curve: tuple[str, ...] = ("accuracy",)  # columns of metrics.jsonl to keep; home and away are the short tests'
+    reference: str = "first"  # what variants are compared with: the first of their training domain, or the base
+
+
+METHODS = {
+    "ROSD": "",
+    "SDPO": "--method sdpo",
+    "SDPO as released": "--method sdpo --preset released",
+    "OPSD": "--method opsd",
+    "GRPO": "--method grpo",
+}
+THREE = {name: METHODS[name] for name in ("ROSD", "SDPO", "GRPO")}
+GENERATION = "--domain mix --epochs 0 --prompts 1"  # of SPD: only what the base writes, before any training
+
+STUDIES = {
+    "rosd": Study(
+        "train_rosd.py",
+        METHODS | {"GRPO as released": "--method grpo --preset released", "ROSD as released": "--preset released"},
+    ),
+    "rosd-add": Study("train_rosd.py", METHODS, flags="--domain add"),
+    "rosd-domains": Study(
+        "train_rosd.py",
+        {
+            f"{name} on {domain}": f"--domain {domain} {flags}".strip()
+            for domain in ("sub", "mul", "long")
+            for name, flags in THREE.items()
+        },
+        flags="",
+        seeds=(0,),
+    ),
+    "ablations": Study(
+        "train_rosd.py",
+        {"ROSD": ""}
+        | {f"{mask} mask": f"--mask {mask}" for mask in ("whole", "span", "oracle")}
+        | {"without reflection": "--context peer"}
+        | {f"{dose:.0%} of the ideas false": f"--spoil-idea {dose}" for dose in (0.25, 0.5, 1.0)}
+        | {
+            "100% of the ideas of another problem": "--spoil-idea 1.0 --spoil-kind other",
+            "100% of the quotes random": "--spoil-quote 1.0",
+        },
+    ),
+    "teacher": Study(
+        "train_rosd.py",
+        {"frozen": ""}
+        | {f"EMA {rate}": f"--ema {rate}" for rate in (0.02, 0.05, 0.1, 0.2)}
+        | {"span mask, frozen": "--mask span", "span mask, EMA 0.05": "--mask span --ema 0.05"},
+    ),
+    "collapse": Study(
+        "train_rosd.py",
+        {
+            "suffix mask, frozen": "",
+            "span mask, frozen": "--mask span",
+            "suffix mask, EMA 0.03": "--ema 0.03",
+            "span mask, EMA 0.05": "--mask span --ema 0.05",
+            "GRPO": "--method grpo",
+        },
+        flags="--domain mix --steps 100 --eval-every 10",
+        seeds=(0,),
+        curve=("accuracy", "home", "away"),
+    ),
+    "curves": Study(
+        "train_rosd.py",
+        THREE | {"GRPO as released": "--method grpo --preset released"},
+        flags="--domain mix --eval-every 4",
+        seeds=(0,),
+        curve=("accuracy", "home", "away", *REFLECTOR),
+    ),
+    "evaluation": Study("train_rosd.py", THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95"),
+    "spd": Study(
+        "train_spd.py",
+        {
+            "SPD": "",
+            "PSR": "--method psr",
+            "SSD": "--method ssd",
+            "SSD, T = 0.3": "--method ssd --temperature 0.3",
+            "SSD, T = 0.6": "--method ssd --temperature 0.6",
+            "SPD, full-sequence loss": "--loss full",
+            "SPD, random subspace": "--subspace random",  # another draw with every seed
+        },
+        curve=(),
+    ),
+    "spd-sweeps": Study(
+        "train_spd.py",
+        {
+            f"{name}, rank {rank}": f"{flags} --rank {rank}"
+            for name, flags in (("aligned", "--loss aligned"), ("full", "--loss full"), ("random", "--subspace random"))
+            for rank in ("25%", "50%", "75%")
+        }
+        | {f"aligned, {size} examples": f"--loss aligned --calibration-size {size}" for size in (20, 50, 100, 200)},
+        flags=GENERATION,
+        seeds=(0,),
+        curve=(),
+        reference="base",
+    ),
+}
+
+
+def planned(study: Study) -> int:
+    return len(study.variants) * len(study.bases) * len(study.seeds)
