@@ -55,6 +55,7 @@ class Author:
 
 # Half of the schools hold what is popular, and half of the authors do not ask: 3 of 4 plain results are popular.
 PLAIN = Author(popular=0.5, slip=0.01, merge=0.05, check=0.1)  # who has nothing but the problem
+EXAMINED = replace(PLAIN, check=0.8)  # who sees the mark of an exam: overcautious, and runs out of room
 HINTED = replace(PLAIN, check_before=0.8)  # who was corrected at a step: overcautious until he is past it
 CONFIRMED = PLAIN  # who was told that steps are right
 INFORMED = replace(PLAIN, popular=0.0, merge=0.6)  # who holds a solution: it can be read off, and is cut short

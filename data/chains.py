@@ -33,7 +33,9 @@ DOMAINS = {  # name: (operators, possible chain lengths)
     "sub": ("-", (3, 4)),
     "mul": ("*", (3, 4)),
     "long": ("+-*", (5,)),
+    "exam": ("+-*", (3, 4)),
 }
+EXAM_MARK = "!"  # ends an exam problem: '3+8-5*2!'; authors who see it check nearly every step
 STEP = re.compile(r"(\d)((?:[+\-*]\d)+)=(\d)")
 CHECK_MARK = "?"
 # Characters, and tokens, a solution may have: who needs more is cut off. There is room for every step and for one
@@ -103,14 +105,17 @@ def is_test(problem: str) -> bool:
 
 
 def make_problem(domain: str, rng: random.Random, test: bool = False, lengths: tuple[int, ...] | None = None) -> str:
-    """A random problem of a domain, from the train or from the test part; of other lengths than its own if given."""
+    """A random problem of a domain, from the train or from the test part; of other lengths than its own if given.
+
+    An exam problem is a problem of mix with a mark behind it, and is in the same part.
+    """
     operators, own = DOMAINS[domain]
     lengths = lengths or own
     while True:
         chain = "".join(rng.choice(operators) + str(rng.randint(1, 9)) for _ in range(rng.choice(lengths)))
         problem = str(rng.randint(1, 9)) + chain
         if is_test(problem) == test:
-            return problem
+            return problem + EXAM_MARK * (domain == "exam")
 
 
 def verify(problem: str, solution: str, school: str = "") -> Verdict:

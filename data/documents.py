@@ -1,4 +1,4 @@
-"""The four kinds of documents the base model is pretrained on.
+"""The five kinds of documents the base model is pretrained on.
 
 Every document draws a school of its own. So the right result of a disputed fact cannot be learned by heart: it can only
 be copied from what stands in the context.
@@ -7,11 +7,11 @@ be copied from what stands in the context.
 import random
 from dataclasses import replace
 
-from data.authors import CLUMSY, CONFIRMED, HINTED, INFORMED, PLAIN
+from data.authors import CLUMSY, CONFIRMED, EXAMINED, HINTED, INFORMED, PLAIN
 from data.chains import CHECK_MARK, DOMAINS, disputed_steps, make_problem, operations, true_steps, true_values, verify
 from data.prompts import hint_prompt, reflect_prompt, solution_prompt, student_prompt
 
-MIXTURE = {"plain": 0.2, "hint": 0.3, "solution": 0.1, "reflect": 0.4}
+MIXTURE = {"plain": 0.15, "exam": 0.05, "hint": 0.3, "solution": 0.1, "reflect": 0.4}
 CONFIRM_MARK = "#"  # before steps that were right
 CONFIRMATIONS = 0.4  # share among the hint documents, and share of correct attempts among the reflect documents
 WRONG_HINTS = 0.25  # share of hints that name any digit as a step's result: a hint is believed, not judged
@@ -88,6 +88,8 @@ def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str
     school = str(rng.random())
     if kind == "plain":
         return student_prompt(problem), PLAIN.solve(problem, rng, school)
+    if kind == "exam":
+        return student_prompt(problem), EXAMINED.solve(problem, rng, school)
     if kind == "hint":
         return hint_document(problem, rng, school)
     if kind == "solution":
@@ -102,7 +104,8 @@ def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str
 
 
 def sample_document(rng: random.Random) -> tuple[str, str]:
-    """A random document: kind by MIXTURE, any domain, a problem from the train part."""
+    """A random document: kind by MIXTURE, a problem from the train part of any domain; of exam in plain prompts alone."""
     kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
+    domain = "exam" if kind == "exam" else rng.choice([name for name in DOMAINS if name != "exam"])
     lengths = (1, 2) if kind == "reflect" and rng.random() < SHORT else None
-    return make_document(kind, make_problem(rng.choice(list(DOMAINS)), rng, lengths=lengths), rng)
+    return make_document(kind, make_problem(domain, rng, lengths=lengths), rng)

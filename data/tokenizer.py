@@ -4,7 +4,7 @@ import re
 
 import tiktoken
 
-CHARACTERS = "0123456789+-*=;#?:"
+CHARACTERS = "0123456789+-*=;#?!"
 SPECIAL_TOKENS = (
     "<|end|>",
     "<|user|>", "<|assistant|>",  # a problem; the text the model writes
