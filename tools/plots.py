@@ -60,11 +60,14 @@ def figure(columns: int, title: str, rows: int = 1) -> tuple[Any, Save]:
 
 
 def line(axis: Any, points: dict[float, stats.Values], label: str, style: tuple[str, str], marked: bool = True) -> None:
-    """The mean over runs at every x, in percent, and its 95 % interval as a band."""
+    """The mean over runs at every x, in percent, and its 95 % interval as a band, or as a bar where there is one x."""
     x = sorted(points)
     found = [stats.estimate(points[each]) for each in x]
     mean, half = [100 * e.mean for e in found], [100 * (e.half or 0) for e in found]
     colour, marker = style
+    if len(x) == 1:
+        axis.errorbar(x, mean, half, color=colour, marker=marker, markersize=4, label=label, linestyle="")
+        return
     axis.plot(x, mean, color=colour, marker=marker if marked else "", markersize=4, label=label)
     low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
     axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)

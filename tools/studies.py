@@ -47,6 +47,12 @@ STUDIES = {
         flags="",
         seeds=(0,),
     ),
+    "teacher": Study(
+        "train_rosd.py",
+        {"frozen": ""}
+        | {f"EMA {rate}": f"--ema {rate}" for rate in (0.02, 0.05, 0.1, 0.2)}
+        | {"span mask, frozen": "--mask span", "span mask, EMA 0.05": "--mask span --ema 0.05"},
+    ),
     "ablations": Study(
         "train_rosd.py",
         {"ROSD": ""}
@@ -57,12 +63,7 @@ STUDIES = {
             "100% of the ideas of another problem": "--spoil-idea 1.0 --spoil-kind other",
             "100% of the quotes random": "--spoil-quote 1.0",
         },
-    ),
-    "teacher": Study(
-        "train_rosd.py",
-        {"frozen": ""}
-        | {f"EMA {rate}": f"--ema {rate}" for rate in (0.02, 0.05, 0.1, 0.2)}
-        | {"span mask, frozen": "--mask span", "span mask, EMA 0.05": "--mask span --ema 0.05"},
+        curve=(),
     ),
     "collapse": Study(
         "train_rosd.py",

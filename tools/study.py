@@ -113,7 +113,7 @@ def write_results(name: str, study: Study, jobs: list[Job], done: dict[Job, dict
     order = {variant: i for i, variant in enumerate(study.variants)}
     runs = [done[job] for job in sorted(done, key=lambda job: (order[job.variant], jobs.index(job)))]
     content = {"study": name, "script": study.script, "reference": study.reference, "planned": planned(study)}
-    lines = [json.dumps(files.plain(run), ensure_ascii=False, allow_nan=False) for run in runs]
+    lines = [json.dumps(files.plain(run), separators=(",", ":"), allow_nan=False) for run in runs]
     head = json.dumps(content, indent=1)[:-2]
     files.make_folder(stats.RESULTS)
     files.write_text(stats.RESULTS / f"{name}.json", f'{head},\n "runs": [\n' + ",\n".join(lines) + "\n ]\n}\n")
