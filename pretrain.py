@@ -6,8 +6,8 @@
     torchrun --standalone --nproc_per_node=2 pretrain.py    the same in two processes
 
 Next-token loss on the responses of five kinds of documents (data/documents.py). Muon trains the matrices, with
-which it needs far fewer updates than AdamW; AdamW trains the embedding, the norms and the value matrices. (Muon spreads
-every matrix over its full rank. Values under AdamW keep room to spare, as those of large models have.)
+which it needs far fewer updates than AdamW; AdamW trains the embedding, the norms and the first layer's values. (Muon spreads
+a matrix over its full rank; under AdamW with weight decay it keeps room to spare, as those of large models have.)
 """
 
 import math
@@ -37,12 +37,12 @@ from train_spd import Pair, next_token_loss
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = option(2600, "updates", minimum=1)
+    steps: int = option(2700, "updates", minimum=1)
     batch: int = option(64, "documents an update", minimum=1)
     muon_rate: float = option(0.02, "peak learning rate of Muon", minimum=0)
     adamw_rate: float = option(1e-2, "peak learning rate of AdamW", minimum=0)
     weight_decay: float = option(0.1, "weight decay of the matrices", minimum=0)
-    value_decay: float = option(0.2, "weight decay of the value matrices, under AdamW", minimum=0)
+    value_decay: float = option(0.2, "weight decay of the first layer's values, under AdamW", minimum=0)
     layers: int = option(4, "layers", minimum=2)
     width: int = option(64, "residual width", minimum=8)
     heads: int = option(4, "query heads", minimum=1)
@@ -119,10 +119,10 @@ def pretrain(config: Config) -> GPT:
         n_hidden=3 * config.width,
     )
     model = GPT(shape).to(device)
-    values = [block.attn.v_proj.weight for block in model.blocks] if config.value_decay > 0 else []
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and all(p is not value for value in values)]
+    values = model.blocks[0].attn.v_proj.weight
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and p is not values]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
-    groups = [{"params": others, "weight_decay": 0.0}, {"params": values, "weight_decay": config.value_decay}]
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": [values], "weight_decay": config.value_decay}]
     optimizers = [
         Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay),
         torch.optim.AdamW(groups, lr=config.adamw_rate, betas=(0.9, 0.95)),
