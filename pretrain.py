@@ -6,8 +6,8 @@
     torchrun --standalone --nproc_per_node=2 pretrain.py    the same in two processes
 
 Next-token loss on the responses of five kinds of documents (data/documents.py). Muon trains the matrices, with
-which it needs far fewer updates than AdamW; AdamW trains the embedding, the norms and the first layer's values. (Muon spreads
-a matrix over its full rank; under AdamW with weight decay it keeps room to spare, as those of large models have.)
+which it needs far fewer updates than AdamW; AdamW trains the embedding, the norms and the first layer's values. Muon
+spreads a matrix over its full rank; under AdamW with weight decay it keeps room to spare, as large models do.
 """
 
 import math

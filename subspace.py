@@ -48,7 +48,7 @@ class SubspaceConfig:
     calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
     loss: str = option("aligned", "calibration loss: on results, on whole steps, or on everything", "aligned", LOSSES)
     subspace: str = option("gradient", "where the subspace comes from", "gradient", ("gradient", "random"))
-    layers: str = option("3", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L")
+    layers: str = option("1", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L")
     rank: str = option("50%", "rank of the projectors: a number, a share like 50%, or energy:0.99", "50%")
     project: str = option("kv", "what is projected", "kv", ("kv", "k", "v"))
     coordinate: str = option("linear", "where the projector acts", "not stated", COORDINATES)
@@ -268,7 +268,7 @@ def fold(model: GPT, projectors: dict[Place, Tensor]) -> None:
 @dataclass(frozen=True)
 class Config(SubspaceConfig):
     task: str = option("arithmetic", "what the calibration set and the prompt are from")
-    domain: str = option("add", "domain of the calibration set and the prompt")
+    domain: str = option("exam", "domain of the calibration set and the prompts")
     temperature: float = option(0.0, "sampling temperature of the answers; 0 is greedy", minimum=0)
     seed: int = option(0, "seed of calibration set, prompts and sampling", None, (), 0, 2**63 - 1)
     base: str = option("data/base.pt", "checkpoint of the model")

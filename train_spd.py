@@ -69,9 +69,13 @@ class Config(SubspaceConfig, RunConfig):
 
 
 def settle(config: Config) -> Config:
-    """The same settings with the method's temperature where no flag gives one."""
+    """The same settings with the method's temperature, and the domain with something to lose, where no flag gives them.
+
+    The base loses itself in checks where it sees the mark of an exam, and correctness does not need the mark.
+    """
     temperature = METHODS[config.method][1] if config.temperature is None else config.temperature
-    return dataclasses.replace(config, temperature=temperature)
+    domain = config.domain or ("exam" if config.task == "arithmetic" else "")
+    return dataclasses.replace(config, temperature=temperature, domain=domain)
 
 
 # ---------------------------------------------------------------------------------------------- step 2: generate

@@ -1,4 +1,4 @@
-"""The shipped base passes the gates of the hint audit, its optimizer is torch's Muon, and its script refuses bad input."""
+"""The shipped base passes the gates of the hint audit, and its script refuses bad input."""
 
 import sys
 from pathlib import Path
