@@ -72,15 +72,15 @@ def out_of_domain(scores: dict[str, dict], home: str) -> float | None:
     return sum(away) / len(away) if away else None
 
 
-def comparison(rows: dict[str, dict[str, dict]], home: str) -> str:
-    """The closing table: name -> scores; accuracy in and out of domain, and how responses are written, in percent."""
-    counts = ("mean", "unfinished", "problems", "samples")
-    habits = [habit for habit in next(iter(rows.values()))[home] if habit not in counts]
-    header = ["accuracy, %", f"on {home}", "elsewhere", *habits, "unfinished"]
+def comparison(rows: dict[str, dict[str, dict]], home: str, habits: dict[str, str]) -> str:
+    """The closing table of name -> scores: accuracy in and out of domain, and how responses are written, in percent."""
+    header = ["right answers, %", f"on {home}", "elsewhere", *habits, "unfinished"]
 
     def line(name: str, scores: dict[str, dict]) -> list[str]:
         here = scores[home]
         values = [here["mean"], out_of_domain(scores, home), *(here[habit] for habit in habits), here["unfinished"]]
         return [name, *("-" if value is None else f"{100 * value:.1f}" for value in values)]
 
-    return markdown_table(header, [line(name, scores) for name, scores in rows.items()])
+    table = markdown_table(header, [line(name, scores) for name, scores in rows.items()])
+    said = "".join(f"; {name}: {meaning}" for name, meaning in habits.items())
+    return f"{table}\nelsewhere: mean over the domains that were not trained on{said}; unfinished: no answer in time"

@@ -129,6 +129,27 @@ def spoil(reflection: Reflection, tokens: list[str], idea: str | None, quote: bo
     return Reflection(q, e)
 
 
+def spoil_some(
+    read: list[Reflection],
+    rollouts: list[Rollout],
+    task: Task,
+    ideas: float,
+    kind: str,
+    quotes: float,
+    rng: random.Random,
+) -> list[Reflection]:
+    """The reflections, a share of whose ideas (kind 'false', or 'other': of another problem) and quotes mislead."""
+    spoiled = []
+    for rollout, reflection in zip(rollouts, read, strict=True):
+        idea = None
+        if rng.random() < ideas and reflection.idea is not None:
+            others = [r.idea for r, o in zip(read, rollouts, strict=True) if r.idea and o.problem != rollout.problem]
+            idea = false_idea(reflection.idea, rng) if kind == "false" else rng.choice(others or [None])
+        quote = rng.random() < quotes and not rollout.verdict.correct
+        spoiled.append(spoil(reflection, task.pieces(rollout.tokens), idea, quote, rng))
+    return spoiled
+
+
 def false_idea(idea: str, rng: random.Random) -> str:
     """The same idea with wrong results: every number after '=', or else the last number, gets another last digit.
 

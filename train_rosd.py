@@ -2,8 +2,7 @@
 
     python train_rosd.py                                   ROSD, then SDPO from the same base, then the table of both
     python train_rosd.py --method grpo --no-baseline       any other method by itself
-    python train_rosd.py --mask whole                      ROSD without localization (span, oracle: other masks)
-    python train_rosd.py --context peer                    ROSD without reflection
+    python train_rosd.py --mask whole                      ROSD without localization; --context peer: without reflection
     python train_rosd.py --preset released                 the settings of the released code, where they differ
 
 One step: the student samples G rollouts a problem; the verifier scores them; the reflector quotes each wrong rollout's
@@ -19,7 +18,7 @@ place of e, or where the mask applies, and nothing else:
 [('reflection', 'suffix'), ('peer', 'whole'), ('reflection', 'whole')]
 
 Simplified compared with the released code: rollouts come from the training weights themselves, so the first update on
-a batch is exactly on-policy; problems are synthetic and never end; there is no reward model.
+a batch is exactly on-policy; there is no reward model.
 """
 
 import dataclasses
@@ -45,12 +44,11 @@ from reflect import (
     Rollout,
     choose_peers,
     error_mask,
-    false_idea,
     locate_span,
     parse_reflection,
     reflect,
     sample_rollouts,
-    spoil,
+    spoil_some,
     true_position,
 )
 
@@ -58,9 +56,15 @@ from reflect import (
 
 METHODS = {  # what the teacher holds, and which tokens the loss is on
     "rosd": {"context": "reflection", "mask": "suffix"},
-    "sdpo": {"context": "peer", "mask": "whole"},  # OPSD in the setting of RL: a correct peer's solution
-    "opsd": {"context": "gold", "mask": "whole"},  # OPSD in the setting of SFT: the data set's golden solution
-    "grpo": {"context": "none", "mask": "whole"},  # no teacher: group-relative advantage
+    "sdpo": {"context": "peer", "mask": "whole"},  # OPSD in the setting of RL
+    "opsd": {"context": "gold", "mask": "whole"},  # OPSD in the setting of SFT
+    "grpo": {"context": "none", "mask": "whole"},
+}
+NAMES = {  # for the closing table
+    "rosd": "ROSD, corrected from its first error on",
+    "sdpo": "SDPO, imitates a peer's correct solution",
+    "opsd": "OPSD, imitates the golden solution",
+    "grpo": "GRPO, rewarded for right answers",
 }
 PAPER = {"peer": "shortest", "reflector": "base", "told_answer": False, "solved": "keep", "malformed": "drop"}
 PAPER |= {"ema": 0.0, "minibatches": 1, "learning_rate": 1e-3}
@@ -173,15 +177,8 @@ def reflect_on(
     generator = run.generator("reflect", step)
     texts = reflect(reflector, task, rollouts, peers, config.told_answer, config.reflect_temperature, generator)
     read = list(map(parse_reflection, texts))
-    rng, spoiled = run.random("spoil", step), []
-    for rollout, reflection in zip(rollouts, read, strict=True):
-        idea = None
-        if rng.random() < config.spoil_idea and reflection.idea is not None:
-            others = [r.idea for r, o in zip(read, rollouts, strict=True) if r.idea and o.problem != rollout.problem]
-            idea = false_idea(reflection.idea, rng) if config.spoil_kind == "false" else rng.choice(others or [None])
-        quote = rng.random() < config.spoil_quote and not rollout.verdict.correct
-        spoiled.append(spoil(reflection, task.pieces(rollout.tokens), idea, quote, rng))
-    return spoiled
+    doses = (config.spoil_idea, config.spoil_kind, config.spoil_quote)
+    return spoil_some(read, rollouts, task, *doses, run.random("spoil", step))
 
 
 def make_lessons(
@@ -315,8 +312,8 @@ def train(config: Config) -> dict:
         before = run.once("before", lambda: evaluate_run(student, task, config))
         for step in run.steps(config.steps):
             problems = parallel.share(task.problems(config.domain, config.batch, run.random("problems", step)))
-            generator = run.generator("rollout", step)
-            rollouts = sample_rollouts(student, task, problems, config.group, generator, config.temperature)
+            sampling = (config.group, run.generator("rollout", step), config.temperature)
+            rollouts = sample_rollouts(student, task, problems, *sampling)
             reflector = student if config.reflector == "student" else run.base
             lessons, quotes = make_lessons(rollouts, reflector, task, config, step, run)
             with run.keeping_bad_batch(lessons):
@@ -344,8 +341,11 @@ def main() -> None:
     sdpo = dataclasses.replace(config, method="sdpo", context=None, mask=None)
     results = train_all(train, [config, sdpo] if config.baseline and config.method != "sdpo" else [config])
     if parallel.FIRST:
-        rows = {"base": results[0]["before"]} | {r["config"]["method"].upper(): r["after"] for r in results}
-        print(f"\n{comparison(rows, results[0]['config']['domain'])}\n\nEvery figure: {config.out}/<run>/results.json.")
+        rows = {"base, before training": results[0]["before"]}
+        for result in results:
+            rows[NAMES.get(method := result["config"]["method"], method.upper())] = result["after"]
+        print(f"\n{comparison(rows, results[0]['config']['domain'], results[0]['habits'])}")
+        print(f"Every figure is in {config.out}/<run>/results.json.")
 
 
 if __name__ == "__main__":

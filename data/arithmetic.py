@@ -1,6 +1,7 @@
 """The synthetic task: chain arithmetic, whose verifier knows the true first error."""
 
 import random
+from typing import ClassVar
 
 from data import chains, prompts, tokenizer
 from data.task import Problem, Task, Verdict
@@ -8,7 +9,7 @@ from data.task import Problem, Task, Verdict
 
 class Arithmetic(Task):
     domains = tuple(chains.DOMAINS)
-    habits = ("merged", "checked")
+    habits: ClassVar = {"merged": "several operations in one step", "checked": "a step written twice"}
     knows_first_error = True
     max_response = chains.BUDGET
     max_reflection = 80

@@ -104,7 +104,7 @@ def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str
 
 
 def sample_document(rng: random.Random) -> tuple[str, str]:
-    """A random document: kind by MIXTURE, a training problem of any domain; exam problems come in plain prompts alone."""
+    """A random document: kind by MIXTURE, about a training problem; exam problems come in plain prompts alone."""
     kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
     domain = "exam" if kind == "exam" else rng.choice([name for name in DOMAINS if name != "exam"])
     lengths = (1, 2) if kind == "reflect" and rng.random() < SHORT else None

@@ -6,7 +6,9 @@ that decide whether it is right, and turns text into tokens. Another task is ano
 
 import random
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,9 @@ class Verdict:
 
 class Task(ABC):
     domains: tuple[str, ...]
-    habits: tuple[str, ...] = ()  # notable ways to write a response; each becomes a column of metrics and tables
+    habits: Mapping[str, str] = MappingProxyType(
+        {}
+    )  # notable ways to write a response, a column each, and what they are
     knows_first_error: bool = (
         False  # whether verdicts locate errors: without, the oracle and quote accuracy are unknown
     )

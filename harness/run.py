@@ -174,7 +174,8 @@ class Run:
         """Write model.pt and results.json; the state is not needed any more."""
         about = {"name": self.folder.name, "config": files.plain(self.config), "base_checksum": self.checksum}
         measured = {"seconds": self.seconds(), "peak_memory_mb": peak_memory_mb()}
-        self.results = files.plain({**about, **provenance(), **measured, **content})
+        habits = {"habits": dict(self.task.habits)}
+        self.results = files.plain({**about, **provenance(), **measured, **habits, **content})
         if parallel.FIRST:
             if self.state["history"] and all(row["loss"] is None for row in self.state["history"]):
                 print(f"{self.folder}: no step had anything to learn from, the model is the base.", file=sys.stderr)

@@ -3,6 +3,7 @@
 import random
 import re
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ class Letters(Task):
     )
     WORDS = (*"abcd0123?!~", *WRITTEN, "<error_quote>", "</error_quote>", "<explanation>", "</explanation>", "<end>")
     domains = ("one", "two")
-    habits = ("loud",)
+    habits: ClassVar = {"loud": "capital letters"}
     max_response, max_reflection = 8, 8
     vocab_size, stop = len(WORDS), len(WORDS) - 1
     FORM = re.compile("|".join(map(re.escape, sorted(WORDS, key=len, reverse=True))))

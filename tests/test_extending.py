@@ -15,7 +15,7 @@ from conftest import ROSD, SPD, Letters, tiny_gpt
 from harness import files
 
 CORE = ["reflect.py", "subspace.py", "evaluate.py", "train_rosd.py", "train_spd.py", "losses.py", "lora.py", "model.py"]
-IMPORTS = "import random\nimport re\n\nfrom data.task import Problem, Task, Verdict\n\n\n"
+IMPORTS = "from typing import ClassVar\nimport random\nimport re\n\nfrom data.task import Problem, Task, Verdict\n\n\n"
 LOADED = '    if name == "letters":\n        from data.letters import Letters\n\n        return Letters()'
 ADDITIONS = [  # file, line after which to add, the added line
     ("data/__init__.py", "def load_task", LOADED),
@@ -28,7 +28,7 @@ ADDITIONS = [  # file, line after which to add, the added line
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("copy")
-    for folder in ("data", "harness"):
+    for folder in ("data", "harness", "hub"):
         (copy / folder).mkdir()
         for path in (files.ROOT / folder).glob("*.py"):
             shutil.copy(path, copy / folder)

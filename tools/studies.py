@@ -29,7 +29,7 @@ METHODS = {
     "GRPO": "--method grpo",
 }
 THREE = {name: METHODS[name] for name in ("ROSD", "SDPO", "GRPO")}
-GENERATION = "--domain mix --epochs 0 --prompts 1"  # of SPD: only what the base writes, before any training
+GENERATION = "--domain exam --epochs 0 --prompts 1"  # of SPD: only what the base writes, before any training
 
 STUDIES = {
     "rosd": Study(
@@ -96,7 +96,9 @@ STUDIES = {
             "SSD, T = 0.6": "--method ssd --temperature 0.6",
             "SPD, full-sequence loss": "--loss full",
             "SPD, random subspace": "--subspace random",  # another draw with every seed
+            "SPD, T = 1": "--temperature 1",
         },
+        flags="--domain exam",
         curve=(),
     ),
     "spd-sweeps": Study(
