@@ -24,7 +24,7 @@ from harness.cli import option, parse_config, run_script
 from harness.run import provenance, seeded
 from losses import divergence
 from model import GPT, generate, response_logprobs
-from reflect import Rollout, locate, parse_reflection, quote_end, sample_rollouts
+from reflect import Rollout, locate_span, parse_reflection, sample_rollouts
 from subspace import Place, calibrate, calibration_set, hooked, place_name, project_kv
 from tools import stats, strips
 from tools.strips import Token
@@ -84,11 +84,10 @@ def readings(base: GPT, task: Task, rollout: Rollout, peer: Rollout) -> dict[str
     """method -> how its teacher reads the rollout, and a note; ROSD is left out where the reflection is malformed."""
     written = reflect.reflect(base, task, [rollout], [peer.text])[0]
     reflection, tokens = parse_reflection(written), task.pieces(rollout.tokens)
-    k, found = locate(reflection.quote, tokens), {}
+    (k, end), found = locate_span(reflection.quote, tokens) or (0, 0), {}
     if reflection.idea is not None:
-        end = 0 if k is None else quote_end(reflection.quote, k, tokens)
-        reading = Reading(task.teacher_prompt(rollout.problem, idea=reflection.idea), k or 0, end)
-        found["ROSD"] = reading, f"The reflector writes `{written}`, so k = {k or 0}"
+        reading = Reading(task.teacher_prompt(rollout.problem, idea=reflection.idea), k, end)
+        found["ROSD"] = reading, f"The reflector writes `{written}`, so k = {k}"
     prompt = task.teacher_prompt(rollout.problem, solution=peer.text)
     return found | {"SDPO": (Reading(prompt), f"The teacher holds `{peer.text}`")}
 
