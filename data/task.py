@@ -9,6 +9,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 
+class TaskError(ValueError):
+    """What a task refuses: the message names the cause and the remedy in one sentence; scripts print it."""
+
+
 @dataclass(frozen=True)
 class Problem:
     question: str
