@@ -9,7 +9,7 @@
 import re
 from fractions import Fraction
 
-MARK = "Answer:"  # the prompts ask for the answer after this word, and golden solutions have it
+MARK = "The answer is"  # before the answer in golden solutions, and where a prompt asks for it
 
 NUMBER = r"(?:(?<![\w)\]])-)?(?<![\w.])(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d{1,2}(?!\d)|\s?/\s?\d+)?"
 MARKS = re.compile(r"answer\W{0,3}\s*(?:is\b:?|:|=)|####", re.IGNORECASE)

@@ -34,9 +34,10 @@ Somebody who has looked at attempts at this problem tells you what matters in it
 
 Write a solution of your own that heeds this advice without mentioning it."""
 
-LAST_LINE = f"""
+# Questions of Reasoning Gym say themselves how to answer; asked for more, small models are right less often.
+ENDING = f"""
 
-Work in short steps where that helps. Put the result alone on the last line, after "{MARK}"."""
+Work in short steps where that helps. End with the words "{MARK}" and the result."""
 
 REFLECT_WRONG = """\
 Find the first mistake in an attempt at a problem.
@@ -92,14 +93,14 @@ REFLECTED = (
 )
 
 
-def student_request(question: str) -> str:
-    return STUDENT.format(question=question) + LAST_LINE
+def student_request(question: str, ending: str) -> str:
+    return STUDENT.format(question=question) + ending
 
 
-def teacher_request(question: str, idea: str | None, solution: str | None) -> str:
+def teacher_request(question: str, ending: str, idea: str | None, solution: str | None) -> str:
     """The problem with a corrective idea, with a solution that is right, or with both."""
     form = SOLUTION if idea is None else IDEA if solution is None else BOTH
-    return form.format(question=question, idea=idea, solution=solution) + LAST_LINE
+    return form.format(question=question, idea=idea, solution=solution) + ending
 
 
 def reflection_request(question: str, attempt: str, peer: str | None, answer: str | None) -> str:

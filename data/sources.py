@@ -22,7 +22,7 @@ from data.task import Problem, TaskError
 
 @dataclass(frozen=True)
 class WordProblem(Problem):
-    """A problem in words; its solution is the data's own work, if there is some, and 'Answer: 42'."""
+    """A problem in words; its solution is the data's own work, if there is some, and 'The answer is 42'."""
 
     answer: str
     domain: str
@@ -36,10 +36,15 @@ def is_test(question: str) -> bool:
 class Source(ABC):
     domains: tuple[str, ...]
     max_response: int  # tokens that suffice, as a rule
+    asks_for_ending: bool  # whether the prompt says how to end, as the questions do not
 
     @abstractmethod
     def draw(self, domain: str, count: int, rng: random.Random, test: bool) -> list[WordProblem]:
         """Random problems of one split of a domain."""
+
+    def listed(self) -> list[WordProblem]:
+        """All problems, where they are a list."""
+        return []
 
     @abstractmethod
     def right(self, problem: WordProblem, answer: str) -> bool:
@@ -70,6 +75,7 @@ class Gym(Source):
     """
 
     max_response = 128
+    asks_for_ending = False
 
     def __init__(self, names: str) -> None:
         try:
@@ -91,8 +97,11 @@ class Gym(Source):
             try:
                 self.datasets[domain] = create_dataset(name, **settings)
                 first = self.datasets[domain][0]
+                if self.datasets[domain].size < 1:
+                    raise ValueError("its size must be 1 or more")
             except Exception as error:  # every dataset refuses settings in its own way
-                raise TaskError(f"the dataset {domain!r} cannot be made ({error}); give other settings") from error
+                reason = str(error).partition("\n")[0]
+                raise TaskError(f"the dataset {domain!r} cannot be made ({reason}); give other settings") from error
             if first["answer"] is None:
                 raise TaskError(f"the dataset {name} has no golden answers; choose another one")
 
@@ -139,6 +148,7 @@ class Lines(Source):
     """
 
     max_response = 256
+    asks_for_ending = True
 
     def __init__(self, paths: str) -> None:
         self.problems: dict[str, list[WordProblem]] = {}
@@ -152,6 +162,9 @@ class Lines(Source):
         """Each problem once, before any comes again."""
         pool = [problem for problem in self.problems[domain] if is_test(problem.question) == test]
         return [*pool * (count // len(pool)), *rng.sample(pool, count % len(pool))]
+
+    def listed(self) -> list[WordProblem]:
+        return [problem for problems in self.problems.values() for problem in problems]
 
     def right(self, problem: WordProblem, answer: str) -> bool:
         return equal(answer, problem.answer)
@@ -184,6 +197,8 @@ def read_lines(path: Path) -> list[WordProblem]:
         work = re.sub(r"<<[^<>]*>>", "", work).strip()  # GSM8K's notes for a calculator
         solution = "\n".join([*[work] * bool(work), f"{MARK} {answer.strip()}"])
         problems.append(WordProblem(found["question"], solution, answer.strip(), path.stem, number))
+    if not problems:
+        raise TaskError(f"{path} holds no problem; give JSON lines with question and answer")
     for test, split in ((False, "training"), (True, "test")):
         if not any(is_test(problem.question) == test for problem in problems):
             raise TaskError(f"{path} has {len(problems)} problems, none of them for the {split} split; add more lines")

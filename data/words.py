@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from data.answers import MARK, MARKS, final_answer
-from data.requests import REFLECTED, reflection_request, student_request, teacher_request
+from data.requests import ENDING, REFLECTED, reflection_request, student_request, teacher_request
 from data.sources import Source, WordProblem
 from data.task import Task, TaskError, Verdict
 from hub.tokenizer import END_OF_TURN, Tokenizer
@@ -30,7 +30,7 @@ class Words(Task):
 
     def __init__(self, source: Source, base: Path | str, shots: int = 0, max_response: int | None = None) -> None:
         if not Path(base).is_dir():
-            raise TaskError(f"{base} is no folder, and this task needs a Hugging Face model's tokenizer; give its --base")
+            raise TaskError(f"this task needs a Hugging Face model, and {base} is not its folder; give one with --base")
         try:
             self.tokenizer = Tokenizer(base)
             self.tokenizer.chat([])
@@ -40,10 +40,19 @@ class Words(Task):
         self.source, self.domains, self.shots = source, source.domains, shots
         self.max_response = max_response or source.max_response
         self.vocab_size, self.stop = self.tokenizer.vocab_size, self.tokenizer.stops
+        self.ending = ENDING * source.asks_for_ending
         self.shown: dict[str, list[WordProblem]] = {}
         if shots:  # one more than is shown: a problem is never an example of itself
             rng = random.Random("examples")
             self.shown = {domain: source.draw(domain, shots + 1, rng, False) for domain in self.domains}
+        self.rest = {}  # tokens of a domain's longest prompt without its problem, and of all that models add to it
+        for domain in self.domains:
+            blank = WordProblem("", "", "", domain, 0)
+            prompts = (self.student_prompt(blank), self.reflector_prompt(blank, "", "", True))
+            longest = max(len(self.tokenizer.encode(prompt)) for prompt in prompts)
+            self.rest[domain] = longest + 2 * self.max_response + self.max_reflection
+        for problem in source.listed():
+            self.check(problem)
 
     # ------------------------------------------------------------------------------------------ problems
 
@@ -59,11 +68,9 @@ class Words(Task):
         return drawn
 
     def check(self, problem: WordProblem) -> None:
-        """TaskError where the prompts about a problem cannot be written or may not fit."""
-        prompts = (self.student_prompt(problem), self.reflector_prompt(problem, "", "", True))
+        """TaskError where a problem's prompts cannot be written or may not fit, whatever the model will have said."""
         try:
-            longest = max(len(self.tokenizer.encode(prompt)) for prompt in prompts)
-            longest += len(self.tokenizer.encode(problem.solution)) + 2 * self.max_response + self.max_reflection
+            longest = self.rest[problem.domain] + len(self.tokenizer.encode(f"{problem.question}\n{problem.solution}"))
         except ValueError as error:
             raise TaskError(f"problem {problem.index} of {problem.domain}: {error}") from error
         if longest > self.block_size:
@@ -74,7 +81,7 @@ class Words(Task):
     def verify(self, problem: WordProblem, response: str) -> Verdict:
         answer = final_answer(response, problem.answer)
         marked = MARKS.search(response) is not None
-        terse = len(response.split()) <= len(problem.answer.split()) + marked
+        terse = len(response.split()) <= len(problem.answer.split()) + 3 * marked
         habits = tuple(habit for habit, shown in (("marked", marked), ("terse", terse)) if shown and answer is not None)
         correct = answer is not None and self.source.right(problem, answer)
         return Verdict(correct, answer is not None, None, habits)
@@ -82,7 +89,7 @@ class Words(Task):
     def decisive(self, solution: list[str], rule: str = "aligned") -> list[int]:
         """S: the tokens of the answer and of what follows '='; with the rule 'steps' all that calculate."""
         text = "".join(solution)
-        calculation = r"=\s*([-$€£]*[\d.,/]*\d)" if rule == "aligned" else r"(\S*\d\S*|(?<=\s)[-+*/×÷=](?=\s))"
+        calculation = r"=\s*[$€£]*(-?[\d.,/]*\d)" if rule == "aligned" else r"(\S*\d\S*|(?<=\s)[-+*/×÷=](?=\s))"
         spans = [match.span(1) for match in re.finditer(calculation, text)]
         answer = re.compile(rf"{MARK}\s*(.*\S)", re.DOTALL).finditer(text, max(0, text.rfind(MARK)))
         spans += [match.span(1) for match in answer]
@@ -97,10 +104,10 @@ class Words(Task):
     # ------------------------------------------------------------------------------------------ prompts
 
     def student_prompt(self, problem: WordProblem) -> str:
-        return self.chat(student_request(problem.question), self.examples(problem))
+        return self.chat(student_request(problem.question, self.ending), self.examples(problem))
 
     def teacher_prompt(self, problem: WordProblem, idea: str | None = None, solution: str | None = None) -> str:
-        return self.chat(teacher_request(problem.question, idea, solution), self.examples(problem))
+        return self.chat(teacher_request(problem.question, self.ending, idea, solution), self.examples(problem))
 
     def reflector_prompt(self, problem: WordProblem, attempt: str, peer: str | None, told_answer: bool) -> str:
         answer = problem.answer if told_answer else None
@@ -113,7 +120,7 @@ class Words(Task):
     def examples(self, problem: WordProblem) -> list[tuple[str, str]]:
         """Training problems of the same domain with their solutions, never the problem itself."""
         others = [other for other in self.shown.get(problem.domain, ()) if other.question != problem.question]
-        return [(student_request(other.question), other.solution) for other in others[: self.shots]]
+        return [(student_request(other.question, self.ending), other.solution) for other in others[: self.shots]]
 
     def chat(self, request: str, examples: list[tuple[str, str]]) -> str:
         """The prompt that asks for the answer to a request; no text in it can pass for a special token."""
