@@ -285,7 +285,7 @@ def spectra(model: GPT, task: Task, config: Config) -> dict[Place, tuple[Tensor,
 
 def main() -> None:
     config = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
-    task, model = load_task(config.task), files.load_checkpoint(config.base)[0]
+    task, model = load_task(config.task, config.base), files.load_checkpoint(config.base)[0]
     chosen, rows = target_layers(config.layers, model.config.n_layer), []
     for place, (s, r) in spectra(model, task, config).items():
         bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for value in (s / s[0]).tolist())

@@ -311,6 +311,8 @@ def train(config: Config) -> dict:
         if run.results:
             return run.results
         config, task = run.config, run.task
+        if config.mask == "oracle" and not task.knows_first_error:
+            raise UserError(f"the task {config.task} knows no true first error; give another --mask than oracle")
         student, teacher = deepcopy(run.base).requires_grad_(True), deepcopy(run.base)
         optimizer = torch.optim.AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
         if config.compile:

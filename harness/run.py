@@ -39,10 +39,12 @@ from model import GPT
 class RunConfig:
     """The settings that every training script has."""
 
-    task: str = option("arithmetic", "what to train on")
+    task: str = option("arithmetic", "what to train on: arithmetic, gym:NAME[,NAME...] or FILE.jsonl")
+    shots: int = option(0, "worked examples in the prompts of a task in words", minimum=0)
+    max_response: int | None = option(None, "tokens of a response to a task in words; else the task's", minimum=1)
     domain: str = option("", "domain to train on, all others are out of domain; the task's first where none is given")
     seed: int = option(0, "seed of everything random, test problems included")
-    base: str = option("data/base.pt", "checkpoint to start from")
+    base: str = option("data/base.pt", "checkpoint to start from, or the folder of a Hugging Face model")
     out: str = option("out", "folder for runs")
     baseline: bool = option(True, "train what the method is compared with afterwards, for the table")
     eval_problems: int = option(64, "test problems a domain", minimum=1)
@@ -68,7 +70,7 @@ class Run:
 
     def __init__(self, config: RunConfig, name: str, state: dict[str, Any] | None = None) -> None:
         try:
-            self.task = load_task(config.task)
+            self.task = load_task(config.task, config.base, config.shots, config.max_response)
         except ValueError as error:
             raise UserError(str(error)) from error
         self.config = config = dataclasses.replace(config, domain=config.domain or self.task.domains[0])
@@ -78,9 +80,10 @@ class Run:
         torch.set_num_threads(config.threads)
         self.device = parallel.start(config.device)
         self.base = files.load_checkpoint(config.base)[0].to(self.device).requires_grad_(False).eval()
-        if self.base.config.vocab_size != self.task.vocab_size:
-            sizes = f"{self.base.config.vocab_size} tokens, the task {config.task} one of {self.task.vocab_size}"
-            raise UserError(f"{config.base} has a vocabulary of {sizes}; make it anew with pretrain.py")
+        has, needed, padded = self.base.config.vocab_size, self.task.vocab_size, Path(config.base).is_dir()
+        if has < needed or (has > needed and not padded):  # the matrices of real models have rows of no token
+            sizes = f"{has} tokens, the task {config.task} one of {needed}"
+            raise UserError(f"{config.base} has a vocabulary of {sizes}; make it anew, or give another --base")
         self.checksum = files.checksum(config.base)
         self.folder = files.make_folder(Path(config.out) / name)
         self.results: dict[str, Any] = {}
@@ -235,7 +238,7 @@ def run_name(config: RunConfig) -> str:
             shown = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
             flags.append(f"{field.name}={''.join(c if c.isalnum() or c in '+.-' else '_' for c in shown)}")
     if files.checksum(config.base) != files.checksum(files.BASE_CHECKPOINT):
-        flags.append(f"base={Path(config.base).stem}.{files.checksum(config.base)}")
+        flags.append(f"base={Path(config.base).name.removesuffix('.pt')}.{files.checksum(config.base)}")
     where = [config.domain] if config.domain else []
     return "-".join([config.method, *flags, *where, f"seed{config.seed}"])
 
