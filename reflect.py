@@ -234,7 +234,7 @@ def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Ro
 @torch.no_grad()
 def main() -> None:
     config = parse_config(Config, "One worked example of first-error reflection.")
-    task, model = find_task(config.task, config.domain), files.load_checkpoint(config.base)[0]
+    task, model = find_task(config, config.domain), files.load_checkpoint(config.base)[0]
     wrong, peer, _ = example(model, task, config.domain, config.seed)
     written = reflect(model, task, [wrong], [peer.text])[0]
     reflection, tokens = parse_reflection(written), task.pieces(wrong.tokens)

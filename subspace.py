@@ -287,7 +287,7 @@ def spectra(model: GPT, task: Task, config: Config) -> dict[Place, tuple[Tensor,
 
 def main() -> None:
     config = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
-    task = find_task(config.task, config.domain, *config.calibration_domain)
+    task = find_task(config, config.domain, *config.calibration_domain)
     model = files.load_checkpoint(config.base)[0]
     choose_rank(config.rank, torch.ones(place_width(model, config.coordinate)))  # a bad one is told at once
     chosen, rows = target_layers(config.layers, model.config.n_layer), []

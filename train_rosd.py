@@ -17,8 +17,7 @@ place of e, or where the mask applies, and nothing else:
 >>> [(c.context, c.mask) for c in map(settle, (Config(), Config(method="sdpo"), Config(mask="whole")))]
 [('reflection', 'suffix'), ('peer', 'whole'), ('reflection', 'whole')]
 
-Simplified compared with the released code: rollouts come from the training weights themselves, so the first update on
-a batch is exactly on-policy; there is no reward model.
+Simplified compared with the released code: rollouts come from the training weights, and there is no reward model.
 """
 
 import dataclasses
@@ -259,10 +258,7 @@ def pad(rows: list[list], dtype: torch.dtype) -> Tensor:
 def update(
     student: GPT, teacher: GPT, optimizer: Optimizer, lessons: list[Lesson], task: Task, config: Config, step: int
 ) -> float | None:
-    """All updates of a batch: warm-up, loss, clipped gradient, AdamW; then the teacher's EMA -> the mean loss.
-
-    None where no process has a lesson: then nothing is changed.
-    """
+    """All updates of a batch, then the teacher's EMA -> the mean loss; None, and no change, where there is no lesson."""
     optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
     seen = []
     for i in [*range(config.minibatches)] * config.updates:
@@ -302,7 +298,7 @@ def train(config: Config) -> dict:
             return run.results
         config, task = run.config, run.task
         if config.mask == "oracle" and not task.knows_first_error:
-            raise UserError(f"nobody knows the first errors of the task {config.task}; give another --mask")
+            raise UserError(f"the task {config.task} knows no true first error; give another --mask than oracle")
         student, teacher = deepcopy(run.base).requires_grad_(True), deepcopy(run.base)
         optimizer = AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
         if config.compile:

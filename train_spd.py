@@ -173,7 +173,7 @@ def train(config: Config) -> dict:
         config, task, projected = run.config, run.task, METHODS[config.method][0]
         if config.batch < parallel.WORLD:
             raise UserError(f"--batch {config.batch} is too small for {parallel.WORLD} processes; start fewer")
-        find_task(config.task, *config.calibration_domain)  # a bad flag is told at once
+        find_task(config, *config.calibration_domain)  # a bad flag is told at once
         choose_rank(config.rank, torch.ones(place_width(run.base, config.coordinate)))
         target_layers(config.layers, run.base.config.n_layer)
         model = deepcopy(run.base)

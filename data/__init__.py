@@ -1,14 +1,31 @@
-"""Tasks: `task.py` says what one is, `arithmetic.py` is the synthetic one that everything runs on by default."""
+"""Tasks: `task.py` says what one is, `arithmetic.py` is the synthetic one that everything runs on by default.
 
-from data.task import Problem, Task, Verdict
+`words.py` is the task of real language models, with problems of Reasoning Gym or of a file (`sources.py`).
+"""
 
-__all__ = ["Problem", "Task", "Verdict", "load_task"]
+from pathlib import Path
+
+from data.task import Problem, Task, TaskError, Verdict
+
+__all__ = ["Problem", "Task", "TaskError", "Verdict", "load_task"]
 
 
-def load_task(name: str) -> Task:
-    """The task that `--task` names; ValueError says which there are."""
-    if name == "arithmetic":
+def load_task(spec: str, base: Path | str = "data/base.pt", shots: int = 0, max_response: int | None = None) -> Task:
+    """The task that `--task` names, in the tokens of the base: arithmetic, gym:NAME[,NAME...] or FILE.jsonl.
+
+    shots and max_response are for tasks in words alone. Raises TaskError with one sentence if there is no such task, or
+    if something that it needs is missing.
+    """
+    if spec == "arithmetic":
         from data.arithmetic import Arithmetic
 
+        if shots or max_response:
+            raise TaskError("the task arithmetic takes neither --shots nor --max-response; leave them out")
         return Arithmetic()
-    raise ValueError(f"there is no task {name!r}; give --task arithmetic")
+    gym, lines = spec.startswith("gym:"), spec.endswith(".jsonl")
+    if not (gym or lines):
+        raise TaskError(f"there is no task {spec!r}; give arithmetic, gym:NAME of Reasoning Gym, or a FILE.jsonl")
+    from data.sources import Gym, Lines
+    from data.words import Words
+
+    return Words(Gym(spec.removeprefix("gym:")) if gym else Lines(spec), base, shots, max_response)

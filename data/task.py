@@ -11,6 +11,10 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 
+class TaskError(ValueError):
+    """What a task refuses: the message names the cause and the remedy in one sentence; scripts print it."""
+
+
 @dataclass(frozen=True)
 class Problem:
     question: str

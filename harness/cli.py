@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from data.task import TaskError
 from harness.errors import UserError
 
 Config = TypeVar("Config")
@@ -87,14 +88,14 @@ def check_limits(name: str, value: Any, low: float | None, high: float | None) -
 
 
 def run_script(main: Callable[[], None], stopped: str = "Stopped.") -> None:
-    """Call main; turn a UserError into one sentence and exit code 2, Ctrl-C into `stopped` and exit code 130."""
+    """Call main; UserError and TaskError become one sentence and exit code 2, Ctrl-C `stopped` and exit code 130."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has no encoding
             stream.reconfigure(errors="replace")  # a console without UTF-8 shows '?' instead of ending the script
     keep_freed_memory()
     try:
         main()
-    except UserError as error:
+    except (UserError, TaskError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except ValueError as error:

@@ -125,5 +125,11 @@ def check_finite(model: GPT, what: str, remedy: str) -> None:
 
 
 def checksum(path: Path | str) -> str:
-    """Which bytes a checkpoint holds, whatever its name: eight hexadecimal digits."""
-    return f"{zlib.crc32(find_file(path).read_bytes()):08x}"
+    """Which bytes a checkpoint or a Hugging Face folder holds, whatever its name: eight hexadecimal digits."""
+    folder, sum = Path(path), 0
+    parts = [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else [find_file(path)]
+    for part in parts:
+        with part.open("rb") as file:
+            while block := file.read(1 << 24):
+                sum = zlib.crc32(block, sum)
+    return f"{sum:08x}"

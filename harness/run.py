@@ -39,10 +39,12 @@ from model import GPT
 class RunConfig:
     """The settings that every training script has."""
 
-    task: str = option("arithmetic", "what to train on")
+    task: str = option("arithmetic", "what to train on: arithmetic, gym:NAME[,NAME...] or FILE.jsonl")
+    shots: int = option(0, "worked examples in the prompts of a task in words", minimum=0)
+    max_response: int | None = option(None, "tokens of a response to a task in words; else the task's", minimum=1)
     domain: str = option("", "domain to train on, all others are out of domain; the task's first where none is given")
     seed: int = option(0, "seed of everything random, test problems included", None, (), 0, 2**63 - 1)
-    base: str = option("data/base.pt", "checkpoint to start from")
+    base: str = option("data/base.pt", "checkpoint to start from, or the folder of a Hugging Face model")
     out: str = option("out", "folder for runs")
     baseline: bool = option(True, "train what the method is compared with afterwards, for the table")
     eval_problems: int = option(64, "test problems a domain", minimum=1)
@@ -67,14 +69,15 @@ class Run:
     """A run's folder, claimed for this process; used as a context, so that others can claim it afterwards."""
 
     def __init__(self, config: RunConfig, name: str, state: dict[str, Any] | None = None) -> None:
-        self.task = find_task(config.task, *([config.domain] if config.domain else []))
+        self.task = find_task(config, *([config.domain] if config.domain else []))
         self.config = config = dataclasses.replace(config, domain=config.domain or self.task.domains[0])
         torch.set_num_threads(config.threads)
         self.device = parallel.start(config.device)
         self.base = files.load_checkpoint(config.base)[0].to(self.device).requires_grad_(False).eval()
-        if self.base.config.vocab_size != self.task.vocab_size:
-            sizes = f"{self.base.config.vocab_size} tokens, the task {config.task} one of {self.task.vocab_size}"
-            raise UserError(f"{config.base} has a vocabulary of {sizes}; make it anew with pretrain.py")
+        has, needed, padded = self.base.config.vocab_size, self.task.vocab_size, Path(config.base).is_dir()
+        if has < needed or (has > needed and not padded):  # the matrices of real models have rows of no token
+            sizes = f"{has} tokens, the task {config.task} one of {needed}"
+            raise UserError(f"{config.base} has a vocabulary of {sizes}; make it anew, or give another --base")
         self.checksum = files.checksum(config.base)
         self.folder = files.make_folder(Path(config.out) / name)
         self.results: dict[str, Any] = {}
@@ -250,21 +253,23 @@ def run_name(config: RunConfig) -> str:
             flags.append(f"{field.name}={''.join(c if c.isalnum() or c in '+.-' else '_' for c in shown)}")
     shipped = files.BASE_CHECKPOINT
     if not shipped.is_file() or files.checksum(config.base) != files.checksum(shipped):
-        flags.append(f"base={Path(config.base).stem}.{files.checksum(config.base)}")
+        flags.append(f"base={Path(config.base).name.removesuffix('.pt')}.{files.checksum(config.base)}")
     where = [config.domain] if config.domain else []
     name = "-".join([config.method, *flags, *where, f"seed{config.seed}"])
     return name if len(name) < 200 else f"{name[:180]}-{zlib.crc32(name.encode()):08x}"  # file systems allow 255
 
 
-def find_task(name: str, *domains: str) -> Task:
-    """The task of this name; UserError where there is none, or where it lacks one of the domains."""
+def find_task(config: Any, *domains: str) -> Task:
+    """The task that a config names; UserError where there is none, or where it lacks one of the domains."""
+    in_words = (getattr(config, "shots", 0), getattr(config, "max_response", None))
     try:
-        task = load_task(name)
+        task = load_task(config.task, config.base, *in_words)
     except ValueError as error:
         raise UserError(str(error)) from error
     for domain in domains:
         if domain not in task.domains:
-            raise UserError(f"the task {name} has no domain {domain!r}; give one of {', '.join(task.domains)}")
+            known = ", ".join(task.domains)
+            raise UserError(f"the task {config.task} has no domain {domain!r}; give one of {known}")
     return task
 
 

@@ -82,7 +82,7 @@ def tiny_gpt(task: Task, seed: int = 0, **shape: int) -> GPT:
 def letters(monkeypatch: pytest.MonkeyPatch) -> Letters:
     """The second task, in the place of every task that a script asks for."""
     task = Letters()
-    monkeypatch.setattr(harness.run, "load_task", lambda name: task)
+    monkeypatch.setattr(harness.run, "load_task", lambda *_: task)
     return task
 
 

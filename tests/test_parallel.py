@@ -129,7 +129,7 @@ def test_a_locked_folder_stops_all_processes(two_processes: Path, tmp_path: Path
 def main() -> None:
     """One of the processes that torchrun starts."""
     folder = Path(sys.argv[1])
-    harness.run.load_task = lambda name: TASK
+    harness.run.load_task = lambda *_: TASK
     parallel.start("cpu")
     for name, make in UPDATES.items():
         updated = make()

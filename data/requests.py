@@ -1,0 +1,110 @@
+"""What every part is asked, in plain words: the prompts of student, teacher and reflector for problems in words.
+
+`data/words.py` puts them into the chat format of the model.
+"""
+
+from data.answers import MARK
+
+STUDENT = "{question}"
+
+IDEA = """\
+{question}
+
+Somebody who has looked at attempts at this problem tells you what matters in it:
+{idea}
+
+Heed this advice without mentioning it."""
+
+SOLUTION = """\
+{question}
+
+One way to solve it, known to be right:
+{solution}
+
+Make sure of each step yourself, and write a solution of your own."""
+
+BOTH = """\
+{question}
+
+One way to solve it, known to be right:
+{solution}
+
+Somebody who has looked at attempts at this problem tells you what matters in it:
+{idea}
+
+Write a solution of your own that heeds this advice without mentioning it."""
+
+# Questions of Reasoning Gym say themselves how to answer; asked for more, small models are right less often.
+ENDING = f"""
+
+Work in short steps where that helps. End with the words "{MARK}" and the result."""
+
+REFLECT_WRONG = """\
+Find the first mistake in an attempt at a problem.
+
+Problem: {question}{told}
+
+A right solution:
+{peer}
+
+The attempt, whose result is wrong:
+{attempt}
+
+Go through the attempt from its beginning, side by side with the right solution, and stop where it first goes wrong. \
+Copy those few words or that calculation letter by letter from the attempt. Then say in a sentence or two what is \
+wrong there and what is true instead, for a reader who sees the problem alone. Write nothing but this:
+<error_quote>copied from the attempt</error_quote><explanation>what is wrong, and what is true</explanation>"""
+
+REFLECT_RIGHT = """\
+Say what makes an attempt at a problem succeed.
+
+Problem: {question}{told}
+
+The attempt, whose result is right:
+{attempt}
+
+Name in a sentence or two the step on which it all depends, for a reader who sees the problem alone. \
+Write nothing but this:
+<explanation>what matters, and why it is right</explanation>"""
+
+TOLD = "\nIts result is {answer}."
+
+# Worked examples for a reflector that needs them: the fields of its prompt, and what it is to write.
+REFLECTED = (
+    (
+        {
+            "question": "A box holds 4 rows of 6 eggs. 5 eggs are broken. How many are whole?",
+            "answer": "19",
+            "peer": f"4 * 6 = 24 eggs in all.\n24 - 5 = 19 are whole.\n{MARK} 19",
+            "attempt": f"4 * 6 = 26 eggs in all.\n26 - 5 = 21 are whole.\n{MARK} 21",
+        },
+        "<error_quote>4 * 6 = 26</error_quote><explanation>Four rows of six eggs are 4 * 6 = 24 eggs, not 26."
+        "</explanation>",
+    ),
+    (
+        {
+            "question": "Ana reads 12 pages a day. How many pages does she read in a week?",
+            "answer": "84",
+            "peer": None,
+            "attempt": f"A week has 7 days.\n12 * 7 = 84\n{MARK} 84",
+        },
+        "<explanation>A week has 7 days, so the pages of one day are taken 7 times: 12 * 7 = 84.</explanation>",
+    ),
+)
+
+
+def student_request(question: str, ending: str) -> str:
+    return STUDENT.format(question=question) + ending
+
+
+def teacher_request(question: str, ending: str, idea: str | None, solution: str | None) -> str:
+    """The problem with a corrective idea, with a solution that is right, or with both."""
+    form = SOLUTION if idea is None else IDEA if solution is None else BOTH
+    return form.format(question=question, idea=idea, solution=solution) + ending
+
+
+def reflection_request(question: str, attempt: str, peer: str | None, answer: str | None) -> str:
+    """A wrong attempt beside a right solution, or a right attempt alone; with the answer for who is told it."""
+    told = "" if answer is None else TOLD.format(answer=answer)
+    form = REFLECT_RIGHT if peer is None else REFLECT_WRONG
+    return form.format(question=question, attempt=attempt, peer=peer, told=told)

@@ -1,0 +1,166 @@
+"""The task of real language models: problems in words, asked in the chat format of a Hugging Face folder.
+
+`sources.py` has the problems, `answers.py` finds and compares answers, `requests.py` has the prompts' words. Here are
+the chat turns, the positions that decide, and the tokens. Nobody knows the true first error of these responses.
+"""
+
+import codecs
+import random
+import re
+from pathlib import Path
+
+from data.answers import MARK, MARKS, final_answer
+from data.requests import ENDING, REFLECTED, reflection_request, student_request, teacher_request
+from data.sources import Source, WordProblem
+from data.task import Task, TaskError, Verdict
+from hub.tokenizer import END_OF_TURN, Tokenizer
+from hub.weights import read_shape
+
+
+class Words(Task):
+    """Problems of a source, in the tokens of a Hugging Face folder.
+
+    shots worked examples stand before every request. max_response None takes what the source needs. Raises TaskError,
+    with one sentence, if the folder has no tokenizer or chat format that is supported, or if a problem is too long for
+    the model or has a character outside the vocabulary.
+    """
+
+    habits = ("marked", "terse")  # the answer stands after its mark; nothing stands beside the answer
+    max_reflection = 160
+
+    def __init__(self, source: Source, base: Path | str, shots: int = 0, max_response: int | None = None) -> None:
+        if not Path(base).is_dir():
+            raise TaskError(f"this task needs a Hugging Face model, and {base} is not its folder; give one with --base")
+        try:
+            self.tokenizer = Tokenizer(base)
+            self.tokenizer.chat([])
+            self.block_size = read_shape(Path(base), block_size=4096)["block_size"]  # as GPT.from_pretrained has it
+        except ValueError as error:
+            raise TaskError(str(error)) from error
+        self.source, self.domains, self.shots = source, source.domains, shots
+        self.max_response = max_response or source.max_response
+        self.vocab_size, self.stop = self.tokenizer.vocab_size, self.tokenizer.stops
+        self.ending = ENDING * source.asks_for_ending
+        self.shown: dict[str, list[WordProblem]] = {}
+        if shots:  # one more than is shown: a problem is never an example of itself
+            rng = random.Random("examples")
+            self.shown = {domain: source.draw(domain, shots + 1, rng, False) for domain in self.domains}
+        self.rest = {}  # tokens of a domain's longest prompt without its problem, and of all that models add to it
+        for domain in self.domains:
+            blank = WordProblem("", "", "", domain, 0)
+            prompts = (self.student_prompt(blank), self.reflector_prompt(blank, "", "", True))
+            longest = max(len(self.tokenizer.encode(prompt)) for prompt in prompts)
+            self.rest[domain] = longest + 2 * self.max_response + self.max_reflection
+        for problem in source.listed():
+            self.check(problem)
+
+    # ------------------------------------------------------------------------------------------ problems
+
+    def problem(self, domain: str, rng: random.Random, test: bool = False) -> WordProblem:
+        return self.problems(domain, 1, rng, test)[0]
+
+    def problems(self, domain: str, count: int, rng: random.Random, test: bool = False) -> list[WordProblem]:
+        if domain not in self.domains:
+            raise TaskError(f"there is no domain {domain!r} here; give one of {', '.join(self.domains)}")
+        drawn = self.source.draw(domain, count, rng, test)
+        for problem in drawn:
+            self.check(problem)
+        return drawn
+
+    def check(self, problem: WordProblem) -> None:
+        """TaskError where a problem's prompts cannot be written or may not fit, whatever the model will have said."""
+        try:
+            longest = self.rest[problem.domain] + len(self.tokenizer.encode(f"{problem.question}\n{problem.solution}"))
+        except ValueError as error:
+            raise TaskError(f"problem {problem.index} of {problem.domain}: {error}") from error
+        if longest > self.block_size:
+            what = f"problem {problem.index} of {problem.domain} with its responses and reflection may take {longest}"
+            remedy = "leave it out, or give fewer --shots or a lower --max-response"
+            raise TaskError(f"{what} of the model's {self.block_size} tokens; {remedy}")
+
+    def verify(self, problem: WordProblem, response: str) -> Verdict:
+        answer = final_answer(response, problem.answer)
+        marked = MARKS.search(response) is not None
+        terse = len(response.split()) <= len(problem.answer.split()) + 3 * marked
+        habits = tuple(habit for habit, shown in (("marked", marked), ("terse", terse)) if shown and answer is not None)
+        correct = answer is not None and self.source.right(problem, answer)
+        return Verdict(correct, answer is not None, None, habits)
+
+    def decisive(self, solution: list[str], rule: str = "aligned") -> list[int]:
+        """S: the tokens of the answer and of what follows '='; with the rule 'steps' all that calculate."""
+        text = "".join(solution)
+        calculation = r"=\s*[$€£]*(-?[\d.,/]*\d)" if rule == "aligned" else r"(\S*\d\S*|(?<=\s)[-+*/×÷=](?=\s))"
+        spans = [match.span(1) for match in re.finditer(calculation, text)]
+        answer = re.compile(rf"{MARK}\s*(.*\S)", re.DOTALL).finditer(text, max(0, text.rfind(MARK)))
+        spans += [match.span(1) for match in answer]
+        chosen, end = [], 0
+        for i, piece in enumerate(solution):
+            start, end = end, end + len(piece)
+            inner = start + len(piece) - len(piece.lstrip()), max(end, start + 1)  # a part of a character counts as it
+            if rule == "full" or any(inner[0] < last and inner[1] > first for first, last in spans):
+                chosen.append(i)
+        return chosen
+
+    # ------------------------------------------------------------------------------------------ prompts
+
+    def student_prompt(self, problem: WordProblem) -> str:
+        return self.chat(student_request(problem.question, self.ending), self.examples(problem))
+
+    def teacher_prompt(self, problem: WordProblem, idea: str | None = None, solution: str | None = None) -> str:
+        return self.chat(teacher_request(problem.question, self.ending, idea, solution), self.examples(problem))
+
+    def reflector_prompt(self, problem: WordProblem, attempt: str, peer: str | None, told_answer: bool) -> str:
+        answer = problem.answer if told_answer else None
+        examples = [
+            (reflection_request(**fields | {"answer": fields["answer"] if told_answer else None}), written)
+            for fields, written in REFLECTED * (self.shots > 0)
+        ]
+        return self.chat(reflection_request(problem.question, attempt, peer, answer), examples)
+
+    def examples(self, problem: WordProblem) -> list[tuple[str, str]]:
+        """Training problems of the same domain with their solutions, never the problem itself."""
+        others = [other for other in self.shown.get(problem.domain, ()) if other.question != problem.question]
+        return [(student_request(other.question, self.ending), other.solution) for other in others[: self.shots]]
+
+    def chat(self, request: str, examples: list[tuple[str, str]]) -> str:
+        """The prompt that asks for the answer to a request; no text in it can pass for a special token."""
+        turns = [turn for asked, written in examples for turn in (("user", asked), ("assistant", written))]
+        plain = [(role, self.tokenizer.special.sub(" ", text)) for role, text in [*turns, ("user", request)]]
+        return self.tokenizer.chat(plain)
+
+    # ------------------------------------------------------------------------------------------ tokens
+
+    def encode(self, text: str) -> list[int]:
+        try:
+            tokens = self.tokenizer.encode(text)
+        except ValueError as error:
+            raise TaskError(str(error)) from error
+        room = self.block_size - max(self.max_response, self.max_reflection)
+        if len(tokens) > room:
+            remedy = "give shorter problems, fewer --shots or a lower --max-response"
+            raise TaskError(f"a prompt has {len(tokens)} tokens, {room} leave room for the response; {remedy}")
+        return tokens
+
+    def decode(self, tokens: list[int]) -> str:
+        return "".join(self.pieces(tokens))
+
+    def pieces(self, tokens: list[int]) -> list[str]:
+        """The text of each token; a character that several make up goes to the last of them.
+
+        Stop tokens and what comes after them have no text; bytes that are no character show as a replacement.
+        """
+        utf8, texts, ended = codecs.getincrementaldecoder("utf-8")("replace"), [], False
+        encoding, ranks = self.tokenizer.encoding, self.tokenizer.ranks
+        for token in tokens:
+            ended = ended or token in self.stop
+            known = not ended and token in ranks  # padding rows of the embedding are no tokens
+            texts.append(utf8.decode(encoding.decode_single_token_bytes(ranks[token])) if known else "")
+        rest = utf8.decode(b"", final=True)
+        if rest:
+            texts[-1] += rest
+        return texts
+
+    def end(self) -> int:
+        """The chat's end of turn: a folder may name other stop tokens as well."""
+        turns = [self.tokenizer.added[text] for text in END_OF_TURN if text in self.tokenizer.added]
+        return turns[0] if turns else self.stop[0]

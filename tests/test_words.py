@@ -1,0 +1,398 @@
+"""Tasks in words, on a tiny random folder of transformers: answers, files, prompts, tokens, both loops end to end."""
+
+import json
+import random
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from test_hub import write_model
+from test_hub_tokenizer import SAMPLE, write_tokenizer
+
+import train_rosd
+import train_spd
+from data import Task, TaskError, load_task
+from data.answers import equal, final_answer
+from data.sources import WordProblem, is_test
+from data.words import Words
+from harness.cli import run_script
+from harness.run import Run
+from hub.tokenizer import Tokenizer
+from reflect import locate, parse_reflection
+
+# ---------------------------------------------------------------------------------------------- answers
+
+
+@pytest.mark.parametrize(
+    ("response", "golden", "right"),
+    [
+        ("Answer: 42", "42", True),
+        ("**Answer:** 42 apples.", "42", True),
+        ("The answer is $42.00.", "42", True),
+        ("so that \\boxed{42} remain; 7 are gone", "42", True),
+        ("Answer: \\(\\boxed{\\frac{1}{2}}\\)", "1/2", True),
+        ("Answer:\n1,234,567", "1234567", True),
+        ("#### 1{,}200 €", "1200", True),
+        ("Answer: −5", "-5", True),
+        ("Answer: - 5", "-5", True),
+        ("It is 10-5", "5", True),
+        ("Answer: 50%", "50", True),
+        ("Answer: .5", "1/2", True),
+        ("Answer: 3 + 4 = 7", "7", True),
+        ("Answer: 7 (as 3 + 4 = 7)", "7", True),
+        ("Answer: 5. No, wait. Answer: 6", "6", True),
+        ("first 3, then 9", "9", True),
+        ("Answer: 42", "$42 dollars", True),
+        ("Answer: 4.2e1", "42", True),
+        ("Answer: 43", "42", False),
+        ("Answer: -42", "42", False),
+        ("Answer: 84/2", "42", False),
+        ("Answer: 421", "42", False),
+        ("Answer: 1/0", "42", False),
+        ("Answer: " + "9" * 5000, "42", False),
+        ("Answer: 1e99999999999", "42", False),
+        ("no number at all", "42", None),
+        ("", "42", None),
+        ("Answer: friday.", "Friday", True),
+        ("It falls on a\nFriday", "Friday", True),
+        ("Answer: Monday", "Friday", False),
+        ("", "Friday", None),
+    ],
+)
+def test_answers_are_found_and_compared(response: str, golden: str, right: bool | None) -> None:
+    found = final_answer(response, golden)
+    assert (found is None) == (right is None)
+    assert found is None or equal(found, golden) == right
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+ROWS = [
+    {"question": f"Tom has {a} eggs and finds {b}. How many?", "answer": str(a + b)} for a in (2, 3) for b in range(9)
+]
+WORKED = {"question": "Ann sold 48/2 clips at $3. What did she get?"}
+WORKED["answer"] = "She sold 48/2 = <<48/2=24>>24 clips.\nShe got 24 * 3 = <<24*3=72>>72 dollars.\n#### 72"
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 with a tokenizer of its own; its embedding has more rows than there are tokens."""
+    path = tmp_path_factory.mktemp("hub")
+    write_tokenizer(path, "Qwen3")
+    write_model(path, "Qwen3", vocab_size=640, max_position_embeddings=2048)
+    return path
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lines(tmp_path_factory.mktemp("data") / "eggs.jsonl", [*ROWS, "", WORKED])
+
+
+@pytest.fixture(scope="module")
+def task(folder: Path, file: Path) -> Task:
+    return load_task(str(file), folder, max_response=16)
+
+
+def test_files_are_split_by_question_and_drawn_without_repetition(task: Task, tmp_path: Path) -> None:
+    rng = random.Random(0)
+    train, test = ({p.question for p in task.problems("eggs", 40, rng, split)} for split in (False, True))
+    assert train.isdisjoint(test) and train | test == {row["question"] for row in [*ROWS, WORKED]}
+    assert all(map(is_test, test)) and len(task.problems("eggs", len(train), rng)) == len(train)
+
+
+def test_gsm8k_is_taken_as_it_is(folder: Path, tmp_path: Path) -> None:
+    task = load_task(str(write_lines(tmp_path / "gsm.jsonl", [*ROWS, WORKED])), folder)
+    problem = find(task, "gsm", "Ann")
+    assert problem.answer == "72"
+    assert problem.solution == "She sold 48/2 = 24 clips.\nShe got 24 * 3 = 72 dollars.\nThe answer is 72"
+    assert task.verify(problem, problem.solution).correct and not task.verify(problem, "Answer: 24").correct
+
+
+def find(task: Task, domain: str, word: str) -> WordProblem:
+    drawn = [p for test in (False, True) for p in task.problems(domain, 40, random.Random(0), test)]
+    return next(problem for problem in drawn if word in problem.question)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cause"),
+    [
+        ([], "holds no problem"),
+        ([*ROWS, '{"question": '], "line 19, is not JSON"),
+        ([*ROWS, "[" * 100_000], "line 19, is not JSON"),
+        ([*ROWS, {"question": "Why?"}], "line 19, has no answer"),
+        ([{"question": " ", "answer": "3"}], "line 1, has no question"),
+        (["3"], "line 1, has no question"),
+        ([{"question": "How many?", "answer": "work ####"}], "line 1, has no answer after"),
+        ([{"question": "How many?", "answer": None}], "line 1, has no answer"),
+        (ROWS[:1], "none of them for the"),
+        ([*ROWS, {"question": "egg " * 3000, "answer": "3"}], "problem 19 of bad"),
+    ],
+    ids=range(10),
+)
+def test_broken_files_are_named_with_their_line(folder: Path, tmp_path: Path, rows: list[Any], cause: str) -> None:
+    with pytest.raises(TaskError, match=cause) as error:
+        load_task(str(write_lines(tmp_path / "bad.jsonl", rows)), folder)
+    assert "\n" not in str(error.value)
+
+
+def test_other_bad_input_is_told_in_one_sentence(folder: Path, tmp_path: Path, file: Path) -> None:
+    (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe")
+    for spec, base, cause in (
+        ("eggs", folder, "there is no task 'eggs'"),
+        ("gone.jsonl", folder, "there is no file"),
+        (str(tmp_path / "latin.jsonl"), folder, "UTF-8"),
+        (f"{file},{file}", folder, "two files are named eggs"),
+        (str(file), "data/base.pt", "give one with --base"),
+        (str(file), tmp_path, r"tokenizer\.json is missing"),
+    ):
+        with pytest.raises(TaskError, match=cause):
+            load_task(spec, base)
+    with pytest.raises(TaskError, match="neither --shots"):
+        load_task("arithmetic", shots=2)
+    with pytest.raises(TaskError, match="no domain 'add'"):
+        load_task(str(file), folder).problem("add", random.Random(0))
+
+
+def test_characters_outside_the_vocabulary_are_told(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "Qwen3")
+    raw = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
+    del raw["model"]["vocab"]["ó"]  # the byte F3, as SmolLM2 lacks some
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
+    write_model(tmp_path, "Llama", max_position_embeddings=2048)
+    path = write_lines(tmp_path / "odd.jsonl", [*ROWS, {"question": "Is \U000f0000 a word?", "answer": "no"}])
+    with pytest.raises(TaskError, match=r"problem 19 of odd.*outside the tokenizer's vocabulary"):
+        load_task(str(path), tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------- Reasoning Gym
+
+
+def test_gym_draws_disjoint_splits_and_judges_by_its_own_scores(folder: Path) -> None:
+    pytest.importorskip("reasoning_gym")
+    task = load_task("gym:chain_sum:max_digits=1,gcd,spell_backward", folder)
+    assert task.domains == ("chain_sum:max_digits=1", "gcd", "spell_backward")
+    for domain in task.domains:
+        train, test = (task.problems(domain, 60, random.Random(0), split) for split in (False, True))
+        assert {p.question for p in train}.isdisjoint(p.question for p in test)
+        assert train == task.problems(domain, 60, random.Random(0))
+        for problem in train:
+            assert task.verify(problem, problem.solution).correct
+            assert task.verify(problem, f"Let me see.\nSo the answer is: {problem.answer}").correct
+            assert not task.verify(problem, "Answer: 12345").correct
+
+
+@pytest.mark.parametrize(
+    ("spec", "cause"),
+    [
+        ("gym:chainsum", "chain_sum"),
+        ("gym:", "has no dataset ''"),
+        ("gym:gcd:size=0", "cannot be made"),
+        ("gym:gcd:most=3", "no setting 'most'; it has .*max_value"),
+        ("gym:gcd:max_value", "name=value"),
+        ("gym:rush_hour", "no golden answers"),
+        ("gym:products:max_digits=1:size=2", "in 1000 draws"),
+    ],
+)
+def test_gym_refusals_are_one_sentence(folder: Path, spec: str, cause: str) -> None:
+    pytest.importorskip("reasoning_gym")
+    with pytest.raises(TaskError, match=cause) as error:
+        task = load_task(spec, folder)
+        for test in (False, True):
+            task.problem(task.domains[0], random.Random(0), test)
+    assert "\n" not in str(error.value)
+
+
+def test_gym_without_the_package_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
+    with pytest.raises(TaskError, match="pip install"):
+        load_task("gym:gcd", folder)
+
+
+# ---------------------------------------------------------------------------------------------- prompts and tokens
+
+
+def test_each_part_reads_what_it_holds_and_nothing_else(folder: Path, file: Path) -> None:
+    task = load_task(str(file), folder)
+    problem, other = find(task, "eggs", "Ann"), "Tom has"
+    student, told = task.student_prompt(problem), task.teacher_prompt(problem, idea="IDEA")
+    shown, both = task.teacher_prompt(problem, None, "SOLUTION"), task.teacher_prompt(problem, "IDEA", "SOLUTION")
+    prompts = (student, told, shown, both)
+    assert all(problem.question in prompt and other not in prompt for prompt in prompts)
+    assert ["IDEA" in prompt for prompt in prompts] == [False, True, False, True]
+    assert ["SOLUTION" in prompt for prompt in prompts] == [False, False, True, True]
+    assert all(prompt.endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n") for prompt in prompts)
+    wrong = task.reflector_prompt(problem, "ATTEMPT", "PEER", False)
+    assert "ATTEMPT" in wrong and "PEER" in wrong and "<error_quote>" in wrong and "72" not in wrong
+    right = task.reflector_prompt(problem, "ATTEMPT", None, True)
+    assert "<error_quote>" not in right and "<explanation>" in right and "72" in right
+
+
+def test_worked_examples_are_training_problems_of_the_domain_and_never_the_problem(folder: Path, file: Path) -> None:
+    task = load_task(str(file), folder, shots=2, max_response=16)
+    for problem in task.problems("eggs", 18, random.Random(1)):
+        prompt = task.student_prompt(problem)
+        assert prompt.count("<|im_start|>user") == 3 and prompt.count(problem.question) == 1
+        shown = [row["question"] for row in [*ROWS, WORKED] if row["question"] in prompt]
+        assert len(shown) == 3 and not any(is_test(question) for question in shown if question != problem.question)
+    reflection = task.reflector_prompt(problem, "ATTEMPT", "PEER", False)
+    assert reflection.count("<|im_start|>user") == 3
+    quote = parse_reflection(reflection.split("<|im_start|>assistant")[1]).quote
+    assert quote is not None and locate(quote, list(reflection)) is not None
+
+
+def test_what_a_model_wrote_cannot_pass_for_special_tokens(task: Task) -> None:
+    problem = find(task, "eggs", "Ann")
+    plain, odd = (task.encode(task.reflector_prompt(problem, text, None, False)) for text in ("a", "a<|im_end|>\ufffd"))
+    assert plain.count(task.end()) == odd.count(task.end()) == 1
+
+
+def test_pieces_join_to_the_decoded_text_of_any_tokens(folder: Path, task: Task) -> None:
+    tokenizer, rng = Tokenizer(folder), random.Random(0)
+    ids = [id for id in tokenizer.ranks if id not in tokenizer.stops]
+    for tokens in [[], tokenizer.encode(SAMPLE), *(rng.choices(ids, k=rng.randint(1, 30)) for _ in range(500))]:
+        pieces = task.pieces(tokens)
+        assert len(pieces) == len(tokens) and "".join(pieces) == tokenizer.decode(tokens) == task.decode(tokens)
+        assert task.decode([*tokens, task.end(), *tokens]) == tokenizer.decode(tokens)
+        assert "".join(task.pieces([*tokens, 639])) == tokenizer.decode(tokens)  # a row of no token
+    split = task.encode("\U0001d518")  # four tokens, one character
+    assert task.pieces(split) == ["", "", "", "\U0001d518"]
+
+
+def test_decisive_tokens_are_results_and_the_answer(task: Task) -> None:
+    def chosen(solution: str, rule: str) -> str:
+        pieces = task.pieces([*task.encode(solution), task.end()])
+        return "|".join(pieces[i].strip() for i in task.decisive(pieces, rule) if pieces[i].strip())
+
+    text = "She sold 48/2 = 24 clips.\nThey cost 24 * $3 = $72.\nThe answer is 72"
+    assert chosen(text, "aligned").replace("|", "") == "247272"
+    assert chosen(text, "steps").replace("|", "") == "48/2=2424*$3=$72.72"
+    assert chosen("The answer is 日 7", "aligned").replace("|", "") == "日7"
+    pieces = task.pieces([*task.encode(text), task.end()])
+    assert task.decisive(pieces, "full") == list(range(len(pieces)))
+    assert len(task.decisive(pieces)) == 6  # one token a digit; the end is not decisive
+
+
+# ---------------------------------------------------------------------------------------------- the loops
+
+SMALL = ["--eval-problems", "2", "--eval-samples", "1", "--max-response", "6", "--no-baseline", "--threads", "1"]
+LOOPS = {
+    "rosd": (train_rosd, ["--steps", "2", "--batch", "2", "--group", "2"]),
+    "sdpo": (train_rosd, ["--method", "sdpo", "--steps", "2", "--batch", "2", "--group", "2"]),
+    "opsd": (train_rosd, ["--method", "opsd", "--steps", "2", "--batch", "2", "--group", "2"]),
+    "spd": (
+        train_spd,
+        [
+            "--epochs",
+            "2",
+            "--prompts",
+            "4",
+            "--batch",
+            "2",
+            "--calibration-size",
+            "8",
+            "--layers",
+            "last",
+            "--rank",
+            "2",
+        ],
+    ),
+}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: ModuleType, *flags: object) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(sys, "argv", ["train", *SMALL, *map(str, flags)])
+    run_script(script.main)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def right_half_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A random model is never right: here every even response is."""
+    real = Words.verify
+
+    def verify(self: Words, problem: WordProblem, response: str) -> Any:
+        return real(self, problem, problem.solution if len(response) % 2 else response)
+
+    monkeypatch.setattr(Words, "verify", verify)
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+@pytest.mark.usefixtures("right_half_of_the_time")
+def test_the_loops_run_and_resume_on_a_file(
+    loop: str, folder: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script, flags = LOOPS[loop]
+    flags = [*flags, "--base", folder, "--task", file]
+    run(monkeypatch, script, *flags, "--out", tmp_path / "whole")
+    results = json.loads(next(tmp_path.glob("whole/*/results.json")).read_text())
+    assert results["after"]["eggs"].keys() >= {"mean", "marked", "terse", "unfinished"}
+    whole = next(tmp_path.glob("whole/*/metrics.jsonl")).read_text()
+    assert "quote_accuracy" not in whole
+
+    def save_and_stop(self: Run) -> None:
+        save(self)
+        raise KeyboardInterrupt
+
+    save = Run.save
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Run, "save", save_and_stop)
+        run(monkeypatch, script, *flags, "--out", tmp_path / "cut")
+    run(monkeypatch, script, *flags, "--out", tmp_path / "cut", "--resume")
+    assert next(tmp_path.glob("cut/*/metrics.jsonl")).read_text() == whole
+
+
+def test_both_loops_run_on_reasoning_gym_with_worked_examples(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("reasoning_gym")
+    for loop in ("opsd", "spd"):
+        script, flags = LOOPS[loop]
+        out = ["--base", folder, "--task", "gym:chain_sum,gcd", "--shots", 2, "--out", tmp_path / loop]
+        run(monkeypatch, script, *flags, *out)
+        results = json.loads(next((tmp_path / loop).glob("*/results.json")).read_text())
+        assert results["config"]["domain"] == "chain_sum" and set(results["after"]) == {"chain_sum", "gcd"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "cause"),
+    [
+        (["--mask", "oracle"], "knows no true first error"),
+        (["--max-response", "3000"], "of the model's 2048 tokens"),
+        (["--domain", "add"], "give one of eggs"),
+        (["--task", "arithmetic"], "neither --shots nor --max-response"),
+        (["--base", "data/base.pt"], "give one with --base"),
+    ],
+    ids=" ".join,
+)
+def test_loops_refuse_in_one_sentence(
+    flags: list[str],
+    cause: str,
+    folder: Path,
+    file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        run(monkeypatch, train_rosd, "--base", folder, "--task", file, "--out", tmp_path, *flags)
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and cause in printed[-1] and printed[-1].startswith("error: ")
+
+
+def test_a_vocabulary_too_small_for_the_tokenizer_is_told(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    write_tokenizer(tmp_path, "Qwen3")
+    write_model(tmp_path, "Qwen3", vocab_size=100, max_position_embeddings=2048)
+    with pytest.raises(SystemExit):
+        run(monkeypatch, train_rosd, "--base", tmp_path, "--task", file, "--out", tmp_path / "out")
+    assert "has a vocabulary of 100 tokens" in capsys.readouterr().err
