@@ -154,7 +154,7 @@ def false_idea(idea: str, rng: random.Random) -> str:
     """The same idea with wrong results: every number after '=', or else the last number, gets another last digit.
 
     >>> false_idea("7*8=6", random.Random(0))
-    '7*8=3'
+    '7*8=7'
     """
 
     def another(match: re.Match) -> str:

@@ -258,7 +258,7 @@ def pad(rows: list[list], dtype: torch.dtype) -> Tensor:
 def update(
     student: GPT, teacher: GPT, optimizer: Optimizer, lessons: list[Lesson], task: Task, config: Config, step: int
 ) -> float | None:
-    """All updates of a batch, then the teacher's EMA -> the mean loss; None, and no change, where there is no lesson."""
+    """All updates of a batch, then the teacher's EMA -> the mean loss; None and no change where there is no lesson."""
     optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
     seen = []
     for i in [*range(config.minibatches)] * config.updates:

@@ -8,6 +8,7 @@ import codecs
 import random
 import re
 from pathlib import Path
+from typing import ClassVar
 
 from data.answers import MARK, MARKS, final_answer
 from data.requests import ENDING, REFLECTED, reflection_request, student_request, teacher_request
@@ -25,7 +26,7 @@ class Words(Task):
     the model or has a character outside the vocabulary.
     """
 
-    habits = ("marked", "terse")  # the answer stands after its mark; nothing stands beside the answer
+    habits: ClassVar = {"marked": "the answer stands after its mark", "terse": "nothing stands beside the answer"}
     max_reflection = 160
 
     def __init__(self, source: Source, base: Path | str, shots: int = 0, max_response: int | None = None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, TypeVar
 
-from data.task import TaskError
+from data import TaskError
 from harness.errors import UserError
 
 Config = TypeVar("Config")

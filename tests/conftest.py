@@ -15,7 +15,21 @@ from model import GPT, GPTConfig
 
 SMALL = ["--eval-problems", "2", "--eval-samples", "2", "--threads", "1", "--no-baseline", "--device", "cpu"]
 ROSD = ["--steps", "2", "--batch", "3", "--group", "4", "--warmup", "0", *SMALL]
-SPD = ["--prompts", "8", "--batch", "4", "--epochs", "2", "--calibration-size", "20", "--layers", "paper", *SMALL]
+SPD = [
+    "--domain",
+    "one",
+    "--prompts",
+    "8",
+    "--batch",
+    "4",
+    "--epochs",
+    "2",
+    "--calibration-size",
+    "20",
+    "--layers",
+    "paper",
+    *SMALL,
+]
 
 
 class Letters(Task):

@@ -16,9 +16,9 @@ from harness import files
 
 CORE = ["reflect.py", "subspace.py", "evaluate.py", "train_rosd.py", "train_spd.py", "losses.py", "lora.py", "model.py"]
 IMPORTS = "from typing import ClassVar\nimport random\nimport re\n\nfrom data.task import Problem, Task, Verdict\n\n\n"
-LOADED = '    if name == "letters":\n        from data.letters import Letters\n\n        return Letters()'
+LOADED = '    if spec == "letters":\n        from data.letters import Letters\n\n        return Letters()'
 ADDITIONS = [  # file, line after which to add, the added line
-    ("data/__init__.py", "def load_task", LOADED),
+    ("data/__init__.py", "    gym, lines", LOADED),
     ("data/letters.py", "    domains = ", '    domains = ("one", "two", "three")'),
     ("train_rosd.py", '    "opsd": {"context"', '    "late": {"context": "gold", "mask": "suffix"},'),
     ("train_rosd.py", "    updates: int", '    patience: int = option(1, "a setting", minimum=1)'),
@@ -38,7 +38,6 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for file, after, added in ADDITIONS:
         lines = files.read_text(copy / file).splitlines()
         (place,) = [i for i, line in enumerate(lines) if line.startswith(after)]
-        place += file == "data/__init__.py"  # the docstring
         files.write_text(copy / file, "\n".join([*lines[: place + 1], added, *lines[place + 1 :]]) + "\n")
     files.save_checkpoint(copy / "tiny.pt", tiny_gpt(Letters()))
     return copy
@@ -72,4 +71,4 @@ def test_loops_reflection_subspace_and_evaluation_know_nothing_of_a_task_but_wha
             assert not any(alias.name.split(".")[0] in ("data", "tools") for alias in node.names)
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("data", "tools"):
             assert node.module == "data"
-            assert {alias.name for alias in node.names} <= {"Problem", "Task", "Verdict", "load_task"}
+            assert {alias.name for alias in node.names} <= {"Problem", "Task", "TaskError", "Verdict", "load_task"}

@@ -232,6 +232,7 @@ def test_what_differs_in_any_setting_has_another_name_or_is_refused(
 ) -> None:
     config = script.settle(settings(script, base, tmp_path / "out", "--domain", "one"))
     other_values = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x / 3 + 0.123, str: lambda x: x + "2"}
+    other_values |= {type(None): lambda x: 7}
     incidental = ("out", "base", "resume", "device", "threads", "baseline")
     with Run(config, run_name(config)) as run:
         saved = {"config": files.plain(run.config), "base_checksum": run.checksum}

@@ -97,11 +97,11 @@ def test_a_shared_matrix_may_be_written_twice(tmp_path: Path) -> None:
 
 def test_old_and_new_spellings_of_config_mean_the_same(tmp_path: Path) -> None:
     write_model(tmp_path, "Qwen3")
-    raw = json.loads((tmp_path / "config.json").read_text())
+    raw = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert raw["rope_parameters"]["rope_theta"] == 1_000_000.0, "the case must begin with the new spelling"
     before = GPT.from_pretrained(tmp_path)
     raw |= {"rope_theta": raw.pop("rope_parameters")["rope_theta"], "rope_scaling": None, "torch_dtype": "float32"}
-    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "config.json").write_text(json.dumps(raw), encoding="utf-8")
     assert torch.equal(GPT.from_pretrained(tmp_path)(TOKENS), before(TOKENS))
 
 
@@ -145,8 +145,8 @@ def refused(folder: Path) -> str:
 )
 def test_what_is_not_supported_is_refused_by_name(tmp_path: Path, change: dict[str, Any], named: str) -> None:
     write_model(tmp_path, "Llama")
-    raw = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(raw | change))
+    raw = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps(raw | change), encoding="utf-8")
     assert named in refused(tmp_path)
 
 
@@ -156,9 +156,9 @@ def test_unused_sliding_window_is_no_reason_to_refuse(tmp_path: Path) -> None:
 
 
 def without_a_key(folder: Path) -> None:
-    raw = json.loads((folder / "config.json").read_text())
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     del raw["hidden_size"]
-    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
 
 
 def with_integers(folder: Path) -> None:
@@ -173,8 +173,11 @@ def with_integers(folder: Path) -> None:
     ("damage", "named"),
     [
         (lambda folder: shutil.rmtree(folder), "config.json is missing"),
-        (lambda folder: (folder / "config.json").write_text("{"), "config.json is not valid JSON"),
-        (lambda folder: (folder / "config.json").write_text("[]"), "config.json is not a JSON object"),
+        (lambda folder: (folder / "config.json").write_text("{", encoding="utf-8"), "config.json is not valid JSON"),
+        (
+            lambda folder: (folder / "config.json").write_text("[]", encoding="utf-8"),
+            "config.json is not a JSON object",
+        ),
         (without_a_key, "lacks the key 'hidden_size'"),
         (lambda folder: (folder / "model.safetensors.index.json").unlink(), "model.safetensors is missing"),
         (

@@ -194,7 +194,7 @@ def test_models_whose_template_cannot_think_get_no_empty_thought(
     tmp_path: Path, template: str, prefix: bool, place: str
 ) -> None:
     write_tokenizer(tmp_path, "Qwen3")
-    (tmp_path / place).write_text(json.dumps({"chat_template": template}))
+    (tmp_path / place).write_text(json.dumps({"chat_template": template}), encoding="utf-8")
     assert Tokenizer(tmp_path).chat([("user", "hi")]).endswith("</think>\n\n") == prefix
 
 
@@ -202,6 +202,6 @@ def test_stops_are_those_of_all_files_and_the_end_of_turn(tmp_path: Path) -> Non
     write_tokenizer(tmp_path, "Qwen2")
     turn = Tokenizer(tmp_path).added["<|im_end|>"]
     assert Tokenizer(tmp_path).stops == (turn,)
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, turn]}))
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}), encoding="utf-8")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, turn]}), encoding="utf-8")
     assert Tokenizer(tmp_path).stops == tuple(sorted((5, 7, turn)))

@@ -131,7 +131,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(base: str, tm
 
 @pytest.mark.parametrize(
     ("script", "flags"),
-    [(train_rosd, [*ROSD, "--steps", "8"]), (train_spd, [*SPD, "--epochs", "8"])],
+    [(train_rosd, [*ROSD, "--steps", "8"]), (train_spd, [*SPD, "--domain", "mix", "--epochs", "8"])],
     ids=["rosd", "spd"],
 )
 def test_a_killed_run_resumes_to_the_very_same_metrics(script: ModuleType, flags: list[str], tmp_path: Path) -> None:

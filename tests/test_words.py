@@ -333,9 +333,9 @@ def test_the_loops_run_and_resume_on_a_file(
     script, flags = LOOPS[loop]
     flags = [*flags, "--base", folder, "--task", file]
     run(monkeypatch, script, *flags, "--out", tmp_path / "whole")
-    results = json.loads(next(tmp_path.glob("whole/*/results.json")).read_text())
+    results = json.loads(next(tmp_path.glob("whole/*/results.json")).read_text(encoding="utf-8"))
     assert results["after"]["eggs"].keys() >= {"mean", "marked", "terse", "unfinished"}
-    whole = next(tmp_path.glob("whole/*/metrics.jsonl")).read_text()
+    whole = next(tmp_path.glob("whole/*/metrics.jsonl")).read_text(encoding="utf-8")
     assert "quote_accuracy" not in whole
 
     def save_and_stop(self: Run) -> None:
@@ -347,7 +347,7 @@ def test_the_loops_run_and_resume_on_a_file(
         patch.setattr(Run, "save", save_and_stop)
         run(monkeypatch, script, *flags, "--out", tmp_path / "cut")
     run(monkeypatch, script, *flags, "--out", tmp_path / "cut", "--resume")
-    assert next(tmp_path.glob("cut/*/metrics.jsonl")).read_text() == whole
+    assert next(tmp_path.glob("cut/*/metrics.jsonl")).read_text(encoding="utf-8") == whole
 
 
 def test_both_loops_run_on_reasoning_gym_with_worked_examples(
@@ -358,7 +358,7 @@ def test_both_loops_run_on_reasoning_gym_with_worked_examples(
         script, flags = LOOPS[loop]
         out = ["--base", folder, "--task", "gym:chain_sum,gcd", "--shots", 2, "--out", tmp_path / loop]
         run(monkeypatch, script, *flags, *out)
-        results = json.loads(next((tmp_path / loop).glob("*/results.json")).read_text())
+        results = json.loads(next((tmp_path / loop).glob("*/results.json")).read_text(encoding="utf-8"))
         assert results["config"]["domain"] == "chain_sum" and set(results["after"]) == {"chain_sum", "gcd"}
 
 
