@@ -49,8 +49,8 @@ class SubspaceConfig:
     loss: str = option("aligned", "calibration loss: on results, on whole steps, or on everything", "aligned", LOSSES)
     subspace: str = option("gradient", "where the subspace comes from", "gradient", ("gradient", "random"))
     layers: str = option("1", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L")
-    rank: str = option("50%", "rank of the projectors: a number, a share like 50%, or energy:0.99", "50%")
-    project: str = option("kv", "what is projected", "kv", ("kv", "k", "v"))
+    rank: str = option("35%", "rank of the projectors: a number, a share like 50%, or energy:0.99", "50%")
+    project: str = option("k", "what is projected", "kv", ("kv", "k", "v"))
     coordinate: str = option("linear", "where the projector acts", "not stated", COORDINATES)
 
 

@@ -31,6 +31,20 @@ METHODS = {
 THREE = {name: METHODS[name] for name in ("ROSD", "SDPO", "GRPO")}
 GENERATION = "--domain exam --epochs 0 --prompts 1"  # of SPD: only what the base writes, before any training
 
+PLACES = (
+    "layer 1 k 35%",
+    "layer 1 v 40%",
+    "layer 1 v 45%",
+    "layer 1 kv 60%",
+    "layer 4 v 60%",
+)  # each the best of a base
+
+
+def place_flags(place: str) -> str:
+    _, layer, project, rank = place.split()
+    return f"--layers {layer} --project {project} --rank {rank}"
+
+
 STUDIES = {
     "rosd": Study(
         "train_rosd.py",
@@ -100,6 +114,18 @@ STUDIES = {
         },
         flags="--domain exam",
         curve=(),
+    ),
+    "spd-places": Study(
+        "train_spd.py",
+        {
+            f"{place}, {name}": f"{place_flags(place)} {flags}".strip()
+            for place in PLACES
+            for name, flags in (("aligned", ""), ("full", "--loss full"), ("random", "--subspace random"))
+        },
+        flags=GENERATION,
+        seeds=(0,),
+        curve=(),
+        reference="base",
     ),
     "spd-sweeps": Study(
         "train_spd.py",
