@@ -118,7 +118,8 @@ STUDIES = {
     "spd-places": Study(
         "train_spd.py",
         {
-            f"{place}, {name}": f"{place_flags(place)} {flags}".strip()
+            f"{place}, {name}{title}": " ".join([place_flags(place), *flags.split(), *temperature.split()])
+            for title, temperature in ((", greedy", ""), (", T = 1", "--temperature 1"))
             for place in PLACES
             for name, flags in (("aligned", ""), ("full", "--loss full"), ("random", "--subspace random"))
         },
