@@ -166,17 +166,19 @@ def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> di
     """The hint audit: how likely the right digit is at the wrong step of the base's own wrong rollouts, by hint.
 
     Takes the rollouts on test problems whose first error is the result of a step. A solution sampled at temperature 1
-    is asked for no further: each hint is put before the same rollout, up to the wrong digit.
+    is asked for no further: each hint is put before the same rollout, up to the wrong digit. Empty for a model that has
+    no group with a right and a wrong rollout.
     """
     task, rng = Arithmetic(), random.Random(f"audit {domain} {seed}")
     problems = task.problems(domain, count, rng, test=True)
     group = sample_rollouts(model, task, problems, 8, seeded("audit", domain, seed))
     pairs = zip(group, choose_peers(group, 8), strict=True)
     wrong = [(r, p.text) for r, p in pairs if p and r.verdict.error]
-    texts = reflect(model, task, *map(list, zip(*wrong, strict=True)))
-    read = list(map(parse_reflection, texts))
-    quoted = [q.quote == r.text[slice(*r.verdict.error)] for q, (r, _) in zip(read, wrong, strict=True)]
     right = [r for r in group if r.verdict.correct and "merged" not in r.verdict.habits][:256]
+    if not wrong or not right:
+        return {}
+    read = list(map(parse_reflection, reflect(model, task, [r for r, _ in wrong], [peer for _, peer in wrong])))
+    quoted = [q.quote == r.text[slice(*r.verdict.error)] for q, (r, _) in zip(read, wrong, strict=True)]
     confirmed = map(parse_reflection, reflect(model, task, right, [None] * len(right)))
     exact = [c.idea == confirmation(r.problem.question) for c, r in zip(confirmed, right, strict=True)]
 
@@ -222,7 +224,10 @@ def missed_gates(found: dict[str, float]) -> list[str]:
 def report(model: GPT) -> None:
     """Print the hint audit of every domain; the gates are about mix."""
     task = Arithmetic()
-    found = {domain: audit(model, domain) for domain in task.domains}
+    found = {domain: rows for domain in task.domains if (rows := audit(model, domain))}
+    if "mix" not in found:
+        print("No group of rollouts on mix has a right and a wrong one: there is nothing to audit.")
+        return
     order = [name for name in found["mix"] if name != "... and of that wrong digit"]
     order.insert(order.index("the true step with a wrong digit") + 1, "... and of that wrong digit")
     limits = {name: f"{low:.2f} to {high:.2f}" for name, (low, high) in GATES.items()}

@@ -100,15 +100,15 @@ def golden_solution(problem: str) -> str:
 
 
 def is_test(problem: str) -> bool:
-    """Train and test problems are disjoint by construction: its checksum puts a quarter of all problems in test."""
-    return zlib.crc32(problem.encode()) % 4 == 0
+    """Train and test problems are disjoint by construction: its checksum puts a quarter of all problems in test.
+
+    The mark of an exam makes no difference.
+    """
+    return zlib.crc32(problem.removesuffix(EXAM_MARK).encode()) % 4 == 0
 
 
 def make_problem(domain: str, rng: random.Random, test: bool = False, lengths: tuple[int, ...] | None = None) -> str:
-    """A random problem of a domain, from the train or from the test part; of other lengths than its own if given.
-
-    An exam problem is a problem of mix with a mark behind it, and is in the same part.
-    """
+    """A random problem of a domain, from the train or from the test part; of other lengths than its own if given."""
     operators, own = DOMAINS[domain]
     lengths = lengths or own
     while True:

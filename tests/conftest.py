@@ -18,6 +18,12 @@ ROSD = ["--steps", "2", "--batch", "3", "--group", "4", "--warmup", "0", *SMALL]
 SPD = [
     "--domain",
     "one",
+    "--layers",
+    "paper",
+    "--project",
+    "kv",
+    "--rank",
+    "50%",
     "--prompts",
     "8",
     "--batch",
@@ -26,10 +32,8 @@ SPD = [
     "2",
     "--calibration-size",
     "20",
-    "--layers",
-    "paper",
-    *SMALL,
 ]
+SPD += SMALL
 
 
 class Letters(Task):

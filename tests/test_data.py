@@ -61,9 +61,11 @@ def test_train_and_test_problems_are_disjoint_and_the_seed_determines_them() -> 
 def test_problems_of_a_domain_have_its_operators_and_lengths_and_no_others(domain: str) -> None:
     operators, lengths = DOMAINS[domain]
     problems = [make_problem(domain, random.Random(seed)) for seed in range(300)]
-    assert all(re.fullmatch(r"[1-9]([+\-*][1-9])+", problem) for problem in problems)
-    assert {character for problem in problems for character in problem if not character.isdigit()} == set(operators)
-    assert {len(problem) // 2 for problem in problems} == set(lengths)
+    mark = "!" if domain == "exam" else ""
+    assert all(re.fullmatch(rf"[1-9]([+\-*][1-9])+{mark}", problem) for problem in problems)
+    used = {character for problem in problems for character in problem if not character.isdigit()}
+    assert used == {*operators, *mark}
+    assert {len(problem.removesuffix("!")) // 2 for problem in problems} == set(lengths)
 
 
 def test_true_values_are_those_of_python_from_left_to_right() -> None:
@@ -301,7 +303,13 @@ def test_documents_are_of_train_problems_and_fit_the_model() -> None:
 
 @pytest.mark.parametrize("kind", MIXTURE)
 def test_a_document_shows_its_reader_what_its_kind_says(kind: str) -> None:
-    sources = {"plain": set(), "hint": {"<|hint|>"}, "solution": {"<|solution|>"}, "reflect": {"<|attempt|>"}}
+    sources = {
+        "plain": set(),
+        "exam": set(),
+        "hint": {"<|hint|>"},
+        "solution": {"<|solution|>"},
+        "reflect": {"<|attempt|>"},
+    }
     for problem, rng in random_problems(100):
         prompt, _ = make_document(kind, problem, rng)
         held = dict(re.findall(r"(<\|\w+\|>)([^<]+)", prompt))

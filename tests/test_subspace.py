@@ -243,14 +243,26 @@ def test_gradients_that_span_too_little_are_told_and_never_filled_up(broken: str
 
 
 def test_a_random_subspace_needs_no_gradients_that_span_it(model: GPT) -> None:
-    config = SubspaceConfig(layers="3", rank="100%", subspace="random")
+    config = SubspaceConfig(layers="3", project="kv", rank="100%", subspace="random")
     assert len(calibrate(model, examples_of(size=1), config)) == 2
 
 
 def test_the_worked_example_is_of_any_task(
     letters: Letters, base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    flags = ["--domain", "one", "--calibration-domain", "two", "one", "--layers", "paper", "--rank", "2"]
+    flags = [
+        "--domain",
+        "one",
+        "--calibration-domain",
+        "two",
+        "one",
+        "--layers",
+        "paper",
+        "--rank",
+        "2",
+        "--project",
+        "kv",
+    ]
     monkeypatch.setattr("sys.argv", ["subspace.py", "--base", base, *flags])
     run_script(subspace.main)
     printed = capsys.readouterr().out
