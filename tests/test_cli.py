@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import ROSD, SPD, Letters, tiny_gpt
 
+import pretrain
 import reflect
 import subspace
 import train_rosd
@@ -19,9 +20,11 @@ from harness.cli import markdown_table, parse_config, run_script
 from harness.errors import UserError
 from harness.run import run_name
 from model import GPT, GPTConfig
+from tools import bench, plots, study, xray
 
 SCRIPTS = {"train_rosd": train_rosd, "train_spd": train_spd, "reflect": reflect, "subspace": subspace}
-KINDS = {script.Config: typing.get_type_hints(script.Config) for script in SCRIPTS.values()}
+ALL_SCRIPTS = SCRIPTS | {"pretrain": pretrain, "bench": bench, "plots": plots, "study": study, "xray": xray}
+KINDS = {script.Config: typing.get_type_hints(script.Config) for script in ALL_SCRIPTS.values()}
 GARBAGE = [
     "",
     " ",
@@ -74,9 +77,9 @@ def random_command(config_class: type, rng: random.Random) -> list[str]:
     return argv + rng.choice([[]] * 9 + [["--nonsense"], ["stray"]])
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
 def test_a_random_command_line_is_settled_or_told_in_one_sentence(name: str, base: str) -> None:
-    script, rng, accepted = SCRIPTS[name], random.Random(name), 0
+    script, rng, accepted = ALL_SCRIPTS[name], random.Random(name), 0
     for _ in range(1000):
         argv = random_command(script.Config, rng)
         try:
@@ -216,13 +219,15 @@ def test_an_unknown_task_is_told_with_those_there_are() -> None:
         train_rosd.train(parse_config(train_rosd.Config, "", [*ROSD, "--task", "chess"]))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ALL_SCRIPTS)
 def test_help_explains_every_flag(name: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
-        parse_config(SCRIPTS[name].Config, "", ["--help"])
+        parse_config(ALL_SCRIPTS[name].Config, "", ["--help"])
     printed = capsys.readouterr().out
     assert stop.value.code == 0
-    assert all(f"--{f.name.replace('_', '-')}" in printed for f in dataclasses.fields(SCRIPTS[name].Config))
+    for field in dataclasses.fields(ALL_SCRIPTS[name].Config):
+        flag = "--" + field.name.replace("_", "-")
+        assert (field.name if field.metadata["positional"] else flag) in printed
 
 
 def test_ctrl_c_ends_with_a_word_and_130(capsys: pytest.CaptureFixture) -> None:
