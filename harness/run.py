@@ -14,6 +14,7 @@ import platform
 import random
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -62,6 +63,7 @@ class RunConfig:
 INCIDENTAL = ("out", "base", "resume", "device", "threads", "baseline")  # the base is compared by its bytes
 
 
+tqdm.set_lock(threading.RLock())  # its lock between processes would be reported as leaked when a run is stopped
 SHOWN = ("loss", "accuracy", "quote_match")  # beside the progress bar
 
 
