@@ -499,6 +499,7 @@ def test_a_compiled_model_is_projected_in_every_round(
 
 def counted(calls: list[int], project: object) -> object:
     def project_and_count(model: GPT, projectors: dict, coordinate: str) -> object:
+        assert all(block._compiled_call_impl is None for block in model.blocks), "its hooks might not fire"
         calls.append(len(projectors))
         return project(model, projectors, coordinate)
 
