@@ -141,7 +141,7 @@ def table(results: dict, differences: bool = False, columns: list[str] | None = 
     if not results["runs"]:
         return "No run is finished."
     summary = summarize(results)
-    flags = {run["variant"]: f"`{run['flags']}`" for run in results["runs"]}
+    flags = {variant: f"`{shared_flags(runs)}`" for variant, runs in by_variant(results).items()}
     names = columns or ordered({name for row in summary.values() for name in row}, summary, results)
     rows = []
     for label, row in summary.items():
@@ -149,6 +149,16 @@ def table(results: dict, differences: bool = False, columns: list[str] | None = 
         rows.append([label, *cells, *([] if columns else [flags.get(label, "")])])
     header = ["difference, points" if differences else "%", *names, *([] if columns else ["flags"])]
     return f"{markdown_table(header, rows)}\n\n{note(results)}"
+
+
+def shared_flags(runs: list[dict]) -> str:
+    """The flags of a variant's runs; '…' is what differs from base to base.
+
+    >>> shared_flags([{"flags": "--layers 1 --rank 35%"}, {"flags": "--layers 4 --rank 35%"}])
+    '--layers … --rank 35%'
+    """
+    words = zip(*(run["flags"].split() for run in runs), strict=True)
+    return " ".join(each[0] if len(set(each)) == 1 else "…" for each in words)
 
 
 def ordered(names: set[str], summary: dict, results: dict) -> list[str]:
@@ -198,3 +208,50 @@ def fill_readme(name: str, make: Callable[[bool, list[str] | None], str]) -> boo
 
 def filled(marker: re.Match, make: Callable[[bool, list[str] | None], str]) -> str:
     return make(bool(marker[2]), marker[3].split(", ") if marker[3] else None)
+
+
+# ---------------------------------------------------------------------------------------------- places of SPD
+
+
+def mechanism_rows() -> list[dict]:
+    """What tools/mechanism.py measured; `golden` is the mean log-probability of golden solutions, S and the rest."""
+    held = read_results("spd-mechanism", "mechanism")
+    rows = [dict(zip(held["columns"], row, strict=True)) for row in held["rows"]]
+    return [row | {"golden": row["rest"] + held["S"] * row["right"]} for row in rows]
+
+
+def places(rows: list[dict], base: int, subspace: str) -> list[dict]:
+    """One row a place (layers, keys or values, rank) of a base, its measures averaged over the random draws."""
+    found: dict[tuple, list[dict]] = {}
+    for row in rows:
+        if (row["base"], row["subspace"]) == (base, subspace):
+            found.setdefault((row["layers"], row["project"], row["rank"]), []).append(row)
+    names = ("base", "layers", "project", "rank", "subspace", "draw")
+    return [
+        {name: x if name in names else float(np.mean([row[name] for row in draws])) for name, x in draws[0].items()}
+        for draws in found.values()
+    ]
+
+
+def best_place(rows: list[dict], base: int, subspace: str) -> dict:
+    """The rule of the studies: where golden solutions of training problems are likeliest under projection."""
+    return max(places(rows, base, subspace), key=lambda row: row["golden"])
+
+
+def place_name(row: dict) -> str:
+    return f"layer {row['layers']} {row['project']} {row['rank']}%" if row["project"] else "not projected"
+
+
+def mechanism_table(rows: list[dict]) -> str:
+    """What happens to the decisions of every base, unprojected and at the best place of every subspace."""
+    header = ["base", "subspace", "best place", "log p", "right, kept", "check", "check, own", "merge", "mark inside"]
+    lines = []
+    for base in sorted({row["base"] for row in rows}):
+        plain = best_place(rows, base, "none")
+        for subspace in ("none", "aligned", "full", "random", "mix"):
+            row = best_place(rows, base, subspace)
+            kept = np.exp(row["right"] - plain["right"])
+            values = kept, row["check"], row["own check"], row["merge"], row["mark"]
+            cells = [f"{row['golden']:.1f}", *(f"{100 * value:.0f}" for value in values)]
+            lines.append([str(base), subspace, place_name(row), *cells])
+    return markdown_table(header, lines)

@@ -1,9 +1,13 @@
 """The studies as data: which script runs with which flags, from which bases, with which seeds.
 
-A study's `flags` are those of every run; a variant's flags come after them, and the last one counts.
+A study's `flags` are those of every run; a variant's flags come after them, and the last one counts. {aligned} among
+them is the place that suits this subspace best on the base of the run, by the rule of tools/mechanism.py.
 """
 
+import re
 from dataclasses import dataclass
+
+from tools import stats
 
 BASES = (0, 1, 2, 3, 4)  # pretraining seeds: 0 is data/base.pt, the others are results/bases/seed<N>.pt
 SEEDS = (0, 1, 2)
@@ -103,14 +107,16 @@ STUDIES = {
     "spd": Study(
         "train_spd.py",
         {
-            "SPD": "",
+            "SPD": "{aligned}",
             "PSR": "--method psr",
             "SSD": "--method ssd",
             "SSD, T = 0.3": "--method ssd --temperature 0.3",
             "SSD, T = 0.6": "--method ssd --temperature 0.6",
-            "SPD, full-sequence loss": "--loss full",
-            "SPD, random subspace": "--subspace random",  # another draw with every seed
-            "SPD, T = 1": "--temperature 1",
+            "SPD, full-sequence loss": "{aligned} --loss full",
+            "SPD, random subspace": "{aligned} --subspace random",  # another draw with every seed
+            "SPD, random subspace at its best place": "{random} --subspace random",
+            "SPD, T = 1": "{aligned} --temperature 1",  # beside PSR, which samples at the same temperature
+            "SPD, calibrated on mix": "{mix} --calibration-domain mix",
         },
         flags="--domain exam",
         curve=(),
@@ -122,6 +128,24 @@ STUDIES = {
             for title, temperature in ((", greedy", ""), (", T = 1", "--temperature 1"))
             for place in PLACES
             for name, flags in (("aligned", ""), ("full", "--loss full"), ("random", "--subspace random"))
+        },
+        flags=GENERATION,
+        seeds=(0,),
+        curve=(),
+        reference="base",
+    ),
+    "spd-text": Study(  # at the best place of each base, by the rule of tools/mechanism.py
+        "train_spd.py",
+        {
+            f"{name}{title}": f"{flags} {temperature}".strip()
+            for title, temperature in ((", greedy", ""), (", T = 1", "--temperature 1"))
+            for name, flags in (
+                ("aligned", "{aligned}"),
+                ("full", "{aligned} --loss full"),
+                ("random", "{aligned} --subspace random"),
+                ("random at its best place", "{random} --subspace random"),
+                ("aligned, calibrated on mix", "{mix} --calibration-domain mix"),
+            )
         },
         flags=GENERATION,
         seeds=(0,),
@@ -146,3 +170,13 @@ STUDIES = {
 
 def planned(study: Study) -> int:
     return len(study.variants) * len(study.bases) * len(study.seeds)
+
+
+def flags_of(study: Study, variant: str, base: int) -> str:
+    """The flags of a run, its places filled in."""
+
+    def place(found: re.Match) -> str:
+        row = stats.best_place(stats.mechanism_rows(), base, found[1])
+        return f"--layers {row['layers']} --project {row['project']} --rank {row['rank']}%"
+
+    return re.sub(r"\{(\w+)\}", place, f"{study.flags} {study.variants[variant]}".strip())

@@ -29,7 +29,7 @@ from harness.cli import option, parse_config, run_script
 from harness.errors import UserError
 from harness.run import run_name
 from tools import stats
-from tools.studies import STUDIES, Study, planned
+from tools.studies import STUDIES, Study, flags_of, planned
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def plan(study: Study) -> list[Job]:
     """All runs; seeds in the outer loop, so that a study cut short has every variant on the same bases and seeds."""
     checksums = {base: base_checksum(base) for base in study.bases}
     return [
-        Job(study.script, variant, base, seed, f"{study.flags} {flags}".strip(), checksums[base])
+        Job(study.script, variant, base, seed, flags_of(study, variant, base), checksums[base])
         for seed in study.seeds
         for base in study.bases
-        for variant, flags in study.variants.items()
+        for variant in study.variants
     ]
 
 
