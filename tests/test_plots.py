@@ -25,6 +25,7 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A results folder in which every study has run, with invented figures."""
     rng = random.Random(0)
     monkeypatch.setattr(stats, "RESULTS", tmp_path)
+    monkeypatch.setattr(plots, "DOCS", tmp_path)
     for name in set(NEEDS.values()):
         study, runs = STUDIES[name], []
         for variant, flags in study.variants.items():
@@ -42,6 +43,10 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sizes = [{"varied": v, "width": w, "batch": w, "length": w} for v in ("width", "batch", "length") for w in (8, 16)]
     rows = [row | {"rollouts": 10.0 * row["width"], "training": 30} for row in sizes]
     files.write_json(tmp_path / "scaling.json", {"device": "cpu", "threads": 1, "rows": rows})
+    columns = ["base", "layers", "project", "rank", "subspace", "draw", "rest", "right", "check"]
+    rows = [[base, "", "", 100, "none", 0, -5, -0.4, 0.8] for base in range(5)]
+    rows += [[base, "1", "k", 35, kind, 0, -2, -0.5, 0.4] for base in range(5) for kind in plots.MECHANISM]
+    files.write_json(tmp_path / "spd-mechanism.json", {"S": 4, "columns": columns, "rows": rows})
     return tmp_path
 
 
@@ -57,6 +62,7 @@ def test_every_picture_is_drawn_with_text_as_text(
         "spoiled": "random quotes",
         "collapse": "suffix mask, EMA 0.03",
         "spd": "full",
+        "spd-mechanism": "aligned loss",
     }
     for name in plots.PICTURES:
         text = files.read_text(results / f"{name}.svg")
@@ -80,7 +86,9 @@ def test_a_missing_study_is_told_with_the_command_that_makes_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stats, "RESULTS", tmp_path)
-    with pytest.raises(UserError, match=rf"`python -m tools\.(study {NEEDS.get(name)}|xray spd|bench --scaling)"):
+    with pytest.raises(
+        UserError, match=rf"`python -m tools\.(study {NEEDS.get(name)}|mechanism|xray spd|bench --scaling)"
+    ):
         plots.PICTURES[name]()
 
 

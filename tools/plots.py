@@ -7,6 +7,8 @@ Needs `pip install -e '.[plots]'`. Grey text on no background is legible on ligh
 those of Okabe and Ito, which colour-blind readers can tell apart, and every line has its own marker.
 """
 
+import itertools
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +23,12 @@ from tools.stats import by_variant, read_results
 
 STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]
 GREY = "#7f868d"
+DOCS = files.ROOT / "docs"
 Save = Callable[[str], Path]
 
 
-def figure(columns: int, title: str, rows: int = 1) -> tuple[Any, Save]:
-    """An array of axes (rows, columns), and a function that saves them."""
+def figure(columns: int, title: str, rows: int = 1, folder: Path | None = None) -> tuple[Any, Save]:
+    """An array of axes (rows, columns), and a function that saves them, in results/ if no other folder is given."""
     try:
         import matplotlib
     except ImportError as error:
@@ -50,9 +53,9 @@ def figure(columns: int, title: str, rows: int = 1) -> tuple[Any, Save]:
     drawing.suptitle(title)
 
     def save(name: str) -> Path:
-        path = files.make_folder(stats.RESULTS) / f"{name}.svg"
+        path = files.make_folder(folder or stats.RESULTS) / f"{name}.svg"
         with files.replacing(path) as temporary:
-            drawing.savefig(temporary, format="svg", transparent=True, metadata={"Date": None})
+            drawing.savefig(temporary, format="svg", dpi=110, transparent=True, metadata={"Date": None})
         pyplot.close(drawing)
         return path
 
@@ -203,6 +206,39 @@ def spd_sweeps() -> Path:
     return save("spd")
 
 
+MECHANISM = {"aligned": "aligned loss", "full": "full-sequence loss", "random": "random, three draws"}
+MECHANISM |= {"mix": "aligned loss, calibrated without the mark"}
+
+
+def mechanism() -> Path:
+    """Correctness kept against checks removed: a point a place and draw, as large as golden solutions are likely."""
+    rows = stats.mechanism_rows()
+    axes, save = figure(3, "What projecting keys or values does to the decisions of five bases", 2, DOCS)
+    kinds = [*zip(MECHANISM, STYLES, strict=False)]
+    for axis, base in zip(axes.flat, sorted({row["base"] for row in rows}), strict=False):
+        plain = stats.best_place(rows, base, "none")
+        axis.axhline(0, color=GREY, linewidth=1)
+        axis.axvline(100, color=GREY, linewidth=1)
+        for ring, (subspace, (colour, marker)) in itertools.product((False, True), kinds[::-1]):
+            best = stats.place_name(stats.best_place(rows, base, subspace))
+            shown = [row for row in rows if (row["base"], row["subspace"]) == (base, subspace)]
+            shown = [row for row in shown if not ring or stats.place_name(row) == best]
+            x = [100 * math.exp(row["right"] - plain["right"]) for row in shown]
+            y = [100 * (1 - row["check"] / plain["check"]) for row in shown]
+            style = {"facecolors": "none", "edgecolors": colour} if ring else {"color": colour, "alpha": 0.5}
+            size = [(60 if ring else 8) + 6000 * math.exp(row["golden"]) for row in shown]
+            axis.scatter(x, y, size, marker=marker, linewidths=1.5 * ring, rasterized=not ring, **style)
+        axis.set(title=f"base {base}", xlabel="right digits kept, %", ylabel="checks removed, %")
+        axis.set(xlim=(0, 115), ylim=(-30, 105))
+    key = axes[1, 2]
+    for subspace, (colour, marker) in kinds:
+        key.scatter([], [], 50, color=colour, marker=marker, label=MECHANISM[subspace])
+    key.axis("off")
+    title = "Size: how likely golden solutions are.\nOutlined: the place that the rule takes."
+    key.legend(loc="upper left", alignment="left", title=title)
+    return save("spd-mechanism")
+
+
 def scaling() -> Path:
     """Tokens per second over width, batch and length."""
     measured = read_results("scaling", "bench --scaling")
@@ -230,6 +266,7 @@ PICTURES = {
     "collapse": collapse,
     "spectra": spectra,
     "spd": spd_sweeps,
+    "spd-mechanism": mechanism,
     "scaling": scaling,
 }
 
