@@ -5,7 +5,7 @@
 
 For every base, place (layers; keys, values or both; rank) and subspace, on training problems alone: the log-probability
 of the right digit at S, and the probability of each nuisance decision of this world, after prefixes of golden solutions
-and of the base's own text. The rule of the studies: a base's place is where golden solutions have the highest mean log p.
+and of the base's own text. The studies' rule: a base's place is where golden solutions have the highest mean log p.
 
 results/spd-mechanism.json has a line a place; a base that it holds, by its checksum, is not measured again.
 """
