@@ -1,7 +1,8 @@
 """The studies as data: which script runs with which flags, from which bases, with which seeds.
 
 A study's `flags` are those of every run; a variant's flags come after them, and the last one counts. {aligned} among
-them is the place that suits this subspace best on the base of the run, by the rule of tools/mechanism.py.
+them is the best place of this subspace on the base of the run, by the rule of tools/mechanism.py; {aligned|mix} the
+better one of two.
 """
 
 import re
@@ -107,16 +108,17 @@ STUDIES = {
     "spd": Study(
         "train_spd.py",
         {
-            "SPD": "{aligned}",
+            "SPD": "{aligned|mix}",
             "PSR": "--method psr",
             "SSD": "--method ssd",
             "SSD, T = 0.3": "--method ssd --temperature 0.3",
             "SSD, T = 0.6": "--method ssd --temperature 0.6",
-            "SPD, full-sequence loss": "{aligned} --loss full",
-            "SPD, random subspace": "{aligned} --subspace random",  # another draw with every seed
+            "SPD, full-sequence loss": "{aligned|mix} --loss full",
+            "SPD, random subspace": "{aligned|mix} --subspace random",  # another draw with every seed
             "SPD, random subspace at its best place": "{random} --subspace random",
-            "SPD, T = 1": "{aligned} --temperature 1",  # beside PSR, which samples at the same temperature
-            "SPD, calibrated on mix": "{mix} --calibration-domain mix",
+            "SPD, T = 1": "{aligned|mix} --temperature 1",  # beside PSR, which samples at the same temperature
+            "SPD, calibrated on exam": "{aligned}",
+            "SPD, calibrated on mix": "{mix}",
         },
         flags="--domain exam",
         curve=(),
@@ -140,11 +142,12 @@ STUDIES = {
             f"{name}{title}": f"{flags} {temperature}".strip()
             for title, temperature in ((", greedy", ""), (", T = 1", "--temperature 1"))
             for name, flags in (
-                ("aligned", "{aligned}"),
-                ("full", "{aligned} --loss full"),
-                ("random", "{aligned} --subspace random"),
+                ("aligned", "{aligned|mix}"),
+                ("full", "{aligned|mix} --loss full"),
+                ("random", "{aligned|mix} --subspace random"),
                 ("random at its best place", "{random} --subspace random"),
-                ("aligned, calibrated on mix", "{mix} --calibration-domain mix"),
+                ("aligned, calibrated on exam", "{aligned}"),
+                ("aligned, calibrated on mix", "{mix}"),
             )
         },
         flags=GENERATION,
@@ -176,7 +179,10 @@ def flags_of(study: Study, variant: str, base: int) -> str:
     """The flags of a run, its places filled in."""
 
     def place(found: re.Match) -> str:
-        row = stats.best_place(stats.mechanism_rows(), base, found[1])
-        return f"--layers {row['layers']} --project {row['project']} --rank {row['rank']}%"
+        rows = stats.mechanism_rows()
+        best = max((stats.best_place(rows, base, name) for name in found[1].split("|")), key=lambda row: row["golden"])
+        domain = "mix" if best["subspace"] == "mix" else "exam"
+        where = f"--layers {best['layers']} --project {best['project']} --rank {best['rank']}%"
+        return f"{where} --calibration-domain {domain}"
 
-    return re.sub(r"\{(\w+)\}", place, f"{study.flags} {study.variants[variant]}".strip())
+    return re.sub(r"\{([\w|]+)\}", place, f"{study.flags} {study.variants[variant]}".strip())

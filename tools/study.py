@@ -181,7 +181,8 @@ def run_study(name: str, study: Study, config: Config, deadline: float) -> dict:
     done = finished(study, jobs, known_runs())
     results = write_results(name, study, jobs, done)
     out = files.make_folder(Path(config.out).resolve() / name)
-    waiting = [(job, *command_of(job, out)) for job in jobs if job not in done]
+    unique = {job.key: job for job in reversed(jobs) if job not in done}  # two variants may be the same on a base
+    waiting = [(job, *command_of(job, out)) for job in reversed(unique.values())]
     running: list[tuple[subprocess.Popen, Job, Path]] = []
     failed: list[str] = []
     with tqdm(total=len(jobs), initial=len(done), desc=name, unit="run") as progress:
@@ -199,7 +200,7 @@ def run_study(name: str, study: Study, config: Config, deadline: float) -> dict:
                     if process.returncode:
                         failed.append(f"{folder}.log")
                         continue
-                    done[job] = compact(job, study, folder)
+                    done |= {twin: compact(twin, study, folder) for twin in jobs if twin.key == job.key}
                     done = finished(study, jobs, known_runs()) | done  # another process may have written some
                     results = write_results(name, study, jobs, done)
                     progress.update()
