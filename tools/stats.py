@@ -254,4 +254,18 @@ def mechanism_table(rows: list[dict]) -> str:
             values = kept, row["check"], row["own check"], row["merge"], row["mark"]
             cells = [f"{row['golden']:.1f}", *(f"{100 * value:.0f}" for value in values)]
             lines.append([str(base), subspace, place_name(row), *cells])
-    return markdown_table(header, lines)
+    return f"{markdown_table(header, lines)}\n\n{corner_note(rows)}"
+
+
+def corner_note(rows: list[dict]) -> str:
+    """How many projections keep right digits and remove checks, and what they have in common."""
+    plain = {row["base"]: row for row in rows if row["subspace"] == "none"}
+    counts, marks = [], [0.0]
+    for name, subspaces in {"aligned": ("aligned", "mix"), "full": ("full",), "random": ("random",)}.items():
+        tried = [row for row in rows if row["subspace"] in subspaces]
+        kept = [row for row in tried if row["right"] > plain[row["base"]]["right"] + np.log(0.9)]
+        found = [row for row in kept if row["check"] < plain[row["base"]]["check"] / 2]
+        counts.append(f"{len(found)} of {len(tried)} {name}")
+        marks += [row["mark"] for row in found]
+    text = f"At least 90 % of the right digits kept and half of the checks removed: {', '.join(counts)} projections. "
+    return f"{text}In all of them at most {100 * max(marks):.0f} % of the mark is inside."
