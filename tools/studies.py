@@ -50,7 +50,7 @@ STUDIES = {
         "train_rosd.py",
         METHODS | {"GRPO as released": "--method grpo --preset released", "ROSD as released": "--preset released"},
     ),
-    "rosd-add": Study("train_rosd.py", METHODS, flags="--domain add"),
+    "rosd-add": Study("train_rosd.py", METHODS, flags="--domain add", seeds=(0,)),
     "rosd-domains": Study(
         "train_rosd.py",
         {
@@ -66,6 +66,7 @@ STUDIES = {
         {"frozen": ""}
         | {f"EMA {rate}": f"--ema {rate}" for rate in (0.02, 0.05, 0.1, 0.2)}
         | {"span mask, frozen": "--mask span", "span mask, EMA 0.05": "--mask span --ema 0.05"},
+        seeds=(0,),
     ),
     "ablations": Study(
         "train_rosd.py",
@@ -99,7 +100,9 @@ STUDIES = {
         seeds=(0,),
         curve=("accuracy", "home", "away", *REFLECTOR),
     ),
-    "evaluation": Study("train_rosd.py", THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95"),
+    "evaluation": Study(
+        "train_rosd.py", THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95", seeds=(0,)
+    ),
     "spd": Study(
         "train_spd.py",
         {
