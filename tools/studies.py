@@ -91,7 +91,20 @@ STUDIES = {
         },
         flags="--domain mix --steps 100 --eval-every 10",
         seeds=(0,),
-        curve=("accuracy", "home", "away"),
+        curve=("accuracy", "home", "away", "merged", "checked", "unfinished"),
+    ),
+    "moonshot": Study(  # can a reflection do as well as a reward, from as many rollouts?
+        "train_rosd.py",
+        {
+            "GRPO": "--method grpo",
+            "GRPO, 3 passes": "--method grpo --updates 3",
+            "span mask, 3 passes": "--mask span --updates 3",
+            "span mask, forward KL": "--mask span --alpha 0",
+            "span mask, EMA 0.05, the student reflects": "--mask span --ema 0.05 --reflector student",
+            "span mask, learning rate x3": "--mask span --learning-rate 0.003",
+        },
+        seeds=(0,),
+        curve=(),
     ),
     "curves": Study(
         "train_rosd.py",
