@@ -37,11 +37,6 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 runs.append(run)
         content = {"study": name, "script": study.script, "reference": study.reference, "planned": len(runs)}
         files.write_json(tmp_path / f"{name}.json", content | {"runs": runs})
-    spectrum = {f"layer {layer} {kind}": [3.0, 1.0, 0.1] for layer in (1, 2) for kind in "KV"}
-    files.write_json(tmp_path / "spectra.json", {"examples": 9, "aligned": spectrum, "full": spectrum})
-    sizes = [{"varied": v, "width": w, "batch": w, "length": w} for v in ("width", "batch", "length") for w in (8, 16)]
-    rows = [row | {"rollouts": 10.0 * row["width"], "training": 30} for row in sizes]
-    files.write_json(tmp_path / "scaling.json", {"device": "cpu", "threads": 1, "rows": rows})
     return tmp_path
 
 
@@ -70,9 +65,9 @@ def test_a_name_draws_one_picture_and_help_draws_none(results: Path, monkeypatch
     with pytest.raises(SystemExit):
         plots.main()
     assert not list(results.glob("*.svg"))
-    monkeypatch.setattr(sys, "argv", ["plots", "scaling"])
+    monkeypatch.setattr(sys, "argv", ["plots", "spd"])
     plots.main()
-    assert [path.name for path in results.glob("*.svg")] == ["scaling.svg"]
+    assert [path.name for path in results.glob("*.svg")] == ["spd.svg"]
 
 
 @pytest.mark.parametrize("name", plots.PICTURES)
@@ -80,7 +75,7 @@ def test_a_missing_study_is_told_with_the_command_that_makes_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stats, "RESULTS", tmp_path)
-    with pytest.raises(UserError, match=rf"`python -m tools\.(study {NEEDS.get(name)}|xray spd|bench --scaling)"):
+    with pytest.raises(UserError, match=rf"`python -m tools\.study {NEEDS[name]}`"):
         plots.PICTURES[name]()
 
 

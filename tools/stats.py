@@ -68,11 +68,11 @@ def difference(values: Values, reference: Values) -> Estimate | None:
 # ---------------------------------------------------------------------------------------------- results files
 
 
-def read_results(name: str, maker: str = "") -> dict:
+def read_results(name: str) -> dict:
     """The content of results/<name>.json; UserError names the command that makes it."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        raise UserError(f"there is no results/{name}.json; `python -m tools.{maker or 'study ' + name}` makes it")
+        raise UserError(f"there is no results/{name}.json; `python -m tools.study {name}` makes it")
     return files.read_json(path)
 
 
