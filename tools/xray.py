@@ -79,7 +79,7 @@ class Reading:
 
 def likeliest(logp: Tensor, task: Task, count: int = 5) -> Choices:
     values, index = logp.exp().topk(count)
-    return list(zip(task.pieces(index.tolist()), values.tolist(), strict=True))
+    return [(text, round(p, 4)) for text, p in zip(task.pieces(index.tolist()), values.tolist(), strict=True)]
 
 
 def readings(base: GPT, task: Task, rollout: Rollout, peer: Rollout) -> dict[str, Reading]:
