@@ -14,15 +14,15 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(bench, name, value)
 
 
-def test_the_table_has_both_comparisons_and_every_part(
+def test_the_table_has_both_comparisons_and_every_row(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr(sys, "argv", ["bench", "--repeats", "1"])
     bench.main()
     rows = capsys.readouterr().out.splitlines()[2:]
-    assert [bool(re.search(r"\d x|\dx", row)) for row in rows] == [True] * 3 + [False] * 4
-    assert "4 sequences of 16 + 4 tokens" in rows[0] and "4 rollouts" in rows[3] and "MB" in rows[-1]
+    assert [bool(re.search(r"\d x|\dx", row)) for row in rows] == [True] * 3 + [False]
+    assert "4 sequences of 16 + 4 tokens" in rows[0] and "MB" in rows[-1]
 
 
 def test_each_work_is_warmed_up_once_and_its_best_time_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,33 +16,30 @@ from itertools import islice
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from data import load_task
 from data.tokenizer import VOCAB_SIZE
-from harness import files, parallel
+from harness import parallel
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.errors import UserError
-from harness.run import peak_memory_mb, seeded
-from model import GPT, GPTConfig, generate, response_logprobs
+from harness.run import peak_memory_mb
+from model import GPT, GPTConfig, generate
 from pretrain import batches
-from reflect import choose_peers, reflect, sample_rollouts
-from subspace import SubspaceConfig, calibrate, calibration_set
 from train_spd import Pair, next_token_loss
 
 PROMPTS, GROUP, PROMPT, NEW = 32, 8, 16, 48  # 256 sequences: 16 tokens read, 48 written
 BATCH = 64  # documents an update, of 8 updates
 Rows = list[list[str]]
+Works = dict[str, Callable[[], object]]
 
 
 @dataclass(frozen=True)
 class Config:
-    base: str = option("data/base.pt", "checkpoint for the parts of both loops")
     repeats: int = option(5, "repetitions; the best one counts", minimum=1)
     compile: bool = option(False, "also measure the model with compiled blocks")
     threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
     device: str = option("auto", "cpu, cuda, mps or auto")
 
 
-def fastest(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def fastest(works: Works, repeats: int) -> dict[str, float]:
     """The best time of each in seconds; they take turns, after one warm-up each."""
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(1 + repeats):
@@ -102,7 +99,7 @@ def rollouts(config: Config, device: torch.device) -> Rows:
     settings = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": True, "top_k": 0, "pad_token_id": 0}
     attend = {"attention_mask": torch.ones_like(ids), "num_return_sequences": GROUP}
     never = VOCAB_SIZE  # a stop token that no row writes: all of them write every token
-    works: dict[str, Callable[[], object]] = {
+    works: Works = {
         name: lambda model=model: generate(model, prompts, NEW, never, GROUP) for name, model in ours.items()
     }
     works["transformers"] = lambda: other.generate(ids, **attend, **settings)
@@ -134,7 +131,7 @@ def training(config: Config, device: torch.device) -> Rows:
         return network(input_ids=ids.to(device), labels=labels.to(device)).loss
 
     other = gpt2(device)
-    works: dict[str, Callable[[], object]] = {
+    works: Works = {
         name: lambda model=model: epoch(model, by_length, next_token_loss)
         for name, model in models(device, config.compile).items()
     }
@@ -144,33 +141,13 @@ def training(config: Config, device: torch.device) -> Rows:
     return beside("training step", sum(len(x) + len(y) for x, y in pairs), times, theirs)
 
 
-def parts(config: Config, device: torch.device) -> Rows:
-    """The other parts of both loops, with the base."""
-    base, task = files.load_checkpoint(config.base)[0].to(device).eval(), load_task("arithmetic")
-    problems = task.problems(task.domains[0], PROMPTS, random.Random(0))
-    group = sample_rollouts(base, task, problems, GROUP, seeded("bench"))
-    chosen = zip(group, choose_peers(group, GROUP), strict=True)
-    peers = [peer.text if peer else rollout.problem.solution for rollout, peer in chosen]
-    prompts = [task.encode(task.teacher_prompt(r.problem, solution=peer)) for r, peer in zip(group, peers, strict=True)]
-    settings = SubspaceConfig(calibration_size=200, layers="all")
-    examples = calibration_set(task, task.domains[:1], settings, 0)
-    works = {
-        f"reflections on {len(group)} rollouts": lambda: reflect(base, task, group, peers),
-        f"teacher pass over {len(group)} rollouts": torch.no_grad()(
-            lambda: response_logprobs(base, prompts, [rollout.tokens for rollout in group])
-        ),
-        "SPD calibration: 200 gradients and the SVD of every layer": lambda: calibrate(base, examples, settings),
-    }
-    rows = [[name, f"{1000 * best:,.0f} ms", "", ""] for name, best in fastest(works, config.repeats).items()]
-    return [*rows, ["peak memory of all of this", f"{peak_memory_mb() or float('nan'):,.0f} MB", "", ""]]
-
-
 def main() -> None:
     config = parse_config(Config, __doc__)
     if config.threads:
         torch.set_num_threads(config.threads)
     device = parallel.start(config.device)
-    rows = rollouts(config, device) + training(config, device) + parts(config, device)
+    rows = rollouts(config, device) + training(config, device)
+    rows.append(["peak memory of all of this", f"{peak_memory_mb() or float('nan'):,.0f} MB", "", ""])
     print(markdown_table([f"{device.type}, threads: {torch.get_num_threads()}", "here", "there", "ratio"], rows))
 
 
