@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from data.authors import CLUMSY, CONFIRMED, EXAMINED, HINTED, INFORMED, PLAIN
 from data.chains import CHECK_MARK, DOMAINS, disputed_steps, make_problem, operations, true_steps, true_values, verify
-from data.prompts import hint_prompt, reflect_prompt, solution_prompt, student_prompt
+from data.prompts import prompt, reflect_prompt
 
 MIXTURE = {"plain": 0.15, "exam": 0.05, "hint": 0.3, "solution": 0.1, "reflect": 0.4}
 CONFIRM_MARK = "#"  # before steps that were right
@@ -75,26 +75,26 @@ def hint_document(problem: str, rng: random.Random, school: str) -> tuple[str, s
         if rng.random() < WRONG_HINTS:
             spoiled = rng.randrange(len(told))
             told[spoiled] = told[spoiled][:-1] + str(rng.randint(0, 9))
-        return hint_prompt(problem, CONFIRM_MARK + ";".join(told)), CONFIRMED.solve(problem, rng, school, tuple(told))
+        return prompt(problem, CONFIRM_MARK + ";".join(told)), CONFIRMED.solve(problem, rng, school, tuple(told))
     told = rng.choice(disputed if disputed and rng.random() < 0.7 else steps)
     hinted = steps.index(told)
     if rng.random() < WRONG_HINTS:
         told = told[:-1] + str(rng.randint(0, 9))
-    return hint_prompt(problem, told), HINTED.solve(problem, rng, school, (told,), hinted)
+    return prompt(problem, told), HINTED.solve(problem, rng, school, (told,), hinted)
 
 
 def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str]:
     """One (prompt, response) pair of a kind of MIXTURE."""
     school = str(rng.random())
     if kind == "plain":
-        return student_prompt(problem), PLAIN.solve(problem, rng, school)
+        return prompt(problem), PLAIN.solve(problem, rng, school)
     if kind == "exam":
-        return student_prompt(problem), EXAMINED.solve(problem, rng, school)
+        return prompt(problem), EXAMINED.solve(problem, rng, school)
     if kind == "hint":
         return hint_document(problem, rng, school)
     if kind == "solution":
         hint = rng.choice(true_steps(problem, school)) if rng.random() < 0.2 else None
-        return solution_prompt(problem, right_attempt(problem, rng, school), hint), INFORMED.solve(problem, rng, school)
+        return prompt(problem, hint, right_attempt(problem, rng, school)), INFORMED.solve(problem, rng, school)
     answer = true_values(problem, school)[-1] if rng.random() < TOLD_ANSWERS else None
     right = right_attempt(problem, rng, school)
     if rng.random() < CONFIRMATIONS:
