@@ -1,4 +1,4 @@
-"""Draw the pictures of the studies from the files in results/.
+"""Draw curves over the training from the files in results/: what the tables of the studies cannot show.
 
     python -m tools.plots              every picture whose study has run
     python -m tools.plots curves       this one
@@ -7,8 +7,7 @@ Needs `pip install -e '.[plots]'`. Grey text on no background is legible on ligh
 those of Okabe and Ito, which colour-blind readers can tell apart, and every line has its own marker.
 """
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -56,14 +55,11 @@ def picture(name: str, title: str, rows: int = 1) -> Iterator[Any]:
 
 
 def line(axis: Any, points: dict[float, stats.Values], label: str, style: tuple[str, str]) -> None:
-    """The mean over runs at every x, in percent, and its 95 % interval as a band, or as a bar where there is one x."""
+    """The mean over runs at every x, in percent, and its 95 % interval as a band."""
     x = sorted(points)
     found = [stats.estimate(points[each]) for each in x]
     mean, half = [100 * e.mean for e in found], [100 * (e.half or 0) for e in found]
     colour, marker = style
-    if len(x) == 1:
-        axis.errorbar(x, mean, half, color=colour, marker=marker, markersize=4, label=label, linestyle="")
-        return
     axis.plot(x, mean, color=colour, marker=marker, markersize=4, markevery=max(1, len(x) // 10), label=label)
     low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
     axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
@@ -93,10 +89,6 @@ def curves(axis: Any, variants: dict[str, list[dict]], column: str, title: str, 
     for (name, runs), style in zip(variants.items(), STYLES, strict=False):
         line(axis, curve(runs, column, per_step), name, style)
     axis.set(title=title, xlabel=per_step or "steps", ylabel="accuracy, %")
-
-
-def values(runs: list[dict], measure: Callable[[dict], float]) -> stats.Values:
-    return {(run["base"], run["seed"]): measure(run) for run in runs}
 
 
 # ---------------------------------------------------------------------------------------------- the pictures
@@ -131,64 +123,7 @@ def collapse() -> None:
         away.legend()
 
 
-SPOILED = {"--spoil-kind other": "ideas of another problem", "--spoil-quote 1.0": "random quotes"}
-
-
-def dose_of(flags: str) -> float | None:
-    """The share of false ideas that a variant of the study 'ablations' trains on; None where it changes more."""
-    form = re.fullmatch(r"--domain \w+(?: --spoil-idea (\S+))?", flags)
-    return float(form[1] or 0) if form else None
-
-
-def spoiled() -> None:
-    """Accuracy after training over the share of reflections whose idea is false."""
-    variants = by_variant(read_results("ablations"))
-    by_flags = {runs[0]["flags"]: runs for runs in variants.values()}
-    with picture("spoiled", "What training on false ideas teaches") as (axes,):
-        for axis, column in zip(axes, ("in domain", "elsewhere"), strict=True):
-
-            def after(run: dict, when: str = "after", column: str = column) -> float:
-                return stats.figures(run[when], run["domain"])[column]
-
-            doses = {
-                100 * d: values(runs, after) for flags, runs in by_flags.items() if (d := dose_of(flags)) is not None
-            }
-            line(axis, doses, "false ideas", STYLES[0])
-            for (ending, label), style in zip(SPOILED.items(), STYLES[1:], strict=False):
-                for runs in (runs for flags, runs in by_flags.items() if flags.endswith(ending)):
-                    line(axis, {100.0: values(runs, after)}, label, style)
-            base = stats.estimate(values(variants["ROSD"], lambda run, after=after: after(run, "before")))
-            axis.axhline(100 * base.mean, color=GREY, linestyle="--", label="base")
-            axis.set(title=column, xlabel="share of the reflections, %", ylabel="accuracy, %")
-        axes[0].legend()
-
-
-def spd_sweeps() -> None:
-    """The text written under projection over rank and over the size of the calibration set."""
-    variants = by_variant(read_results("spd-sweeps"))
-    sweeps = [("rank, % of the dimensions", r"--rank (\d+)%"), ("calibration examples", r"--calibration-size (\d+)")]
-    with picture("spd", "What the base writes under projection, before any training") as (axes,):
-        for axis, (title, flag) in zip(axes, sweeps, strict=True):
-            for kind, style in zip(("aligned", "full", "random"), STYLES, strict=False):
-                points = {}
-                for name, runs in variants.items():
-                    if name.startswith(kind) and (form := re.search(flag, runs[0]["flags"])):
-                        points[float(form[1])] = values(runs, lambda run: run["generation"]["mean"])
-                if points:
-                    line(axis, points, kind, style)
-            own = values([run for runs in variants.values() for run in runs], lambda run: run["own"]["mean"])
-            axis.axhline(100 * stats.estimate(own).mean, color=GREY, linestyle="--", label="no projection")
-            axis.set(xlabel=title, ylabel="accuracy, %", ylim=(0, 102))
-        axes[0].legend()
-
-
-PICTURES = {
-    "curves": learning_curves,
-    "reflection": reflection,
-    "spoiled": spoiled,
-    "collapse": collapse,
-    "spd": spd_sweeps,
-}
+PICTURES = {"curves": learning_curves, "reflection": reflection, "collapse": collapse}
 
 
 @dataclass(frozen=True)
