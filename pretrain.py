@@ -44,10 +44,7 @@ class Config:
     weight_decay: float = option(0.1, "weight decay of the matrices", minimum=0)
     value_decay: float = option(0.2, "weight decay of the first layer's values, under AdamW", minimum=0)
     layers: int = option(4, "layers", minimum=2)
-    width: int = option(64, "residual width", minimum=8)
-    heads: int = option(4, "query heads", minimum=1)
-    kv_heads: int = option(4, "key/value heads; the query heads are shared out among them", minimum=1)
-    head_dim: int = option(16, "width of a head, an even number", minimum=2)
+    width: int = option(64, "residual width, a multiple of 8; of four heads", minimum=8)
     seed: int = option(0, "seed of the weights and the documents")
     out: str = option("out/base.pt", "where the checkpoint goes")
     check_only: bool = option(False, "train nothing, measure the checkpoint at --out")
@@ -76,16 +73,8 @@ def schedule(step: int, steps: int, warmup: int = 20) -> float:
 def pretrain(config: Config) -> GPT:
     torch.manual_seed(config.seed)
     device = parallel.start(config.device)
-    shape = GPTConfig(
-        VOCAB_SIZE,
-        n_layer=config.layers,
-        n_embd=config.width,
-        n_head=config.heads,
-        n_kv_head=config.kv_heads,
-        head_dim=config.head_dim,
-        n_hidden=3 * config.width,
-    )
-    model = GPT(shape).to(device)
+    width, heads = config.width, {"n_head": 4, "n_kv_head": 4, "head_dim": config.width // 4}
+    model = GPT(GPTConfig(VOCAB_SIZE, n_layer=config.layers, n_embd=width, n_hidden=3 * width, **heads)).to(device)
     values = model.blocks[0].attn.v_proj.weight
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and p is not values]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
@@ -201,8 +190,8 @@ def report(model: GPT) -> None:
 
 def main() -> None:
     config = parse_config(Config, __doc__)
-    if config.heads % config.kv_heads or config.head_dim % 2:
-        raise UserError("--heads must be a multiple of --kv-heads, and --head-dim even")
+    if config.width % 8:
+        raise UserError(f"--width {config.width} does not go into four heads of even width; give a multiple of 8")
     if config.batch < parallel.WORLD:
         raise UserError(f"--batch {config.batch} is too small for {parallel.WORLD} processes; give at least that many")
     torch.set_num_threads(config.threads)

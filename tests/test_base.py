@@ -34,8 +34,7 @@ def test_a_gate_that_is_missed_is_named(found: dict[str, float]) -> None:
 @pytest.mark.parametrize(
     ("flags", "cause"),
     [
-        (["--heads", "3", "--kv-heads", "2"], "--kv-heads"),
-        (["--head-dim", "3"], "--head-dim"),
+        (["--width", "12"], "--width"),
         (["--muon-rate", "1e30", "--steps", "2", "--batch", "2"], "not finite"),
         (["--check-only", "--out", "nowhere.pt"], "nowhere.pt"),
     ],

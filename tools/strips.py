@@ -53,18 +53,6 @@ def strip(label: str, tokens: list[Token], badge: str = "", note: str = "") -> s
     return f'<div class="strip"><div class="label">{prose(label)} {shown}</div>{row}{below}</div>'
 
 
-def spectrum(label: str, values: list[float], rank: int, note: str = "") -> str:
-    """Singular values as bars, scaled to the first; those within the rank are filled."""
-    bars = ""
-    for i, value in enumerate(values):
-        height, kind = max(0.5, 60 * value / values[0]), "kept" if i < rank else "cut"
-        bars += f'<rect x="{8 * i}" y="{60 - height:.1f}" width="6" height="{height:.1f}" class="{kind}">'
-        bars += f"<title>s_{i + 1} = {value:.3g}</title></rect>"
-    about = f'viewBox="0 0 {8 * len(values)} 60" role="img" aria-label="singular values, {rank} kept"'
-    caption = f"<figcaption>{prose(label)}<br>{prose(note)}</figcaption>"
-    return f'<figure class="spectrum"><svg {about}>{bars}</svg>{caption}</figure>'
-
-
 def columns(*parts: str) -> str:
     """Parts side by side, one below the other on a narrow screen."""
     return '<div class="columns">' + "".join(f"<div>{part}</div>" for part in parts) + "</div>"

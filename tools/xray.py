@@ -162,10 +162,12 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
     """Spectra, what the projector takes away from every token, and the answers with and without it."""
     examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
     projectors = calibrate(model, examples, config, config.seed)
-    bars = [
-        strips.spectrum(place_name(place), values.tolist(), r, f"r = {r}" if place in projectors else "not projected")
-        for place, (values, r) in subspace.spectra(model, task, config).items()
-    ]
+    spectra = []
+    for place, (s, r) in subspace.spectra(model, task, config).items():
+        says = [f"s_{i + 1} = {value:.3g}" for i, value in enumerate(s.tolist())]
+        shown = [Token(bar, dimmed=i >= r, says=says[i]) for i, bar in enumerate(subspace.bars(s))]
+        note = f"r = {r}" if place in projectors else "not projected"
+        spectra.append(strips.strip(place_name(place), shown, note=note))
     problems = task.problems(config.domain, 4, random.Random(f"prompt {config.seed}"), test=True)
     prompts = [task.encode(task.student_prompt(problem)) for problem in problems]
     text, views = [*prompts[0], *task.encode(problems[0].solution)], {}
@@ -187,7 +189,9 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
         "The gradients of correctness with respect to keys and values have singular values that fall off. While the "
         f"model generates, the projector keeps the first r directions. Problem: `{problems[0].question}`.",
         [
-            strips.section("Spectra", "Singular values of G at every layer, filled up to r.", [strips.columns(*bars)]),
+            strips.section(
+                "Spectra", "Singular values of G at every layer, pale from r on.", [strips.columns(*spectra)]
+            ),
             strips.section(
                 "What the projector takes away", "Colour is |x - x P| / |x|.", [strips.switch("place", views)]
             ),
