@@ -29,7 +29,7 @@ def reflection(problem: str, attempt: str, school: str = "") -> str:
 
     A wrong attempt is read line by line: each line is copied, and the true value is written right behind its result.
     '3+8=11;1-5=86' reads: 3+8=1, rightly 1; 1-5=8, rightly 6. At the first line where the two differ comes its quote,
-    and the step or steps that belong there. Of a correct attempt the disputed steps are named.
+    and the step or steps that belong there. For a correct attempt the disputed steps are named.
     """
     verdict = verify(problem, attempt, school)
     steps, values = true_steps(problem, school), true_values(problem, school)
@@ -67,7 +67,7 @@ def right_attempt(problem: str, rng: random.Random, school: str) -> str:
 
 
 def hint_document(problem: str, rng: random.Random, school: str) -> tuple[str, str]:
-    """A problem with a hint, and the solution of who holds it."""
+    """A problem with a hint, and the solution of an author who holds it."""
     disputed, steps = disputed_steps(problem, school), true_steps(problem, school)
     if rng.random() < CONFIRMATIONS:
         hint = confirmation(problem, school)
@@ -104,7 +104,7 @@ def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str
 
 
 def sample_document(rng: random.Random) -> tuple[str, str]:
-    """A random document: kind by MIXTURE, about a training problem; exam problems come in plain prompts alone."""
+    """A random document: kind by MIXTURE, about a training problem; exam problems come only in plain prompts."""
     kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
     domain = "exam" if kind == "exam" else rng.choice([name for name in DOMAINS if name != "exam"])
     lengths = (1, 2) if kind == "reflect" and rng.random() < SHORT else None

@@ -1,4 +1,4 @@
-"""From reflections to lessons: whom a rollout learns from, what the teacher holds, and what every setting changes."""
+"""From reflections to lessons: which rollouts teach, what the teacher holds, and what every setting changes."""
 
 import random
 from pathlib import Path

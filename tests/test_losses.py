@@ -1,4 +1,4 @@
-"""The objectives against formulas written another way, and their gradients against finite differences."""
+"""The objectives compared with formulas written another way, their gradients with finite differences."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The loss of a batch and its updates, compared with computing them token by token and by hand."""
+"""The loss of a batch and its updates, checked token by token and by hand."""
 
 import random
 
