@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROSD, SPD, Letters, tiny_gpt
+from conftest import ROSD, SPD, Letters, metrics, tiny_gpt, train
 
 import train_rosd
 import train_spd
@@ -37,15 +37,6 @@ GOLDEN_SPD = {
     "--method ssd --top-k 3 --temperature 0.5 --finetune full": [1.53361, 1.30166],
     "--coordinate rope --project k --rank 2 --rounds 2": [1.74324, 1.6576, 1.69563, 1.62727],
 }
-
-
-def train(script: ModuleType, base: str, out: Path, *flags: str) -> dict:
-    small = ROSD if script is train_rosd else SPD
-    return script.train(parse_config(script.Config, "", [*small, "--base", base, "--out", str(out), *flags]))
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in files.read_text(next(out.glob("*/metrics.jsonl"))).splitlines()]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
