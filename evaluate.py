@@ -7,6 +7,8 @@ from harness.cli import markdown_table
 from harness.run import RunConfig, seeded
 from model import GPT, generate
 
+ROWS = 512  # responses sampled at once: more need more memory, and are slower on a CPU
+
 
 def evaluate(
     model: GPT,
@@ -29,9 +31,10 @@ def evaluate(
     asked = [problem for domain in domains for problem in tests[domain]]
     prompts = [task.encode(task.student_prompt(problem)) for problem in asked]
     generator = seeded("evaluate", seed)
-    written = generate(
-        model, prompts, task.max_response, task.stop, samples, temperature, top_k, top_p, generator=generator
-    )
+    sampling, at_once = (samples, temperature, top_k, top_p, generator), max(1, ROWS // samples)
+    written = []
+    for i in range(0, len(prompts), at_once):
+        written += generate(model, prompts[i : i + at_once], task.max_response, task.stop, *sampling)
     verdicts = [task.verify(asked[i // samples], task.decode(tokens)) for i, tokens in enumerate(written)]
     scores, each = {}, problems * samples
     for i, domain in enumerate(domains):

@@ -111,7 +111,7 @@ class Config(RunConfig):
     steps: int = option(30, "batches", minimum=1)
     batch: int = option(32, "problems a step", "32", minimum=1)
     group: int = option(8, "rollouts a problem, G", "8", minimum=2)
-    micro_batch: int = option(256, "rollouts in memory at once; the gradient stays the same", minimum=1)
+    micro_batch: int = option(64, "rollouts in memory at once; the gradient stays the same", minimum=1)
     temperature: float = option(1.0, "sampling temperature of the rollouts", "1", minimum=0)
     reflect_temperature: float = option(0.0, "temperature of the reflector; 0 is greedy", "not stated", minimum=0)
     alpha: float = option(0.5, "divergence: 0 forward KL, 0.5 Jensen-Shannon, 1 reverse KL", "0.5", (), 0, 1)
@@ -292,7 +292,7 @@ def update(
 
 
 def train(config: Config) -> dict:
-    """One run: evaluate the base, train, evaluate again -> the content of results.json."""
+    """One run: train, then evaluate the student and the base -> the content of results.json."""
     with Run(settle(config), run_name(config)) as run:
         if run.results:
             return run.results
@@ -305,7 +305,6 @@ def train(config: Config) -> dict:
             student.compile_blocks()
             teacher.compile_blocks()
         run.restore(student=student, teacher=teacher, optimizer=optimizer)
-        before = run.once("before", lambda: evaluate_run(student, task, config))
         for step in run.steps(config.steps):
             problems = parallel.share(task.problems(config.domain, config.batch, run.random("problems", step)))
             sampling = (config.group, run.generator("rollout", step), config.temperature)
@@ -327,6 +326,7 @@ def train(config: Config) -> dict:
             )
             run.save()
         after = run.once("after", lambda: evaluate_run(student, task, config))
+        before = run.of_base("before", lambda: evaluate_run(run.base, task, config))
         return run.finish(student, before=before, after=after)
 
 

@@ -179,8 +179,6 @@ def train(config: Config) -> dict:
         model = deepcopy(run.base)
         student, optimizer = start_finetuning(model, config, 0)
         run.restore(model=model, student=student, optimizer=optimizer)
-        before = run.once("before", lambda: evaluate_run(run.base, task, config)) if config.epochs else None
-        own = run.once("own", lambda: score_text(run.base, task, config))
         examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
         for step in run.steps(max(1, config.rounds * config.epochs)):
             round, epoch = divmod(step, max(1, config.epochs))
@@ -198,6 +196,9 @@ def train(config: Config) -> dict:
                 merge_lora(model)
             run.save()
         after = run.once("after", lambda: evaluate_run(model, task, config)) if config.epochs else None
+        before = run.of_base("before", lambda: evaluate_run(run.base, task, config)) if config.epochs else None
+        settings = ("domain", "temperature", "top_k", "top_p")
+        own = run.of_base("own", lambda: score_text(run.base, task, config), *settings)
         generations = [run.state[f"generation {round}"] for round in range(config.rounds if config.epochs else 1)]
         return run.finish(model, before=before, own=own, generation=generations, after=after)
 

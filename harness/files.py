@@ -133,3 +133,9 @@ def checksum(path: Path | str) -> str:
             while block := file.read(1 << 24):
                 sum = zlib.crc32(block, sum)
     return f"{sum:08x}"
+
+
+def code_checksum() -> str:
+    """Which version of the model, the tasks and the methods this is: figures of another one are not to be reused."""
+    text = b"".join(path.read_bytes() for folder in (ROOT, ROOT / "data") for path in sorted(folder.glob("*.py")))
+    return f"{zlib.crc32(text + torch.__version__.encode()):08x}"

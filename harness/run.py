@@ -4,6 +4,7 @@
     out/<run>/results.json    configuration, seed, versions, commit, accuracies, time, peak memory
     out/<run>/model.pt        the trained model
     out/<run>/state.pt        everything --resume needs; gone when the run is finished
+    out/<run>/base-*.json     accuracies of the base; a later run in the same folder that asks for the same takes them
 
 With several processes (parallel.py) the first one writes the files and shows the progress.
 """
@@ -59,6 +60,7 @@ class RunConfig:
     compile: bool = option(False, "torch.compile the blocks, for GPUs")
 
 
+EVALUATION = ("eval_problems", "eval_samples", "eval_temperature", "eval_top_p")
 # Settings that say where and how fast, not what: they may change from run to resumed run.
 INCIDENTAL = ("out", "base", "resume", "device", "threads", "baseline")  # the base is compared by its bytes
 
@@ -174,6 +176,21 @@ class Run:
         if name not in self.state:
             self.state[name] = measure() if parallel.FIRST else None
         return self.state[name]
+
+    def of_base(self, name: str, measure: Callable[[], Any], *settings: str) -> Any:
+        """What `measure` gives for the base, or gave a run beside this one of equal code and equal settings."""
+        if not parallel.FIRST:
+            return None
+        names = ("task", "shots", "max_response", "seed", "threads", *EVALUATION, *settings)
+        asked = {"base": self.checksum, "code": files.code_checksum(), "device": self.device.type}
+        asked |= {name: getattr(self.config, name) for name in names}
+        for path in sorted(self.folder.parent.glob(f"*/base-{name}.json")):
+            found = files.read_json(path)
+            if found["asked"] == asked:
+                return found["measured"]
+        measured = files.plain(measure())
+        files.write_json(self.folder / f"base-{name}.json", {"asked": asked, "measured": measured})
+        return measured
 
     def finish(self, model: GPT, **content: Any) -> dict[str, Any]:
         """Write model.pt and results.json; the state is not needed any more."""

@@ -13,7 +13,7 @@ from harness import files
 from harness.cli import run_script
 from model import response_logprobs
 from subspace import project_kv
-from tools import mechanism, stats
+from tools import mechanism, places, stats
 from tools.mechanism import decisions, make_probe, mark_vectors, measure, share_inside
 from tools.studies import BASES
 
@@ -21,7 +21,7 @@ TASK = load_task("arithmetic")
 PROBLEMS = TASK.problems("exam", 3, random.Random(0))
 GOLDEN = [[*TASK.encode(problem.solution), TASK.end()] for problem in PROBLEMS]
 PATH = stats.RESULTS / "spd-mechanism.json"
-ROWS = stats.mechanism_rows()
+ROWS = places.mechanism_rows()
 
 
 def asked(question: str, text: str) -> dict[str, list]:
@@ -101,7 +101,7 @@ def test_only_bases_of_other_bytes_are_measured_again(tmp_path: Path, monkeypatc
     sums[2] = "new"
     run_script(mechanism.main)
     assert measured == [*BASES, 2]
-    held, order = files.read_json(tmp_path / PATH.name), [row["base"] for row in stats.mechanism_rows()]
+    held, order = files.read_json(tmp_path / PATH.name), [row["base"] for row in places.mechanism_rows()]
     assert held["bases"] == {str(base): sum for base, sum in sums.items()}
     assert order == [base for base in BASES for _ in some]
 
@@ -109,7 +109,7 @@ def test_only_bases_of_other_bytes_are_measured_again(tmp_path: Path, monkeypatc
 def test_golden_is_S_and_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "RESULTS", tmp_path)
     files.write_json(tmp_path / PATH.name, {"S": 4.5, "columns": ["rest", "right"], "rows": [[-3.0, -0.2]]})
-    assert stats.mechanism_rows()[0]["golden"] == pytest.approx(-3.9)
+    assert places.mechanism_rows()[0]["golden"] == pytest.approx(-3.9)
 
 
 def test_projections_in_the_corner_are_counted_base_by_base() -> None:
@@ -117,14 +117,14 @@ def test_projections_in_the_corner_are_counted_base_by_base() -> None:
         return {"base": base, "subspace": subspace, "right": right, "check": check, "mark": mark}
 
     rows = [row(0, "none", -0.4, 0.8, 1), row(1, "none", -1.0, 0.4, 1)]
-    rows += [row(0, "aligned", -0.45, 0.39, 0.3), row(1, "mix", -1.1, 0.19, 0.2), row(1, "aligned", -1.0, 0.39, 0.9)]
+    rows += [row(0, "aligned", -0.45, 0.39, 0.3), row(1, "unmarked", -1.1, 0.19, 0.2), row(1, "aligned", -1.0, 0.39, 0.9)]
     rows += [row(0, "full", -0.4, 0.7, 0.8), row(0, "random", -0.6, 0.1, 0.1)]
-    note = stats.corner_note(rows)
+    note = places.corner_note(rows)
     assert "2 of 3 aligned, 0 of 1 full, 0 of 1 random" in note and "at most 30 %" in note
 
 
 def test_the_committed_file_is_of_these_bases_and_the_page_shows_it() -> None:
     held = files.read_json(PATH)
     assert held["bases"] == {str(base): mechanism.base_checksum(base) for base in BASES}
-    assert stats.mechanism_table(ROWS) in files.read_text(stats.RESULTS / "README.md")
+    assert places.mechanism_table(ROWS) in files.read_text(stats.RESULTS / "README.md")
     assert PATH.stat().st_size < 300_000

@@ -173,15 +173,15 @@ def test_places_are_those_of_the_base_and_of_the_subspace(tmp_path: Path, monkey
         [0, "1", "k", 35, "aligned", 0, -2, -0.1], [0, "4", "v", 60, "aligned", 0, -1, -0.5],  # S counts, too
         [1, "1", "k", 35, "aligned", 0, -3, -0.1], [1, "4", "v", 60, "aligned", 0, -2, -0.1],
         [0, "1", "k", 35, "random", 0, -1, -0.1], [0, "1", "k", 35, "random", 1, -9, -0.1],  # one lucky draw of two
-        [0, "2", "v", 40, "mix", 0, -2, -0.0], [1, "2", "v", 40, "mix", 0, -2, -0.2],
+        [0, "2", "v", 40, "unmarked", 0, -2, -0.0], [1, "2", "v", 40, "unmarked", 0, -2, -0.2],
         [0, "paper", "kv", 50, "random", 0, -4, -0.1], [0, "paper", "kv", 50, "random", 1, -4, -0.1],
     ]  # fmt: skip
     files.write_json(tmp_path / "spd-mechanism.json", {"S": 4, "columns": columns, "rows": rows})
     declared = Study(
-        "train_spd.py", {"A": "{aligned} --loss full", "R": "{random}", "M": "{aligned|mix}", "B": "--seed 3"}
+        "train_spd.py", {"A": "{aligned} --loss full", "R": "{random}", "M": "{aligned|unmarked}", "B": "--seed 3"}
     )
     declared = dataclasses.replace(declared, flags="--a b")
-    exam, mix = "--calibration-domain exam", "--calibration-domain mix"
+    exam, mix = "--calibration-domain exam", "--calibration-domain mix add sub mul long"
     assert flags_of(declared, "A", 0) == f"--a b --layers 1 --project k --rank 35% {exam} --loss full"
     assert flags_of(declared, "A", 1) == f"--a b --layers 4 --project v --rank 60% {exam} --loss full"
     assert flags_of(declared, "R", 0) == f"--a b --layers paper --project kv --rank 50% {exam}"

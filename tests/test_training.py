@@ -9,13 +9,14 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROSD, SPD, Letters, tiny_gpt
+from conftest import ROSD, SPD, Letters, metrics, tiny_gpt, train
 
 import train_rosd
 import train_spd
 from data import load_task
 from harness import files
 from harness.cli import parse_config
+from model import GPT
 
 GOLDEN = {  # flags: the loss of every step; a refactoring changes none of them
     "": [0.136522, 0.117224, 0.135262],
@@ -36,15 +37,6 @@ GOLDEN_SPD = {
     "--method ssd --top-k 3 --temperature 0.5 --finetune full": [1.53361, 1.30166],
     "--coordinate rope --project k --rank 2 --rounds 2": [1.74324, 1.6576, 1.69563, 1.62727],
 }
-
-
-def train(script: ModuleType, base: str, out: Path, *flags: str) -> dict:
-    small = ROSD if script is train_rosd else SPD
-    return script.train(parse_config(script.Config, "", [*small, "--base", base, "--out", str(out), *flags]))
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in files.read_text(next(out.glob("*/metrics.jsonl"))).splitlines()]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -68,7 +60,8 @@ def test_spd_and_its_kin_lose_what_they_lost_before(flags: str, base: str, tmp_p
 def test_a_run_trains_and_leaves_its_files(script: ModuleType, base: str, letters: Letters, tmp_path: Path) -> None:
     result = train(script, base, tmp_path / "out")
     (folder,) = (tmp_path / "out").iterdir()
-    assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "model.pt", "results.json", ".lock"}
+    of_base = {"base-before.json"} | ({"base-own.json"} if script is train_spd else set())
+    assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "model.pt", "results.json", ".lock"} | of_base
     before = files.load_checkpoint(base)[0].state_dict()
     assert any(not torch.equal(before[name], tensor) for name, tensor in weights(tmp_path / "out").items())
     stored = json.loads(files.read_text(folder / "results.json"))
@@ -112,6 +105,23 @@ def test_spd_with_other_settings_learns(flags: tuple[str, ...], base: str, tmp_p
 def test_spd_without_epochs_stops_at_the_generation(base: str, tmp_path: Path) -> None:
     result = train(train_spd, base, tmp_path / "out", "--epochs", "0", "--rounds", "2")
     assert len(result["generation"]) == 1 and result["before"] is result["after"] is None
+
+
+def test_the_base_is_evaluated_once_for_all_runs_that_ask_the_same(base: str, tmp_path: Path, monkeypatch) -> None:
+    evaluated = []
+    evaluate_run = train_rosd.evaluate_run
+
+    def counted(model: GPT, *arguments: object) -> dict:
+        evaluated.append(model.embed.weight.requires_grad)  # a student's do
+        return evaluate_run(model, *arguments)
+
+    monkeypatch.setattr(train_rosd, "evaluate_run", counted)
+    first, second = (train(train_rosd, base, tmp_path, "--method", method) for method in ("rosd", "sdpo"))
+    assert first["before"] == second["before"] and evaluated == [True, False, True]
+    train(train_rosd, base, tmp_path, "--seed", "1")
+    monkeypatch.setattr(files, "code_checksum", lambda: "of other code")
+    train(train_rosd, base, tmp_path, "--method", "grpo")
+    assert evaluated == [True, False, True] + 2 * [True, False]
 
 
 def test_learning_curves_are_tested_as_often_as_asked(base: str, letters: Letters, tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ from harness.cli import option, parse_config, run_script
 from harness.run import seeded
 from model import GPT, generate, response_logprobs
 from subspace import Place, SubspaceConfig, hooked, project_kv
-from tools import stats
+from tools import places, stats
 from tools.studies import BASES
 from tools.study import base_checksum, base_path
 
@@ -144,14 +144,14 @@ def measure_base(model: GPT, task: Task, problems: list[Problem], solutions: lis
     yield row | measure(model, golden, own)
     places = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
     marks = mark_vectors(model, golden.prompts, places)
-    sources = {"aligned": (DOMAIN, "aligned"), "full": (DOMAIN, "full"), "mix": ("mix", "aligned")}
     gradients = {}
-    for name, (domain, loss) in sources.items():
-        examples = subspace.calibration_set(task, (domain,), SubspaceConfig(loss=loss), seed=0)
+    for name in ("aligned", "full", "unmarked"):
+        settings = SubspaceConfig(loss="full" if name == "full" else "aligned")
+        examples = subspace.calibration_set(task, places.CALIBRATION[name], settings, seed=0)
         G = subspace.capability_gradients(model.requires_grad_(True), examples, places)
         spectra = {place: subspace.principal_directions(rows) for place, rows in G.items()}
         gradients[name] = {place: s[:, None] * V.T for place, (s, V) in spectra.items()}  # as G, in d rows
-    subspaces = [(name, 0) for name in sources] + [("random", draw) for draw in range(DRAWS)]
+    subspaces = [(name, 0) for name in gradients] + [("random", draw) for draw in range(DRAWS)]
     layers = range(1, model.config.n_layer + 1)
     wheres = [*itertools.product(map(str, layers), PROJECT), ("paper", "kv")]
     for (spec, kinds), rank in tqdm([*itertools.product(wheres, RANKS)], unit="place"):
@@ -190,10 +190,10 @@ def main() -> None:
             rows += [{"base": base} | row for row in measure_base(model, task, problems, solutions)]
             known[str(base)] = checksums[str(base)]
             write_results(sorted(rows, key=lambda row: row["base"]), bases=known, S=S)
-    rows = stats.mechanism_rows()
-    print(stats.mechanism_table(rows))
+    rows = places.mechanism_rows()
+    print(places.mechanism_table(rows))
     if config.readme:
-        stats.fill_readme(NAME, lambda *_: stats.mechanism_table(rows))
+        stats.fill_readme(NAME, lambda *_: places.mechanism_table(rows))
 
 
 if __name__ == "__main__":

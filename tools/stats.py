@@ -68,11 +68,11 @@ def difference(values: Values, reference: Values) -> Estimate | None:
 # ---------------------------------------------------------------------------------------------- results files
 
 
-def read_results(name: str, maker: str = "") -> dict:
+def read_results(name: str, command: str = "") -> dict:
     """The content of results/<name>.json; UserError names the command that makes it."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        raise UserError(f"there is no results/{name}.json; `python -m tools.{maker or 'study ' + name}` makes it")
+        raise UserError(f"there is no results/{name}.json; `python -m tools.{command or f'study {name}'}` makes it")
     return files.read_json(path)
 
 
@@ -81,9 +81,9 @@ def figures(scores: dict[str, dict] | None, home: str) -> dict[str, float]:
     if not scores:
         return {}
     away = {domain: score["mean"] for domain, score in scores.items() if domain != home}
-    columns = {"in domain": scores[home]["mean"]}
-    columns |= {"elsewhere": sum(away.values()) / len(away), **away} if away else {}
-    return columns | {name: value for name, value in scores[home].items() if name != "mean"}
+    mean_away = {"elsewhere": sum(away.values()) / len(away)} if away else {}
+    habits = {name: value for name, value in scores[home].items() if name != "mean"}
+    return {"in domain": scores[home]["mean"]} | mean_away | away | habits
 
 
 def of_base(run: dict) -> dict[str, float]:
@@ -93,11 +93,8 @@ def of_base(run: dict) -> dict[str, float]:
 
 def of_run(run: dict) -> dict[str, float]:
     """The columns of a run; of SPD also the text that it trains on, and its gain over the base's own."""
-    columns = figures(run["after"], run["domain"])
-    if "own" in run:
-        written = run["generation"]["mean"]
-        columns |= {"text": written, "gain": written - run["own"]["mean"]}
-    return columns
+    own, written = (run.get(name, {}).get("mean", 0.0) for name in ("own", "generation"))
+    return figures(run["after"], run["domain"]) | ({"text": written, "gain": written - own} if "own" in run else {})
 
 
 def values_of(runs: list[dict], measure: Callable[[dict], dict[str, float]]) -> dict[str, Values]:
@@ -142,7 +139,7 @@ def table(results: dict, differences: bool = False, columns: list[str] | None = 
         return "No run is finished."
     summary = summarize(results)
     flags = {variant: f"`{shared_flags(runs)}`" for variant, runs in by_variant(results).items()}
-    names = columns or ordered({name for row in summary.values() for name in row}, summary, results)
+    names = columns or ordered(summary, results)
     rows = []
     for label, row in summary.items():
         cells = [show(*row[name], differences) if name in row else "" for name in names]
@@ -161,19 +158,18 @@ def shared_flags(runs: list[dict]) -> str:
     return " ".join(each[0] if len(set(each)) == 1 else "…" for each in words)
 
 
-def ordered(names: set[str], summary: dict, results: dict) -> list[str]:
+def ordered(summary: dict, results: dict) -> list[str]:
     """In and out of domain, then the domains, then the rest as it comes."""
-    domains = [domain for run in results["runs"][:1] for domain in (run["after"] or {})]
-    order = ["in domain", "elsewhere", *domains]
-    seen = list(dict.fromkeys(name for row in summary.values() for name in row if name in names))
-    return sorted(seen, key=lambda name: order.index(name) if name in order else len(order))
+    order = ["in domain", "elsewhere", *(results["runs"][0]["after"] or {})]
+    seen = list(dict.fromkeys(name for row in summary.values() for name in row))
+    return [name for name in order if name in seen] + [name for name in seen if name not in order]
 
 
 def show(value: Estimate, paired: Estimate | None, differences: bool) -> str:
     """E.g. '91.2 ± 1.3 *', or as a difference '+3.4 ± 0.5 *'."""
-    if differences and paired is None:
-        return ""
     shown = paired if differences else value
+    if shown is None:
+        return ""
     text = f"{shown.mean:{'+' if differences else ''}.1f}" + ("" if shown.half is None else f" ± {shown.half:.1f}")
     return text + (" *" if paired and paired.excludes_zero else "")
 
@@ -198,74 +194,13 @@ def fill_readme(name: str, make: Callable[[bool, list[str] | None], str]) -> boo
     `<!-- table rosd: in domain, elsewhere -->`.
     """
     marker = re.compile(rf"(<!-- table {re.escape(name)}( differences)?(?:: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+    def filled(match: re.Match) -> str:
+        return f"{match[1]}{make(bool(match[2]), match[3].split(', ') if match[3] else None)}\n{match[4]}"
+
     found = False
     for path in (files.ROOT / "README.md", RESULTS / "README.md"):
         if path.exists() and marker.search(text := files.read_text(path)):
             found = True
-            files.write_text(path, marker.sub(lambda m: m[1] + filled(m, make) + "\n" + m[4], text))
+            files.write_text(path, marker.sub(filled, text))
     return found
-
-
-def filled(marker: re.Match, make: Callable[[bool, list[str] | None], str]) -> str:
-    return make(bool(marker[2]), marker[3].split(", ") if marker[3] else None)
-
-
-# ---------------------------------------------------------------------------------------------- places of SPD
-
-
-def mechanism_rows() -> list[dict]:
-    """What tools/mechanism.py measured; `golden` is the mean log-probability of golden solutions, S and the rest."""
-    held = read_results("spd-mechanism", "mechanism")
-    rows = [dict(zip(held["columns"], row, strict=True)) for row in held["rows"]]
-    return [row | {"golden": row["rest"] + held["S"] * row["right"]} for row in rows]
-
-
-def places(rows: list[dict], base: int, subspace: str) -> list[dict]:
-    """One row a place (layers, keys or values, rank) of a base, its measures averaged over the random draws."""
-    found: dict[tuple, list[dict]] = {}
-    for row in rows:
-        if (row["base"], row["subspace"]) == (base, subspace):
-            found.setdefault((row["layers"], row["project"], row["rank"]), []).append(row)
-    names = ("base", "layers", "project", "rank", "subspace", "draw")
-    return [
-        {name: x if name in names else float(np.mean([row[name] for row in draws])) for name, x in draws[0].items()}
-        for draws in found.values()
-    ]
-
-
-def best_place(rows: list[dict], base: int, subspace: str) -> dict:
-    """The rule of the studies: where golden solutions of training problems are likeliest under projection."""
-    return max(places(rows, base, subspace), key=lambda row: row["golden"])
-
-
-def place_name(row: dict) -> str:
-    return f"layer {row['layers']} {row['project']} {row['rank']}%" if row["project"] else "not projected"
-
-
-def mechanism_table(rows: list[dict]) -> str:
-    """What happens to the decisions of every base, unprojected and at the best place of every subspace."""
-    header = ["base", "subspace", "best place", "log p", "right, kept", "check", "check, own", "merge", "mark inside"]
-    lines = []
-    for base in sorted({row["base"] for row in rows}):
-        plain = best_place(rows, base, "none")
-        for subspace in ("none", "aligned", "full", "random", "mix"):
-            row = best_place(rows, base, subspace)
-            kept = np.exp(row["right"] - plain["right"])
-            values = kept, row["check"], row["own check"], row["merge"], row["mark"]
-            cells = [f"{row['golden']:.1f}", *(f"{100 * value:.0f}" for value in values)]
-            lines.append([str(base), subspace, place_name(row), *cells])
-    return f"{markdown_table(header, lines)}\n\n{corner_note(rows)}"
-
-
-def corner_note(rows: list[dict]) -> str:
-    """How many projections keep right digits and remove checks, and what they have in common."""
-    plain = {row["base"]: row for row in rows if row["subspace"] == "none"}
-    counts, marks = [], [0.0]
-    for name, subspaces in {"aligned": ("aligned", "mix"), "full": ("full",), "random": ("random",)}.items():
-        tried = [row for row in rows if row["subspace"] in subspaces]
-        kept = [row for row in tried if row["right"] > plain[row["base"]]["right"] + np.log(0.9)]
-        found = [row for row in kept if row["check"] < plain[row["base"]]["check"] / 2]
-        counts.append(f"{len(found)} of {len(tried)} {name}")
-        marks += [row["mark"] for row in found]
-    text = f"At least 90 % of the right digits kept and half of the checks removed: {', '.join(counts)} projections. "
-    return f"{text}In all of them at most {100 * max(marks):.0f} % of the mark is inside."

@@ -1,14 +1,14 @@
 """The studies as data: which script runs with which flags, from which bases, with which seeds.
 
 A study's `flags` are those of every run; a variant's flags come after them, and the last one counts. {aligned} among
-them is the best place of this subspace on the base of the run, by the rule of tools/mechanism.py; {aligned|mix} the
-better one of two.
+them is the best place of this subspace on the base of the run, by the rule of tools/mechanism.py, and
+{aligned|unmarked} is the better place of two.
 """
 
 import re
 from dataclasses import dataclass
 
-from tools import stats
+from tools import places
 
 BASES = (0, 1, 2, 3, 4)  # pretraining seeds: 0 is data/base.pt, the others are results/bases/seed<N>.pt
 SEEDS = (0, 1, 2)
@@ -36,26 +36,13 @@ METHODS = {
 THREE = {name: METHODS[name] for name in ("ROSD", "SDPO", "GRPO")}
 GENERATION = "--domain exam --epochs 0 --prompts 1"  # of SPD: only what the base writes, before any training
 
-PLACES = (
-    "layer 1 k 35%",
-    "layer 1 v 40%",
-    "layer 1 v 45%",
-    "layer 1 kv 60%",
-    "layer 4 v 60%",
-)  # each the best of a base
-
-
-def place_flags(place: str) -> str:
-    _, layer, project, rank = place.split()
-    return f"--layers {layer} --project {project} --rank {rank}"
-
 
 STUDIES = {
     "rosd": Study(
         "train_rosd.py",
         METHODS | {"GRPO as released": "--method grpo --preset released", "ROSD as released": "--preset released"},
     ),
-    "rosd-add": Study("train_rosd.py", METHODS, flags="--domain add"),
+    "rosd-add": Study("train_rosd.py", METHODS, flags="--domain add", seeds=(0,)),
     "rosd-domains": Study(
         "train_rosd.py",
         {
@@ -71,6 +58,7 @@ STUDIES = {
         {"frozen": ""}
         | {f"EMA {rate}": f"--ema {rate}" for rate in (0.02, 0.05, 0.1, 0.2)}
         | {"span mask, frozen": "--mask span", "span mask, EMA 0.05": "--mask span --ema 0.05"},
+        seeds=(0,),
     ),
     "ablations": Study(
         "train_rosd.py",
@@ -95,7 +83,20 @@ STUDIES = {
         },
         flags="--domain mix --steps 100 --eval-every 10",
         seeds=(0,),
-        curve=("accuracy", "home", "away"),
+        curve=("accuracy", "home", "away", "merged", "checked", "unfinished"),
+    ),
+    "moonshot": Study(  # can a reflection do as well as a reward, from as many rollouts?
+        "train_rosd.py",
+        {
+            "GRPO": "--method grpo",
+            "GRPO, 3 passes": "--method grpo --updates 3",
+            "span mask, 3 passes": "--mask span --updates 3",
+            "span mask, forward KL": "--mask span --alpha 0",
+            "span mask, EMA 0.05, the student reflects": "--mask span --ema 0.05 --reflector student",
+            "span mask, learning rate x3": "--mask span --learning-rate 0.003",
+        },
+        seeds=(0,),
+        curve=(),
     ),
     "curves": Study(
         "train_rosd.py",
@@ -104,37 +105,26 @@ STUDIES = {
         seeds=(0,),
         curve=("accuracy", "home", "away", *REFLECTOR),
     ),
-    "evaluation": Study("train_rosd.py", THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95"),
+    "evaluation": Study(
+        "train_rosd.py", THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95", seeds=(0,)
+    ),
     "spd": Study(
         "train_spd.py",
         {
-            "SPD": "{aligned|mix}",
+            "SPD": "{aligned|unmarked}",
             "PSR": "--method psr",
             "SSD": "--method ssd",
             "SSD, T = 0.3": "--method ssd --temperature 0.3",
             "SSD, T = 0.6": "--method ssd --temperature 0.6",
-            "SPD, full-sequence loss": "{aligned|mix} --loss full",
-            "SPD, random subspace": "{aligned|mix} --subspace random",  # another draw with every seed
+            "SPD, full-sequence loss": "{aligned|unmarked} --loss full",
+            "SPD, random subspace": "{aligned|unmarked} --subspace random",  # another draw with every seed
             "SPD, random subspace at its best place": "{random} --subspace random",
-            "SPD, T = 1": "{aligned|mix} --temperature 1",  # beside PSR, which samples at the same temperature
+            "SPD, T = 1": "{aligned|unmarked} --temperature 1",  # beside PSR, which samples at the same temperature
             "SPD, calibrated on exam": "{aligned}",
-            "SPD, calibrated on mix": "{mix}",
+            "SPD, calibrated without the mark": "{unmarked}",
         },
         flags="--domain exam",
         curve=(),
-    ),
-    "spd-places": Study(
-        "train_spd.py",
-        {
-            f"{place}, {name}{title}": " ".join([place_flags(place), *flags.split(), *temperature.split()])
-            for title, temperature in ((", greedy", ""), (", T = 1", "--temperature 1"))
-            for place in PLACES
-            for name, flags in (("aligned", ""), ("full", "--loss full"), ("random", "--subspace random"))
-        },
-        flags=GENERATION,
-        seeds=(0,),
-        curve=(),
-        reference="base",
     ),
     "spd-text": Study(  # at the best place of each base, by the rule of tools/mechanism.py
         "train_spd.py",
@@ -142,27 +132,14 @@ STUDIES = {
             f"{name}{title}": f"{flags} {temperature}".strip()
             for title, temperature in ((", greedy", ""), (", T = 1", "--temperature 1"))
             for name, flags in (
-                ("aligned", "{aligned|mix}"),
-                ("full", "{aligned|mix} --loss full"),
-                ("random", "{aligned|mix} --subspace random"),
+                ("aligned", "{aligned|unmarked}"),
+                ("full", "{aligned|unmarked} --loss full"),
+                ("random", "{aligned|unmarked} --subspace random"),
                 ("random at its best place", "{random} --subspace random"),
                 ("aligned, calibrated on exam", "{aligned}"),
-                ("aligned, calibrated on mix", "{mix}"),
+                ("aligned, calibrated without the mark", "{unmarked}"),
             )
         },
-        flags=GENERATION,
-        seeds=(0,),
-        curve=(),
-        reference="base",
-    ),
-    "spd-sweeps": Study(
-        "train_spd.py",
-        {
-            f"{name}, rank {rank}": f"{flags} --rank {rank}"
-            for name, flags in (("aligned", "--loss aligned"), ("full", "--loss full"), ("random", "--subspace random"))
-            for rank in ("25%", "50%", "75%")
-        }
-        | {f"aligned, {size} examples": f"--loss aligned --calibration-size {size}" for size in (20, 50, 100, 200)},
         flags=GENERATION,
         seeds=(0,),
         curve=(),
@@ -179,10 +156,9 @@ def flags_of(study: Study, variant: str, base: int) -> str:
     """The flags of a run, its places filled in."""
 
     def place(found: re.Match) -> str:
-        rows = stats.mechanism_rows()
-        best = max((stats.best_place(rows, base, name) for name in found[1].split("|")), key=lambda row: row["golden"])
-        domain = "mix" if best["subspace"] == "mix" else "exam"
+        rows = places.mechanism_rows()
+        best = max((places.best_place(rows, base, name) for name in found[1].split("|")), key=lambda row: row["golden"])
         where = f"--layers {best['layers']} --project {best['project']} --rank {best['rank']}%"
-        return f"{where} --calibration-domain {domain}"
+        return f"{where} --calibration-domain {' '.join(places.CALIBRATION[best['subspace']])}"
 
     return re.sub(r"\{([\w|]+)\}", place, f"{study.flags} {study.variants[variant]}".strip())
