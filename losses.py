@@ -55,6 +55,11 @@ def divergence(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Tensor:
     return alpha * kl(teacher, mixture) + (1 - alpha) * kl(student, mixture)
 
 
+def pad(rows: list[list], value: float = 0) -> Tensor:
+    """Rows of unequal length -> (B, longest), the value on the right."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
     """sum m_t values_t / sum m_t over the whole batch; 0 where nothing is unmasked. values, mask (B, T) -> ().
 

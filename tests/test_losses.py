@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
 import train_rosd
+from lora import add_lora
 from losses import (
     clipped_surrogate,
     divergence,
@@ -293,7 +294,7 @@ class Recorder(torch.optim.SGD):
     """Keeps the gradients of every update."""
 
     def __init__(self, student: GPT) -> None:
-        super().__init__(student.parameters(), lr=0.1)
+        super().__init__([p for p in student.parameters() if p.requires_grad], lr=0.1)
         self.seen: list[list[Tensor]] = []
 
     def step(self) -> None:
@@ -303,17 +304,22 @@ class Recorder(torch.optim.SGD):
 
 def updates_of(lessons: list[Lesson], **flags: object) -> tuple[float | None, Recorder, GPT, GPT]:
     student, teacher = tiny_gpt(TASK), tiny_gpt(TASK, seed=2).requires_grad_(False)
+    if flags.get("finetune") == "lora":
+        teacher = student
+        for parameter in add_lora(student, dropout=0.0):
+            torch.nn.init.normal_(parameter, std=0.3)
     optimizer = Recorder(student)
     config = settle(Config(**{"grad_clip": 1e9, "warmup": 0, "learning_rate": 0.1} | flags))
     return update(student, teacher, optimizer, lessons, TASK, config, 0), optimizer, student, teacher
 
 
+@pytest.mark.parametrize("finetune", ["full", "lora"])
 @pytest.mark.parametrize("method", ["rosd", "grpo"])
 @pytest.mark.parametrize("micro_batch", [1, 2, 5])
-def test_gradient_of_micro_batches_is_that_of_the_batch(micro_batch: int, method: str) -> None:
-    lessons = lessons_of(7)
-    whole_loss, whole, *_ = updates_of(lessons, method=method)
-    loss, parts, *_ = updates_of(lessons, method=method, micro_batch=micro_batch)
+def test_gradient_of_micro_batches_is_that_of_the_batch(micro_batch: int, method: str, finetune: str) -> None:
+    lessons, flags = lessons_of(7), {"method": method, "finetune": finetune}
+    whole_loss, whole, *_ = updates_of(lessons, **flags)
+    loss, parts, *_ = updates_of(lessons, **flags, micro_batch=micro_batch)
     assert loss == pytest.approx(whole_loss, rel=1e-5) and len(parts.seen) == 1
     for one, other in zip(parts.seen[0], whole.seen[0], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

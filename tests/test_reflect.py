@@ -22,11 +22,12 @@ from reflect import (
     false_idea,
     locate,
     locate_span,
+    pair_up,
     parse_reflection,
     spoil,
     true_position,
 )
-from train_rosd import Config, Lesson, make_lessons, pair_up, settle
+from train_rosd import Config, Lesson, make_lessons, settle
 
 TAGS = ("<error_quote>", "</error_quote>", "<explanation>", "</explanation>")
 ONE = Problem("a0", "a")
@@ -199,7 +200,8 @@ SOLVED, MIXED, LOST = ["a", "ab", "ac"], ["a", "b", "cd"], ["b", "c", "d"]
 )
 def test_groups_without_a_peer_are_skipped_and_solved_ones_where_that_is_asked(flags: dict, kept: list[str]) -> None:
     rollouts = [make_rollout(text) for text in SOLVED + MIXED + LOST]
-    pairs = pair_up(rollouts, settle(Config(group=3, **flags)))
+    config = settle(Config(**flags))
+    pairs = pair_up(rollouts, 3, config.peer, config.context, config.solved == "drop")
     assert [rollout.text for rollout, _ in pairs] == kept
 
 
