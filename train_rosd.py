@@ -39,7 +39,7 @@ from harness.errors import UserError
 from harness.run import Run, RunConfig, run_name
 from harness.side_by_side import train_all
 from lora import adapters_off, make_trainable, merge_lora
-from model import GPT, response_logprobs
+from model import GPT, response_hidden
 from reflect import (
     Reflection,
     Rollout,
@@ -223,21 +223,28 @@ def lesson_loss(student: GPT, teacher: GPT, lessons: list[Lesson], task: Task, c
     """The loss of these lessons, as their part of a batch with `count` unmasked tokens."""
     device, responses = student.device, [lesson.rollout.tokens for lesson in lessons]
     prompts = [task.encode(task.student_prompt(lesson.rollout.problem)) for lesson in lessons]
-    pi_S = response_logprobs(student, prompts, responses)  # (B, T, V)
+    student_hidden = response_hidden(student, prompts, responses)  # (B, T, n_embd)
     mask = error_mask([x.start for x in lessons], [x.end for x in lessons], list(map(len, responses))).to(device)  # m_t
     y = losses.pad(responses).to(device)  # (B, T)
     sampled = losses.pad([lesson.rollout.logprobs for lesson in lessons]).to(device)  # (B, T)
-    logp = pi_S.gather(-1, y.unsqueeze(-1)).squeeze(-1)  # (B, T)
-    ratio = losses.importance_ratio(logp, sampled)  # (B, T)
-
-    if config.context == "none":  # GRPO
-        advantage = torch.tensor([lesson.advantage for lesson in lessons], device=device).unsqueeze(-1)  # (B, 1)
-        values = losses.clipped_surrogate(ratio, advantage, config.clip_low, config.clip_high)  # (B, T)
-    else:  # D( pi_S(.|x, y_<t) || stopgrad pi_T(.|x, e, y_<t) )
+    if config.context == "none":
+        aim = torch.tensor([[lesson.advantage] for lesson in lessons], device=device).expand(mask.shape)  # (B, T)
+    else:
         with torch.no_grad(), adapters_off(teacher):
-            pi_T = response_logprobs(teacher, [task.encode(lesson.teacher_prompt) for lesson in lessons], responses)
-        values = losses.divergence(*losses.top_k_with_tail(pi_S, pi_T, config.top_k), config.alpha)  # (B, T)
-        values = values * ratio.detach().clamp(max=config.ratio_clip)
+            aim = response_hidden(teacher, [task.encode(lesson.teacher_prompt) for lesson in lessons], responses)
+
+    def values_of(student_hidden: Tensor, y: Tensor, sampled: Tensor, aim: Tensor) -> Tensor:
+        pi_S = student.logits(student_hidden).float().log_softmax(dim=-1)  # (..., V)
+        logp = pi_S.gather(-1, y.unsqueeze(-1)).squeeze(-1)  # (...)
+        ratio = losses.importance_ratio(logp, sampled)  # (...)
+        if config.context == "none":  # GRPO
+            return losses.clipped_surrogate(ratio, aim, config.clip_low, config.clip_high)
+        with torch.no_grad():
+            pi_T = teacher.logits(aim).float().log_softmax(dim=-1)  # (..., V)
+        D = losses.divergence(*losses.top_k_with_tail(pi_S, pi_T, config.top_k), config.alpha)  # (...)
+        return D * ratio.detach().clamp(max=config.ratio_clip)
+
+    values = losses.in_chunks(values_of, mask, student.config.vocab_size, student_hidden, y, sampled, aim)  # (B, T)
     return losses.masked_mean(values, mask, count)
 
 

@@ -32,8 +32,8 @@ from harness.errors import UserError
 from harness.run import Run, RunConfig, find_task, run_name
 from harness.side_by_side import train_all
 from lora import make_trainable, merge_lora
-from losses import masked_mean, pad
-from model import GPT, generate, response_logprobs
+from losses import in_chunks, masked_mean, pad
+from model import GPT, generate, response_hidden
 from subspace import SubspaceConfig, calibrate, calibration_set, choose_rank, place_width, project_kv, target_layers
 
 Pair = tuple[list[int], list[int]]  # prompt and completion tokens
@@ -108,10 +108,15 @@ def next_token_loss(model: GPT, pairs: list[Pair], completion_only: bool = True)
     if not completion_only:
         pairs = [(prompt[:1], prompt[1:] + completion) for prompt, completion in pairs]
     prompts, completions = map(list, zip(*pairs, strict=True))
-    logp = response_logprobs(model, prompts, completions)  # (B, T, V)
-    y = pad(completions, -1).to(logp.device)  # (B, T)
-    nll = -logp.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)  # (B, T)
-    return masked_mean(nll, (y >= 0).float(), parallel.total((y >= 0).sum()))
+    y = pad(completions, -1).to(model.device)  # (B, T)
+
+    def nll_of(hidden: Tensor, y: Tensor) -> Tensor:  # (..., n_embd), (...) -> (...)
+        logp = model.logits(hidden).float().log_softmax(dim=-1)  # (..., V)
+        return -logp.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+    hidden, mask = response_hidden(model, prompts, completions), (y >= 0).float()
+    nll = in_chunks(nll_of, mask, model.config.vocab_size, hidden, y)  # (B, T)
+    return masked_mean(nll, mask, parallel.total((y >= 0).sum()))
 
 
 def start_finetuning(model: GPT, config: Config, round: int) -> tuple[GPT, torch.optim.Optimizer]:
