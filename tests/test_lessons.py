@@ -16,9 +16,10 @@ from reflect import (
     Reflection,
     choose_peers,
     false_idea,
+    pair_up,
     spoil,
 )
-from train_rosd import Config, Lesson, make_lessons, pair_up, settle
+from train_rosd import Config, Lesson, make_lessons, settle
 
 # ---------------------------------------------------------------------------------------------- pairs
 
@@ -47,7 +48,8 @@ SOLVED, MIXED, LOST = ["a", "ab", "ac"], ["a", "b", "cd"], ["b", "c", "d"]
 )
 def test_groups_without_a_peer_are_skipped_and_solved_ones_where_that_is_asked(flags: dict, kept: list[str]) -> None:
     rollouts = [make_rollout(text) for text in SOLVED + MIXED + LOST]
-    pairs = pair_up(rollouts, settle(Config(group=3, **flags)))
+    config = settle(Config(**flags))
+    pairs = pair_up(rollouts, 3, config.peer, config.context, config.solved == "drop")
     assert [rollout.text for rollout, _ in pairs] == kept
 
 

@@ -117,7 +117,11 @@ def test_projections_in_the_corner_are_counted_base_by_base() -> None:
         return {"base": base, "subspace": subspace, "right": right, "check": check, "mark": mark}
 
     rows = [row(0, "none", -0.4, 0.8, 1), row(1, "none", -1.0, 0.4, 1)]
-    rows += [row(0, "aligned", -0.45, 0.39, 0.3), row(1, "unmarked", -1.1, 0.19, 0.2), row(1, "aligned", -1.0, 0.39, 0.9)]
+    rows += [
+        row(0, "aligned", -0.45, 0.39, 0.3),
+        row(1, "unmarked", -1.1, 0.19, 0.2),
+        row(1, "aligned", -1.0, 0.39, 0.9),
+    ]
     rows += [row(0, "full", -0.4, 0.7, 0.8), row(0, "random", -0.6, 0.1, 0.1)]
     note = places.corner_note(rows)
     assert "2 of 3 aligned, 0 of 1 full, 0 of 1 random" in note and "at most 30 %" in note

@@ -7,7 +7,9 @@ import torch
 from conftest import Letters, tiny_gpt
 from torch import Tensor
 
+import losses
 import train_rosd
+from lora import add_lora
 from losses import (
     clipped_surrogate,
     divergence,
@@ -16,6 +18,7 @@ from losses import (
 from model import GPT, sample
 from reflect import sample_rollouts
 from train_rosd import Config, Lesson, lesson_loss, settle, update
+from train_spd import next_token_loss
 
 TASK = Letters()
 
@@ -96,7 +99,7 @@ class Recorder(torch.optim.SGD):
     """Keeps the gradients of every update."""
 
     def __init__(self, student: GPT) -> None:
-        super().__init__(student.parameters(), lr=0.1)
+        super().__init__([p for p in student.parameters() if p.requires_grad], lr=0.1)
         self.seen: list[list[Tensor]] = []
 
     def step(self) -> None:
@@ -106,20 +109,56 @@ class Recorder(torch.optim.SGD):
 
 def updates_of(lessons: list[Lesson], **flags: object) -> tuple[float | None, Recorder, GPT, GPT]:
     student, teacher = tiny_gpt(TASK), tiny_gpt(TASK, seed=2).requires_grad_(False)
+    if flags.get("finetune") == "lora":
+        teacher = student
+        for parameter in add_lora(student, dropout=0.0):
+            torch.nn.init.normal_(parameter, std=0.3)
     optimizer = Recorder(student)
     config = settle(Config(**{"grad_clip": 1e9, "warmup": 0, "learning_rate": 0.1} | flags))
     return update(student, teacher, optimizer, lessons, TASK, config, 0), optimizer, student, teacher
 
 
+@pytest.mark.parametrize("finetune", ["full", "lora"])
 @pytest.mark.parametrize("method", ["rosd", "grpo"])
 @pytest.mark.parametrize("micro_batch", [1, 2, 5])
-def test_gradient_of_micro_batches_is_that_of_the_batch(micro_batch: int, method: str) -> None:
-    lessons = lessons_of(7)
-    whole_loss, whole, *_ = updates_of(lessons, method=method)
-    loss, parts, *_ = updates_of(lessons, method=method, micro_batch=micro_batch)
+def test_gradient_of_micro_batches_is_that_of_the_batch(micro_batch: int, method: str, finetune: str) -> None:
+    lessons, flags = lessons_of(7), {"method": method, "finetune": finetune}
+    whole_loss, whole, *_ = updates_of(lessons, **flags)
+    loss, parts, *_ = updates_of(lessons, **flags, micro_batch=micro_batch)
     assert loss == pytest.approx(whole_loss, rel=1e-5) and len(parts.seen) == 1
     for one, other in zip(parts.seen[0], whole.seen[0], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"finetune": "lora", "top_k": 5}, {"method": "grpo"}, {"mask": "whole"}], ids=str
+)
+@pytest.mark.parametrize("positions", [1, 3])
+def test_gradient_of_logits_in_chunks_is_that_of_all_at_once(
+    flags: dict, positions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lessons, seen, logits = lessons_of(7), [], GPT.logits
+    whole_loss, whole, *_ = updates_of(lessons, **flags)
+    monkeypatch.setattr(losses, "CHUNK", positions * TASK.vocab_size)
+    monkeypatch.setattr(
+        GPT, "logits", lambda model, hidden: seen.append(hidden[..., 0].numel()) or logits(model, hidden)
+    )
+    loss, parts, *_ = updates_of(lessons, **flags)
+    assert loss == pytest.approx(whole_loss, rel=1e-6)
+    for one, other in zip(parts.seen[0], whole.seen[0], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+    assert max(seen) == positions  # as many as allowed, and once more in the backward pass; none at a masked position
+    passes = 2 if flags.get("method") == "grpo" else 4
+    assert sum(seen) == passes * sum(lesson.end - lesson.start for lesson in lessons)
+
+
+def test_next_token_loss_in_chunks_is_that_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs, found = [([1], [2, 3, 4]), ([5, 6], [7]), ([8, 9, 1], [2, 3, 4, 5, 6])], []
+    for chunk in (losses.CHUNK, 4 * TASK.vocab_size):
+        monkeypatch.setattr(losses, "CHUNK", chunk)
+        loss = next_token_loss(model := tiny_gpt(TASK), pairs)
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(*found, rtol=0, atol=1e-6)
 
 
 def test_minibatches_are_updates_in_turn_on_parts_of_the_batch() -> None:
