@@ -149,13 +149,14 @@ def table(results: dict, differences: bool = False, columns: list[str] | None = 
 
 
 def shared_flags(runs: list[dict]) -> str:
-    """The flags of a variant's runs; '…' is what differs from base to base.
+    """The flags of a variant's runs; '…' stands for values that differ from base to base.
 
-    >>> shared_flags([{"flags": "--layers 1 --rank 35%"}, {"flags": "--layers 4 --rank 35%"}])
+    >>> shared_flags([{"flags": "--layers 1 --rank 35%"}, {"flags": "--layers 4 5 --rank 35%"}])
     '--layers … --rank 35%'
     """
-    words = zip(*(run["flags"].split() for run in runs), strict=True)
-    return " ".join(each[0] if len(set(each)) == 1 else "…" for each in words)
+    each = [re.findall(r"(--\S+)((?: (?!--)\S+)*)", run["flags"]) for run in runs]
+    shown = [names[0][0] + (names[0][1] if len(set(names)) == 1 else " …") for names in zip(*each, strict=True)]
+    return " ".join(shown)
 
 
 def ordered(summary: dict, results: dict) -> list[str]:
