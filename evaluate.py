@@ -7,8 +7,6 @@ from harness.cli import markdown_table
 from harness.run import RunConfig, seeded
 from model import GPT, generate
 
-ROWS = 512  # responses sampled at once: more need more memory, and are slower on a CPU
-
 
 def evaluate(
     model: GPT,
@@ -20,21 +18,20 @@ def evaluate(
     temperature: float = 1.0,
     top_p: float = 1.0,
     top_k: int = 0,
+    at_once: int = 512,
 ) -> dict[str, dict]:
     """domain -> mean@samples, shares of the task's habits and of unfinished responses, and how many there were.
 
-    The problems are drawn by the seed, so that an interval over seeds holds the problems' variance, too.
+    The problems are drawn by the seed, so that an interval over seeds holds the problems' variance, too. at_once
+    responses are in memory at a time.
     """
     tests = {
         domain: task.problems(domain, problems, random.Random(f"test {domain} {seed}"), True) for domain in domains
     }
     asked = [problem for domain in domains for problem in tests[domain]]
     prompts = [task.encode(task.student_prompt(problem)) for problem in asked]
-    generator = seeded("evaluate", seed)
-    sampling, at_once = (samples, temperature, top_k, top_p, generator), max(1, ROWS // samples)
-    written = []
-    for i in range(0, len(prompts), at_once):
-        written += generate(model, prompts[i : i + at_once], task.max_response, task.stop, *sampling)
+    sampling = (samples, temperature, top_k, top_p, seeded("evaluate", seed))
+    written = generate(model, prompts, task.max_response, task.stop, *sampling, at_once=at_once)
     verdicts = [task.verify(asked[i // samples], task.decode(tokens)) for i, tokens in enumerate(written)]
     scores, each = {}, problems * samples
     for i, domain in enumerate(domains):
@@ -60,6 +57,7 @@ def evaluate_run(model: GPT, task: Task, config: RunConfig) -> dict[str, dict]:
         config.seed,
         config.eval_temperature,
         config.eval_top_p,
+        at_once=config.eval_batch,
     )
 
 

@@ -191,11 +191,6 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.compile(dynamic=True)
 
-    def uncompile_blocks(self) -> None:
-        """Undo `compile_blocks`, so that hooks fire."""
-        for block in self.blocks:
-            block._compiled_call_impl = None
-
     def check_length(self, length: int) -> None:
         """Raise ValueError if a sequence of this length does not fit."""
         if length > self.config.block_size:
@@ -343,6 +338,11 @@ def sample(
     return tuple([row[:end] for row, end in zip(table, ends, strict=True)] for table in tables)
 
 
-def generate(model: GPT, prompts: list[list[int]], *args: Any, **options: Any) -> list[list[int]]:
-    """The tokens that `sample` draws; arguments and errors are the same."""
-    return sample(model, prompts, *args, **options)[0]
+def generate(
+    model: GPT, prompts: list[list[int]], limit: int, stop: int | tuple[int, ...], samples: int = 1, *rest: Any,
+    at_once: int = 512, **named: Any,
+) -> list[list[int]]:  # fmt: skip
+    """The tokens that `sample` draws, some `at_once` responses at a time: more need more memory and are no faster."""
+    step = max(1, at_once // samples)
+    parts = (prompts[i : i + step] for i in range(0, len(prompts), step))
+    return [row for part in parts for row in sample(model, part, limit, stop, samples, *rest, **named)[0]]

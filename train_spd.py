@@ -84,7 +84,7 @@ def self_generate(model: GPT, task: Task, config: Config, run: Run, round: int) 
     problems = task.problems(config.domain, config.prompts, run.random("prompts", round))
     prompts = parallel.share([task.encode(task.student_prompt(problem)) for problem in problems])
     sampling = (config.temperature, config.top_k, config.top_p, run.generator("completion", round))
-    completions = generate(model, prompts, task.max_response, task.stop, 1, *sampling)
+    completions = generate(model, prompts, task.max_response, task.stop, 1, *sampling, at_once=config.eval_batch)
     return parallel.gather(list(zip(prompts, completions, strict=True)))
 
 
@@ -94,7 +94,7 @@ def score_text(model: GPT, task: Task, config: Config) -> dict[str, dict]:
     if config.temperature == 0:  # all samples of a problem would be the same: as many problems instead
         problems, samples = problems * samples, 1
     sampling = (config.temperature, config.top_p, config.top_k)
-    return evaluate(model, task, (config.domain,), problems, samples, config.seed, *sampling)
+    return evaluate(model, task, (config.domain,), problems, samples, config.seed, *sampling, config.eval_batch)
 
 
 # ---------------------------------------------------------------------------------------------- step 3: fine-tune

@@ -51,6 +51,7 @@ class RunConfig:
     baseline: bool = option(True, "train what the method is compared with afterwards, for the table")
     eval_problems: int = option(64, "test problems a domain", minimum=1)
     eval_samples: int = option(16, "samples a test problem", "16", minimum=1)
+    eval_batch: int = option(512, "responses in memory at once, other than rollouts", minimum=1)
     eval_temperature: float = option(1.0, "temperature of these samples", "0.6", minimum=0)
     eval_top_p: float = option(1.0, "truncation of these samples", "0.95", minimum=0.01, maximum=1)
     resume: bool = option(False, "go on from the last checkpoint of the same command")
@@ -62,10 +63,9 @@ class RunConfig:
     compile: bool = option(False, "torch.compile the blocks, for GPUs")
 
 
-EVALUATION = ("eval_problems", "eval_samples", "eval_temperature", "eval_top_p")
+EVALUATION = ("eval_problems", "eval_samples", "eval_batch", "eval_temperature", "eval_top_p")
 # Settings that say where and how fast, not what: they may change from run to resumed run.
 INCIDENTAL = ("out", "base", "resume", "device", "threads", "baseline")  # the base is compared by its bytes
-
 
 tqdm.set_lock(threading.RLock())  # its lock between processes would be reported as leaked when a run is stopped
 SHOWN = ("loss", "accuracy", "quote_match")  # beside the progress bar
@@ -74,7 +74,7 @@ SHOWN = ("loss", "accuracy", "quote_match")  # beside the progress bar
 class Run:
     """A run's folder, claimed for this process; used as a context, so that others can claim it afterwards."""
 
-    def __init__(self, config: RunConfig, name: str, state: dict[str, Any] | None = None) -> None:
+    def __init__(self, config: RunConfig, name: str) -> None:
         self.task = find_task(config, *([config.domain] if config.domain else []))
         self.config = config = dataclasses.replace(config, domain=config.domain or self.task.domains[0])
         torch.set_num_threads(config.threads)
@@ -87,7 +87,7 @@ class Run:
         self.checksum = files.checksum(config.base)
         self.folder = files.make_folder(Path(config.out) / name)
         self.results: dict[str, Any] = {}
-        self.state = {"history": [], "seconds": 0.0} | (state or {})  # plain values and tensors, saved with the run
+        self.state: dict[str, Any] = {"history": [], "seconds": 0.0}  # plain values and tensors, saved with the run
         self.parts: dict[str, Any] = {}  # models and optimizers, saved with the run
         self.lock = None
 

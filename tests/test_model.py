@@ -1,7 +1,6 @@
 """The model compared with transformers and with itself without cache, padding, batch or compiler."""
 
 import itertools
-from functools import partial
 
 import pytest
 import torch
@@ -197,16 +196,3 @@ def test_rows_of_response_logprobs_do_not_influence_one_another() -> None:
     prompts, responses = zip(row, ([7] * 9, [8] * 4), ([9], [10] * 15), strict=True)
     together = response_logprobs(model, list(prompts), list(responses))[0, :3]
     torch.testing.assert_close(together, response_logprobs(model, [row[0]], [row[1]])[0], atol=1e-5, rtol=0)
-
-
-def test_hooks_fire_once_the_blocks_are_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    torch._dynamo.reset()
-    model, tokens, fired = random_model(), random_tokens(1, 5), []
-    model.compile_blocks()
-    logits = model(tokens)
-    model.uncompile_blocks()
-    hook = model.blocks[1].attn.v_proj.register_forward_hook(lambda module, inputs, output: fired.append(1))
-    torch.testing.assert_close(model(tokens), logits)
-    assert fired == [1]
-    hook.remove()

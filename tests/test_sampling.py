@@ -7,6 +7,7 @@ import torch
 from test_model import PROMPTS, SMALL, STOP, random_model, seeded
 from torch import Tensor
 
+import model as model_module
 from model import GPT, generate, next_token_probs, response_logprobs, sample
 
 
@@ -169,3 +170,19 @@ def test_compiled_blocks_write_the_same_and_share_one_program(monkeypatch: pytes
     for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4  # prompts, tokens, training; not times layers
+
+
+def test_prompts_are_sampled_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    whole = model_module.sample
+
+    def counted(model: GPT, part: list, *more: object, **named: object) -> tuple:
+        seen.append(len(part))
+        return whole(model, part, *more, **named)
+
+    monkeypatch.setattr(model_module, "sample", counted)
+    model, prompts = random_model(seed=1), [[1], [2], [3, 4], [5], [6]]
+    written = generate(model, prompts, 6, STOP, samples=3, at_once=7, generator=seeded(0))
+    assert seen == [2, 2, 1] and len(written) == 15
+    greedy = generate(model, prompts, 6, STOP, temperature=0, at_once=1)
+    assert greedy == generate(model, prompts, 6, STOP, temperature=0)
