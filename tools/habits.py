@@ -1,0 +1,92 @@
+"""What a teacher becomes when it follows its student: how likely it checks a step, before and after the hinted one.
+
+    python -m tools.habits             measures the bases and the models of `python -m tools.study collapse`
+    python -m tools.habits --readme    also puts the table between its markers in the READMEs
+
+Teacher-forced on golden solutions of test problems of `mix`, each with one of its later steps as the idea. The models
+are read from out/studies/collapse, and so results/habits.json needs that study to have run on this machine.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from data import Task, load_task
+from data.chains import CHECK_MARK
+from harness import files
+from harness.cli import markdown_table, option, parse_config, run_script
+from harness.errors import UserError
+from model import GPT, response_logprobs
+from tools import stats
+from tools.studies import STUDIES
+from tools.study import base_path, command_of, plan
+
+PLACES = ("without a hint", "before the hinted step", "after it")
+
+
+@dataclass(frozen=True)
+class Config:
+    out: str = option("out/studies", "folder of the studies' runs")
+    problems: int = option(200, "golden solutions", minimum=1)
+    readme: bool = option(False, "put the table into the READMEs")
+
+
+@torch.no_grad()
+def check_probabilities(model: GPT, task: Task, problems: int) -> dict[str, float]:
+    """Mean probability of a check where one could begin, at each of PLACES."""
+    rng, found = random.Random("habits"), {place: [] for place in PLACES}
+    check = task.encode(CHECK_MARK)[0]
+    for problem in task.problems("mix", problems, rng, test=True):
+        steps, response = problem.solution.split(";"), task.encode(problem.solution)
+        hinted = rng.randrange(1, len(steps) - 1)  # the last piece is the answer
+        prompts = [task.student_prompt(problem), task.teacher_prompt(problem, idea=steps[hinted])]
+        chances = response_logprobs(model, list(map(task.encode, prompts)), [response] * 2)[:, :, check].exp()  # (2, T)
+        begins = [t + 1 for t, token in enumerate(task.pieces(response)) if token == ";"]  # of every step but the first
+        found[PLACES[0]] += chances[0, begins].tolist()
+        found[PLACES[1]] += chances[1, begins[:hinted]].tolist()
+        found[PLACES[2]] += chances[1, begins[hinted:]].tolist()
+    return {place: sum(values) / len(values) for place, values in found.items()}
+
+
+def measured(config: Config, task: Task) -> Iterator[dict]:
+    """A row for every base and every finished run of the study."""
+    study, out = STUDIES["collapse"], Path(config.out).resolve() / "collapse"
+    for base in study.bases:
+        model = files.load_checkpoint(base_path(base))[0].eval()
+        yield {"variant": "base", "base": base} | check_probabilities(model, task, config.problems)
+    for job in plan(study):
+        path = command_of(job, out)[1] / "model.pt"
+        if not path.exists():
+            raise UserError(f"there is no {path}; run `python -m tools.study collapse` first")
+        model = files.load_checkpoint(path)[0].eval()
+        yield {"variant": job.variant, "base": job.base} | check_probabilities(model, task, config.problems)
+
+
+def table(rows: list[dict], *_: object) -> str:
+    lines = []
+    for variant in dict.fromkeys(row["variant"] for row in rows):
+        cells = []
+        for place in PLACES:
+            found = stats.estimate({(r["base"], 0): r[place] for r in rows if r["variant"] == variant})
+            cells.append(f"{100 * found.mean:.0f} ± {100 * (found.half or 0):.0f}")
+        lines.append([variant, *cells])
+    return markdown_table(["P(check), %", *PLACES], lines)
+
+
+def main() -> None:
+    config = parse_config(Config, __doc__)
+    torch.set_num_threads(1)
+    rows = list(measured(config, load_task("arithmetic")))
+    short = [{name: round(x, 4) if isinstance(x, float) else x for name, x in row.items()} for row in rows]
+    files.write_json(stats.RESULTS / "habits.json", {"problems": config.problems, "rows": short})
+    print(table(short))
+    if config.readme:
+        stats.fill_readme("habits", partial(table, short))
+
+
+if __name__ == "__main__":
+    run_script(main)
