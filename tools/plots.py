@@ -126,7 +126,7 @@ def collapse() -> None:
         curves(unfinished, variants, "unfinished", "rollouts without an answer in time")
         checked.set(ylabel="%")
         unfinished.set(ylabel="%")
-        away.legend()
+        unfinished.legend(loc="upper left")
 
 
 SUBSPACES = {
