@@ -1,4 +1,4 @@
-"""Low-rank adaptation, the fine-tuning of SPD: a frozen layer W learns the product of two thin matrices.
+"""Low-rank adaptation, the fine-tuning of SPD and a choice for ROSD: W stays frozen, two thin matrices are learned.
 
     W x + (alpha / r) B A dropout(x)        A (r, in), B (out, r), r = 8, alpha = 8; B is zero at the start
 
@@ -53,6 +53,15 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 8.0, dropout: float
                 setattr(module, name, lora)
                 parameters += [lora.A, lora.B]
     return parameters
+
+
+def make_trainable(
+    model: nn.Module, finetune: str, rank: int, alpha: float, dropout: float = 0.0
+) -> list[nn.Parameter]:
+    """What is trained of the model: with 'lora' updates put on it, with 'full' all weights, made float32."""
+    if finetune == "lora":
+        return add_lora(model, rank, alpha, dropout)
+    return list(model.float().requires_grad_(True).parameters())
 
 
 @contextmanager

@@ -10,9 +10,13 @@ Notation of the ROSD paper: pi_S the student, pi_T the teacher, D the divergence
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 1 << 25  # logits in memory at once, positions times vocabulary
 
 
 def top_k_with_tail(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -53,6 +57,25 @@ def divergence(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Tensor:
         return kl(student, teacher)
     mixture = torch.logaddexp(student + math.log(1 - alpha), teacher + math.log(alpha))
     return alpha * kl(teacher, mixture) + (1 - alpha) * kl(student, mixture)
+
+
+def pad(rows: list[list], value: float = 0) -> Tensor:
+    """Rows of unequal length -> (B, longest), the value on the right."""
+    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
+def in_chunks(f: Callable[..., Tensor], mask: Tensor, vocab_size: int, *tensors: Tensor) -> Tensor:
+    """f, which makes logits at each position, of tensors (B, T, ...) -> (B, T).
+
+    Where the logits of all positions exceed CHUNK, f sees the unmasked positions alone, a part of them at a time, and
+    runs a second time in the backward pass; the masked positions are 0 then.
+    """
+    if mask.numel() * vocab_size <= CHUNK:
+        return f(*tensors)
+    unmasked, size = mask > 0, max(1, CHUNK // vocab_size)
+    parts = zip(*(tensor[unmasked].split(size) for tensor in tensors), strict=True)
+    values = torch.cat([checkpoint(f, *part, use_reentrant=False) for part in parts])  # (number of unmasked positions,)
+    return values.new_zeros(mask.shape).masked_scatter(unmasked, values)
 
 
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:

@@ -234,8 +234,8 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens, positions, mask, caches))
 
 
-def response_logprobs(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
-    """log pi(. | prompt, response_<t) for every t of every response -> (B, longest response, vocab_size), float32.
+def response_hidden(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+    """The hidden states that predict every token of every response -> (B, longest response, n_embd).
 
     Rows are padded on the right, where causal attention never looks; values beyond a row's response are arbitrary.
     Raises ValueError if the longest prompt and response together exceed block_size.
@@ -247,8 +247,12 @@ def response_logprobs(model: GPT, prompts: list[list[int]], responses: list[list
     first = torch.tensor([len(prompt) - 1 for prompt in prompts])  # the position that predicts response token 0
     at = (first[:, None] + torch.arange(max(map(len, responses)))).clamp(max=max(lengths) - 1)  # (B, T)
     hidden = model.hidden(tokens.to(model.device))
-    hidden = hidden.gather(1, at.to(model.device).unsqueeze(-1).expand(-1, -1, hidden.size(-1)))  # (B, T, n_embd)
-    return model.logits(hidden).float().log_softmax(dim=-1)
+    return hidden.gather(1, at.to(model.device).unsqueeze(-1).expand(-1, -1, hidden.size(-1)))  # (B, T, n_embd)
+
+
+def response_logprobs(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+    """log pi(. | prompt, response_<t) for every t of every response -> (B, longest response, vocab_size), float32."""
+    return model.logits(response_hidden(model, prompts, responses)).float().log_softmax(dim=-1)
 
 
 def next_token_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:

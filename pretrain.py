@@ -5,9 +5,9 @@
 
     torchrun --standalone --nproc_per_node=2 pretrain.py    the same in two processes
 
-Next-token loss on the responses of five kinds of documents (data/documents.py). Muon trains the matrices, with
-which it needs far fewer updates than AdamW; AdamW trains the embedding, the norms and the first layer's values. Muon
-spreads a matrix over its full rank; under AdamW with weight decay it keeps room to spare, as large models do.
+Next-token loss on the responses of five kinds of documents (data/documents.py). Muon trains the matrices, in far fewer
+updates than AdamW; AdamW trains the embedding, the norms and the first layer's values. Muon spreads a
+matrix over its full rank; AdamW with weight decay leaves room to spare, as in large models.
 """
 
 import math
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 
 from data.arithmetic import Arithmetic
@@ -44,10 +44,7 @@ class Config:
     weight_decay: float = option(0.1, "weight decay of the matrices", minimum=0)
     value_decay: float = option(0.2, "weight decay of the first layer's values, under AdamW", minimum=0)
     layers: int = option(4, "layers", minimum=2)
-    width: int = option(64, "residual width", minimum=8)
-    heads: int = option(4, "query heads", minimum=1)
-    kv_heads: int = option(4, "key/value heads; the query heads are shared out among them", minimum=1)
-    head_dim: int = option(16, "width of a head, an even number", minimum=2)
+    width: int = option(64, "residual width, a multiple of 8; of four heads", minimum=8)
     seed: int = option(0, "seed of the weights and the documents")
     out: str = option("out/base.pt", "where the checkpoint goes")
     check_only: bool = option(False, "train nothing, measure the checkpoint at --out")
@@ -68,39 +65,6 @@ def batches(size: int, rng: random.Random) -> Iterator[list[Pair]]:
         yield from chunks
 
 
-# ---------------------------------------------------------------------------------------------- optimizer
-
-
-def orthogonalize(matrices: Tensor) -> Tensor:
-    """Newton-Schulz: U V^T of each matrix U S V^T of a stack (n, A, B), but for singular values of about 0.7 to 1.2."""
-    tall = matrices.size(1) > matrices.size(2)
-    x = (matrices.mT if tall else matrices).bfloat16()
-    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
-    return x.mT if tall else x
-
-
-class Muon(torch.optim.Muon):
-    """torch.optim.Muon, all matrices of one shape at once: the same numbers, three times as fast for small ones."""
-
-    @torch.no_grad()
-    def step(self) -> None:
-        group = self.param_groups[0]
-        by_shape = defaultdict(list)
-        for matrix in group["params"]:
-            by_shape[matrix.shape].append(matrix)
-        for (rows, columns), matrices in by_shape.items():
-            grads = torch.stack([matrix.grad for matrix in matrices])  # (n, rows, columns)
-            momentum = self.state[matrices[0]].setdefault("momentum", torch.zeros_like(grads))
-            momentum.lerp_(grads, 1 - group["momentum"])
-            updates = orthogonalize(grads.lerp(momentum, group["momentum"]))
-            for matrix, update in zip(matrices, updates, strict=True):
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(update, alpha=-group["lr"] * max(1, rows / columns) ** 0.5)
-
-
 def schedule(step: int, steps: int, warmup: int = 20) -> float:
     """Share of the peak learning rate: linear warm-up, flat, then linear to almost 0 over the last 60 %."""
     return min((step + 1) / warmup, 1.0, 0.01 + (steps - step) / (0.6 * steps))
@@ -109,25 +73,17 @@ def schedule(step: int, steps: int, warmup: int = 20) -> float:
 def pretrain(config: Config) -> GPT:
     torch.manual_seed(config.seed)
     device = parallel.start(config.device)
-    shape = GPTConfig(
-        VOCAB_SIZE,
-        n_layer=config.layers,
-        n_embd=config.width,
-        n_head=config.heads,
-        n_kv_head=config.kv_heads,
-        head_dim=config.head_dim,
-        n_hidden=3 * config.width,
-    )
-    model = GPT(shape).to(device)
+    width, heads = config.width, {"n_head": 4, "n_kv_head": 4, "head_dim": config.width // 4}
+    model = GPT(GPTConfig(VOCAB_SIZE, n_layer=config.layers, n_embd=width, n_hidden=3 * width, **heads)).to(device)
     values = model.blocks[0].attn.v_proj.weight
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and p is not values]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
     groups = [{"params": others, "weight_decay": 0.0}, {"params": [values], "weight_decay": config.value_decay}]
     optimizers = [
-        Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay),
+        torch.optim.Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay),
         torch.optim.AdamW(groups, lr=config.adamw_rate, betas=(0.9, 0.95)),
     ]
-    peaks = [config.muon_rate, config.adamw_rate]
+    rates = [LambdaLR(optimizer, lambda step: schedule(step, config.steps)) for optimizer in optimizers]
     documents = batches(config.batch, random.Random(config.seed))
     steps = tqdm(range(config.steps), desc="pretrain", disable=not parallel.FIRST, dynamic_ncols=True)
     for step, batch in zip(steps, documents, strict=False):
@@ -135,11 +91,9 @@ def pretrain(config: Config) -> GPT:
         loss.backward()
         parallel.sum_gradients(model.parameters())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, peak in zip(optimizers, peaks, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * schedule(step, config.steps)
-            optimizer.step()
-            optimizer.zero_grad()
+        for each in (*optimizers, *rates):
+            each.step()
+        model.zero_grad()
         if step % 20 == 0:
             shown = parallel.total(loss).item()
             if not math.isfinite(shown):
@@ -165,9 +119,9 @@ GATES = {  # what a base must show: (lowest, highest) probability of a digit at 
 def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> dict[str, float]:
     """The hint audit: how likely the right digit is at the wrong step of the base's own wrong rollouts, by hint.
 
-    Takes the rollouts on test problems whose first error is the result of a step. A solution sampled at temperature 1
-    is asked for no further: each hint is put before the same rollout, up to the wrong digit. Empty for a model that has
-    no group with a right and a wrong rollout.
+    Takes the rollouts on test problems whose first error is the result of a step. Nothing is generated after a hint:
+    each hint is put before the same rollout, which is read up to the wrong digit. Empty for a model that has no group
+    with a right and a wrong rollout.
     """
     task, rng = Arithmetic(), random.Random(f"audit {domain} {seed}")
     problems = task.problems(domain, count, rng, test=True)
@@ -182,35 +136,34 @@ def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> di
     confirmed = map(parse_reflection, reflect(model, task, right, [None] * len(right)))
     exact = [c.idea == confirmation(r.problem.question) for c, r in zip(confirmed, right, strict=True)]
 
-    cases = []  # (rollout, position of the wrong digit, the true step, another true step, own idea, some wrong digit)
+    tokens, at, true_digits, false_digits = [], [], [], []  # of each case: rollout, wrong digit's position, and digits
+    held: dict[str, list[str]] = defaultdict(list)  # what the teacher holds -> its prompt in each case
     for reflection, (rollout, _) in zip(read, wrong, strict=True):
-        start, end = rollout.verdict.error
-        steps, line = true_steps(rollout.problem.question), rollout.text[start:end]
+        problem, (start, end) = rollout.problem, rollout.verdict.error
+        steps, line = true_steps(problem.question), rollout.text[start:end]
         true = next((step for step in steps if STEP.fullmatch(line) and step[:-1] == line[:-1]), None)
-        if true is not None:
-            other = rng.choice([step for step in steps if step != true] or ["#"])
-            digit = rng.choice([d for d in "0123456789" if d != true[-1]])
-            cases.append((rollout, end - 1, true, other, reflection.idea or "#", digit))
-    at = torch.tensor([position for _, position, *_ in cases])
+        if true is None:
+            continue
+        other = rng.choice([step for step in steps if step != true] or ["#"])
+        false_digits.append(rng.choice([d for d in "0123456789" if d != true[-1]]))
+        true_digits.append(true[-1])
+        tokens.append(rollout.tokens)
+        at.append(end - 1)
+        hints = {"an irrelevant hint": other, "its own reflection": reflection.idea or "#", "the true step": true}
+        hints["the true step with a wrong digit"] = true[:-1] + false_digits[-1]
+        held["no hint"].append(task.student_prompt(problem))
+        for name, hint in hints.items():
+            held[name].append(task.teacher_prompt(problem, hint))
+        held["a reference solution"].append(task.teacher_prompt(problem, solution=problem.solution))
 
-    def probability(prompts: list[str], digits: list[str]) -> float:
-        p = response_logprobs(model, list(map(encode, prompts)), [rollout.tokens for rollout, *_ in cases]).exp()
-        return p[torch.arange(len(cases)), at, [encode(digit)[0] for digit in digits]].mean().item()
-
-    asked, true_digit = [rollout.problem for rollout, *_ in cases], [true[-1] for _, _, true, *_ in cases]
-    false = [
-        task.teacher_prompt(p, true[:-1] + digit) for p, (_, _, true, _, _, digit) in zip(asked, cases, strict=True)
-    ]
-    held = {
-        "no hint": [task.student_prompt(p) for p in asked],
-        "an irrelevant hint": [task.teacher_prompt(p, case[3]) for p, case in zip(asked, cases, strict=True)],
-        "its own reflection": [task.teacher_prompt(p, case[4]) for p, case in zip(asked, cases, strict=True)],
-        "the true step": [task.teacher_prompt(p, case[2]) for p, case in zip(asked, cases, strict=True)],
-        "the true step with a wrong digit": false,
-        "a reference solution": [task.teacher_prompt(p, solution=p.solution) for p in asked],
-    }
-    found = {name: probability(prompts, true_digit) for name, prompts in held.items()}
-    found["... and of that wrong digit"] = probability(false, [case[5] for case in cases])
+    found = {}
+    for name, prompts in held.items():
+        p = response_logprobs(model, list(map(encode, prompts)), tokens).exp()[torch.arange(len(at)), at]  # (cases, V)
+        found[name] = p.gather(1, torch.tensor(list(map(encode, true_digits)))).mean().item()
+        if name == "the true step with a wrong digit":
+            found["... and of that wrong digit"] = (
+                p.gather(1, torch.tensor(list(map(encode, false_digits)))).mean().item()
+            )
     found |= {"first error quoted": sum(quoted) / len(quoted), "correct step confirmed": sum(exact) / len(exact)}
     return found | {"right answers": sum(r.verdict.correct for r in group) / len(group)}
 
@@ -228,10 +181,8 @@ def report(model: GPT) -> None:
     if "mix" not in found:
         print("No group of rollouts on mix has a right and a wrong one: there is nothing to audit.")
         return
-    order = [name for name in found["mix"] if name != "... and of that wrong digit"]
-    order.insert(order.index("the true step with a wrong digit") + 1, "... and of that wrong digit")
     limits = {name: f"{low:.2f} to {high:.2f}" for name, (low, high) in GATES.items()}
-    rows = [[name, *(f"{f[name]:.2f}" for f in found.values()), limits.get(name, "")] for name in order]
+    rows = [[name, *(f"{f[name]:.2f}" for f in found.values()), limits.get(name, "")] for name in found["mix"]]
     print(markdown_table(["P(right digit) at the wrong step, given", *found, "gate for mix"], rows))
     missed = missed_gates(found["mix"])
     print("All gates hold." if not missed else f"Missed: {', '.join(missed)}.")
@@ -239,8 +190,8 @@ def report(model: GPT) -> None:
 
 def main() -> None:
     config = parse_config(Config, __doc__)
-    if config.heads % config.kv_heads or config.head_dim % 2:
-        raise UserError("--heads must be a multiple of --kv-heads, and --head-dim even")
+    if config.width % 8:
+        raise UserError(f"--width {config.width} does not go into four heads of even width; give a multiple of 8")
     if config.batch < parallel.WORLD:
         raise UserError(f"--batch {config.batch} is too small for {parallel.WORLD} processes; give at least that many")
     torch.set_num_threads(config.threads)

@@ -79,6 +79,23 @@ def choose_peers(rollouts: list[Rollout], group: int, rule: str = "shortest") ->
     return peers
 
 
+def pair_up(
+    rollouts: list[Rollout], group: int, rule: str, context: str, drop_solved: bool
+) -> list[tuple[Rollout, Rollout | None]]:
+    """Every rollout that the method can learn from, and its correct peer y*, if it needs one.
+
+    A wrong rollout in a group without a correct one has no peer, and is skipped unless the teacher holds the golden
+    solution. A group's only correct rollout has none either, and is skipped where the teacher holds a peer's solution.
+    """
+    pairs = []
+    for i, (rollout, peer) in enumerate(zip(rollouts, choose_peers(rollouts, group, rule), strict=True)):
+        solved = all(member.verdict.correct for member in rollouts[i - i % group :][:group])
+        alone_suffices = context == "gold" or (context == "reflection" and rollout.verdict.correct)
+        if (peer or alone_suffices) and not (solved and drop_solved):
+            pairs.append((rollout, peer))
+    return pairs
+
+
 # ---------------------------------------------------------------------------------------------- reflection
 
 

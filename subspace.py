@@ -285,6 +285,12 @@ def spectra(model: GPT, task: Task, config: Config) -> dict[Place, tuple[Tensor,
     return found
 
 
+def bars(singular_values: Tensor) -> str:
+    """A bar a value, as high as its share of the first."""
+    shares = singular_values / singular_values[0].clamp(min=1e-30)
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * share))] for share in shares.tolist())
+
+
 def main() -> None:
     config = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
     task = find_task(config, config.domain, *config.calibration_domain)
@@ -292,10 +298,9 @@ def main() -> None:
     choose_rank(config.rank, torch.ones(place_width(model, config.coordinate)))  # a bad one is told at once
     chosen, rows = target_layers(config.layers, model.config.n_layer), []
     for place, (s, r) in spectra(model, task, config).items():
-        bars = "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * value))] for value in (s / s[0].clamp(min=1e-30)).tolist())
         kept = f"{s[:r].square().sum() / s.square().sum():.1%}"
         mark = "projected" if place[0] in chosen and place[1] in config.project else ""
-        rows.append([place_name(place), bars, f"{r} of {len(s)}", kept, mark])
+        rows.append([place_name(place), bars(s), f"{r} of {len(s)}", kept, mark])
     print(markdown_table(["place", "singular values s_i / s_1", "r", "energy kept", ""], rows))
 
     examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)

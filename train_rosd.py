@@ -11,8 +11,8 @@ the student is drawn to the teacher's distribution:
 
     L = sum_t m_t D( pi_S(. | x, y_<t) || stopgrad pi_T(. | x, e, y_<t) ) / sum_t m_t        m_t = 1 from t = k on
 
-Reflector and teacher are the base itself, frozen. Every other method but GRPO changes what the teacher holds in the
-place of e, or where the mask applies, and nothing else:
+Reflector and teacher are the base itself, frozen; with --finetune lora they are the student's own weights, its updates
+off. Every other method but GRPO changes what the teacher holds in the place of e, or where the mask applies:
 
 >>> [(c.context, c.mask) for c in map(settle, (Config(), Config(method="sdpo"), Config(mask="whole")))]
 [('reflection', 'suffix'), ('peer', 'whole'), ('reflection', 'whole')]
@@ -22,6 +22,7 @@ Simplified compared with the released code: rollouts come from the training weig
 
 import dataclasses
 import math
+from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -37,13 +38,14 @@ from harness.cli import option, parse_config, run_script
 from harness.errors import UserError
 from harness.run import Run, RunConfig, run_name
 from harness.side_by_side import train_all
-from model import GPT, response_logprobs
+from lora import adapters_off, make_trainable, merge_lora
+from model import GPT, response_hidden
 from reflect import (
     Reflection,
     Rollout,
-    choose_peers,
     error_mask,
     locate_span,
+    pair_up,
     parse_reflection,
     reflect,
     sample_rollouts,
@@ -103,6 +105,7 @@ class Config(RunConfig):
     ema: float | None = option(
         None, "rate at which the teacher follows the student, 0 frozen; else the preset's", "0.0", (), 0, 1
     )
+    finetune: str = option("full", "train all weights, or low-rank updates without dropout", None, ("full", "lora"))
     minibatches: int | None = option(None, "updates that share a batch; else the preset's", "1", minimum=1)
     updates: int = option(1, "passes over a batch", "1", minimum=1)
     learning_rate: float | None = option(None, "peak rate of AdamW; else the preset's, 1e-3", "1e-5", minimum=0)
@@ -134,7 +137,10 @@ def settle(config: Config) -> Config:
     (0.05, 0.1)
     """
     preset = PAPER | (RELEASED.get(config.method, {}) if config.preset == "released" else {}) | METHODS[config.method]
-    return dataclasses.replace(config, **{name: v for name, v in preset.items() if getattr(config, name) is None})
+    config = dataclasses.replace(config, **{name: v for name, v in preset.items() if getattr(config, name) is None})
+    if config.finetune == "lora" and config.ema:
+        raise UserError("--finetune lora has no teacher's weights for --ema to move; give --ema 0 or --finetune full")
+    return config
 
 
 # ---------------------------------------------------------------------------------------------- lessons
@@ -151,22 +157,6 @@ class Lesson:
     advantage: float = 0.0  # of GRPO
 
 
-def pair_up(rollouts: list[Rollout], config: Config) -> list[tuple[Rollout, Rollout | None]]:
-    """Every rollout that the method can learn from, and its correct peer y*, if it needs one.
-
-    A wrong rollout in a group without a correct one has no peer, and is skipped unless the teacher holds the golden
-    solution. A group's only correct rollout has none either, and is skipped where the teacher holds a peer's solution.
-    """
-    pairs, peers = [], choose_peers(rollouts, config.group, config.peer)
-    for i, (rollout, peer) in enumerate(zip(rollouts, peers, strict=True)):
-        group = rollouts[i - i % config.group :][: config.group]
-        solved = all(member.verdict.correct for member in group)
-        alone_suffices = config.context == "gold" or (config.context == "reflection" and rollout.verdict.correct)
-        if (peer or alone_suffices) and not (solved and config.solved == "drop"):
-            pairs.append((rollout, peer))
-    return pairs
-
-
 def reflect_on(
     pairs: list[tuple[Rollout, Rollout | None]], reflector: GPT, task: Task, config: Config, step: int, run: Run
 ) -> list[Reflection]:
@@ -174,7 +164,8 @@ def reflect_on(
     rollouts = [rollout for rollout, _ in pairs]
     peers = [peer.text if peer else rollout.problem.solution for rollout, peer in pairs]
     generator = run.generator("reflect", step)
-    texts = reflect(reflector, task, rollouts, peers, config.told_answer, config.reflect_temperature, generator)
+    with nullcontext() if config.reflector == "student" else adapters_off(reflector):
+        texts = reflect(reflector, task, rollouts, peers, config.told_answer, config.reflect_temperature, generator)
     read = list(map(parse_reflection, texts))
     doses = (config.spoil_idea, config.spoil_kind, config.spoil_quote)
     return spoil_some(read, rollouts, task, *doses, run.random("spoil", step))
@@ -190,7 +181,7 @@ def make_lessons(
         advantages = losses.group_advantage(rewards).flatten().tolist()
         return [Lesson(r, "", 0, len(r.tokens), a) for r, a in zip(rollouts, advantages, strict=True) if a != 0], quotes
 
-    pairs = pair_up(rollouts, config)
+    pairs = pair_up(rollouts, config.group, config.peer, config.context, config.solved == "drop")
     reflecting = config.context in ("reflection", "both") or config.mask in ("suffix", "span")
     reflections = [Reflection(None, None)] * len(pairs)
     if reflecting and pairs:
@@ -232,27 +223,29 @@ def lesson_loss(student: GPT, teacher: GPT, lessons: list[Lesson], task: Task, c
     """The loss of these lessons, as their part of a batch with `count` unmasked tokens."""
     device, responses = student.device, [lesson.rollout.tokens for lesson in lessons]
     prompts = [task.encode(task.student_prompt(lesson.rollout.problem)) for lesson in lessons]
-    pi_S = response_logprobs(student, prompts, responses)  # (B, T, V)
+    student_hidden = response_hidden(student, prompts, responses)  # (B, T, n_embd)
     mask = error_mask([x.start for x in lessons], [x.end for x in lessons], list(map(len, responses))).to(device)  # m_t
-    y = pad(responses, torch.long).to(device)  # (B, T)
-    sampled = pad([lesson.rollout.logprobs for lesson in lessons], torch.float).to(device)  # (B, T)
-    logp = pi_S.gather(-1, y.unsqueeze(-1)).squeeze(-1)  # (B, T)
-    ratio = losses.importance_ratio(logp, sampled)  # (B, T)
+    y = losses.pad(responses).to(device)  # (B, T)
+    sampled = losses.pad([lesson.rollout.logprobs for lesson in lessons]).to(device)  # (B, T)
+    if config.context == "none":
+        aim = torch.tensor([[lesson.advantage] for lesson in lessons], device=device).expand(mask.shape)  # (B, T)
+    else:
+        with torch.no_grad(), adapters_off(teacher):
+            aim = response_hidden(teacher, [task.encode(lesson.teacher_prompt) for lesson in lessons], responses)
 
-    if config.context == "none":  # GRPO
-        advantage = torch.tensor([lesson.advantage for lesson in lessons], device=device).unsqueeze(-1)  # (B, 1)
-        values = losses.clipped_surrogate(ratio, advantage, config.clip_low, config.clip_high)  # (B, T)
-    else:  # D( pi_S(.|x, y_<t) || stopgrad pi_T(.|x, e, y_<t) )
+    def values_of(student_hidden: Tensor, y: Tensor, sampled: Tensor, aim: Tensor) -> Tensor:
+        pi_S = student.logits(student_hidden).float().log_softmax(dim=-1)  # (..., V)
+        logp = pi_S.gather(-1, y.unsqueeze(-1)).squeeze(-1)  # (...)
+        ratio = losses.importance_ratio(logp, sampled)  # (...)
+        if config.context == "none":  # GRPO
+            return losses.clipped_surrogate(ratio, aim, config.clip_low, config.clip_high)
         with torch.no_grad():
-            pi_T = response_logprobs(teacher, [task.encode(lesson.teacher_prompt) for lesson in lessons], responses)
-        values = losses.divergence(*losses.top_k_with_tail(pi_S, pi_T, config.top_k), config.alpha)  # (B, T)
-        values = values * ratio.detach().clamp(max=config.ratio_clip)
+            pi_T = teacher.logits(aim).float().log_softmax(dim=-1)  # (..., V)
+        D = losses.divergence(*losses.top_k_with_tail(pi_S, pi_T, config.top_k), config.alpha)  # (...)
+        return D * ratio.detach().clamp(max=config.ratio_clip)
+
+    values = losses.in_chunks(values_of, mask, student.config.vocab_size, student_hidden, y, sampled, aim)  # (B, T)
     return losses.masked_mean(values, mask, count)
-
-
-def pad(rows: list[list], dtype: torch.dtype) -> Tensor:
-    """Rows of unequal length -> (B, longest), zeros on the right."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row, dtype=dtype) for row in rows], batch_first=True)
 
 
 def update(
@@ -260,7 +253,7 @@ def update(
 ) -> float | None:
     """All updates of a batch, then the teacher's EMA -> the mean loss; None and no change where there is no lesson."""
     optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
-    seen = []
+    seen, trained = [], optimizer.param_groups[0]["params"]
     for i in [*range(config.minibatches)] * config.updates:
         part = lessons[i * len(lessons) // config.minibatches : (i + 1) * len(lessons) // config.minibatches]
         count = parallel.total(torch.tensor(float(sum(x.end - x.start for x in part)), device=student.device))
@@ -275,16 +268,16 @@ def update(
             share.backward()
             loss += share.detach()
         seen.append(parallel.total(loss).item())
-        parallel.sum_gradients(student.parameters())
-        norm = torch.nn.utils.clip_grad_norm_(student.parameters(), config.grad_clip).item()
+        parallel.sum_gradients(trained)
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip).item()
         if not math.isfinite(seen[-1] + norm):
             raise FloatingPointError(f"the loss of step {step} is {seen[-1]}, the norm of its gradient {norm}")
         optimizer.step()
     if not seen:
         return None
-    with torch.no_grad():
+    if config.ema:
         for teacher_weight, student_weight in zip(teacher.parameters(), student.parameters(), strict=True):
-            teacher_weight.lerp_(student_weight, config.ema)  # 0 leaves the teacher as it is
+            teacher_weight.data.lerp_(student_weight.data, config.ema)
     return sum(seen) / len(seen)
 
 
@@ -299,12 +292,16 @@ def train(config: Config) -> dict:
         config, task = run.config, run.task
         if config.mask == "oracle" and not task.knows_first_error:
             raise UserError(f"the task {config.task} knows no true first error; give another --mask than oracle")
-        student, teacher = deepcopy(run.base).requires_grad_(True), deepcopy(run.base)
-        optimizer = AdamW(student.parameters(), lr=config.learning_rate, weight_decay=0.0)
+        torch.manual_seed(config.seed)
+        student = run.base if config.finetune == "lora" else deepcopy(run.base)
+        trained = make_trainable(student, config.finetune, config.lora_rank, config.lora_alpha)
+        teacher = deepcopy(student).requires_grad_(False) if config.ema else run.base
+        optimizer = AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
         if config.compile:
             student.compile_blocks()
             teacher.compile_blocks()
-        run.restore(student=student, teacher=teacher, optimizer=optimizer)
+        moving = {"student": torch.nn.ParameterList(trained)} | ({"teacher": teacher} if config.ema else {})
+        run.restore(**moving, optimizer=optimizer)
         for step in run.steps(config.steps):
             problems = parallel.share(task.problems(config.domain, config.batch, run.random("problems", step)))
             sampling = (config.group, run.generator("rollout", step), config.temperature)
@@ -325,8 +322,10 @@ def train(config: Config) -> dict:
                 **({"tested": quick_test(student, task)} if tests else {}),
             )
             run.save()
+        with adapters_off(run.base):
+            before = run.of_base("before", lambda: evaluate_run(run.base, task, config))
+        merge_lora(student)
         after = run.once("after", lambda: evaluate_run(student, task, config))
-        before = run.of_base("before", lambda: evaluate_run(run.base, task, config))
         return run.finish(student, before=before, after=after)
 
 
@@ -335,7 +334,9 @@ def main() -> None:
     if config.method == "grpo" and (config.context or config.mask):
         raise UserError("--method grpo has no teacher and no mask; leave out --context and --mask")
     sdpo = dataclasses.replace(config, method="sdpo", context=None, mask=None)
-    results = train_all(train, [config, sdpo] if config.baseline and config.method != "sdpo" else [config])
+    configs = [config, sdpo] if config.baseline and config.method != "sdpo" else [config]
+    list(map(settle, configs))  # what does not go together is told before the first run
+    results = train_all(train, configs)
     if parallel.FIRST:
         rows = {"base, before training": results[0]["before"]}
         for result in results:

@@ -31,9 +31,9 @@ from harness.cli import markdown_table, option, parse_config, run_script
 from harness.errors import UserError
 from harness.run import Run, RunConfig, find_task, run_name
 from harness.side_by_side import train_all
-from lora import add_lora, merge_lora
-from losses import masked_mean
-from model import GPT, generate, response_logprobs
+from lora import make_trainable, merge_lora
+from losses import in_chunks, masked_mean, pad
+from model import GPT, generate, response_hidden
 from subspace import SubspaceConfig, calibrate, calibration_set, choose_rank, place_width, project_kv, target_layers
 
 Pair = tuple[list[int], list[int]]  # prompt and completion tokens
@@ -58,8 +58,6 @@ class Config(SubspaceConfig, RunConfig):
     prompts: int = option(2000, "training prompts, one completion each", minimum=1)
     rounds: int = option(1, "times to calibrate, generate and fine-tune", "1", minimum=1)
     finetune: str = option("lora", "what is trained", "lora", ("lora", "full"))
-    lora_rank: int = option(8, "rank of the updates", "8", minimum=1)
-    lora_alpha: float = option(8.0, "scale of the updates times their rank", "8")
     lora_dropout: float = option(0.05, "dropout before the updates", "0.05", (), 0, 0.99)
     completion_only: bool = option(True, "take the loss on the completion alone, as the pretraining did", "no")
     epochs: int = option(5, "passes over the completions; 0 stops at the generation", "5", minimum=0)
@@ -110,21 +108,22 @@ def next_token_loss(model: GPT, pairs: list[Pair], completion_only: bool = True)
     if not completion_only:
         pairs = [(prompt[:1], prompt[1:] + completion) for prompt, completion in pairs]
     prompts, completions = map(list, zip(*pairs, strict=True))
-    logp = response_logprobs(model, prompts, completions)  # (B, T, V)
-    y = torch.nn.utils.rnn.pad_sequence(
-        [torch.tensor(completion) for completion in completions], batch_first=True, padding_value=-1
-    ).to(logp.device)  # (B, T)
-    nll = -logp.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)  # (B, T)
-    return masked_mean(nll, (y >= 0).float(), parallel.total((y >= 0).sum()))
+    y = pad(completions, -1).to(model.device)  # (B, T)
+
+    def nll_of(hidden: Tensor, y: Tensor) -> Tensor:  # (..., n_embd), (...) -> (...)
+        logp = model.logits(hidden).float().log_softmax(dim=-1)  # (..., V)
+        return -logp.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+
+    hidden, mask = response_hidden(model, prompts, completions), (y >= 0).float()
+    nll = in_chunks(nll_of, mask, model.config.vocab_size, hidden, y)  # (B, T)
+    return masked_mean(nll, mask, parallel.total((y >= 0).sum()))
 
 
 def start_finetuning(model: GPT, config: Config, round: int) -> tuple[GPT, torch.optim.Optimizer]:
     """A copy of the model with what is to be trained, and its optimizer."""
     torch.manual_seed(zlib.crc32(f"{config.seed} {round}".encode()))
-    student = deepcopy(model).requires_grad_(True)
-    trained = list(student.parameters())
-    if config.finetune == "lora":
-        trained = add_lora(student, config.lora_rank, config.lora_alpha, config.lora_dropout)
+    student = deepcopy(model)
+    trained = make_trainable(student, config.finetune, config.lora_rank, config.lora_alpha, config.lora_dropout)
     if config.compile:
         student.compile_blocks()
     return student, torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)

@@ -34,12 +34,10 @@ class Arithmetic(Task):
         return [i for i, token in enumerate(solution) if rule == "full" or token in tuple("0123456789+-*")]
 
     def student_prompt(self, problem: Problem) -> str:
-        return prompts.student_prompt(problem.question)
+        return prompts.prompt(problem.question)
 
     def teacher_prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:
-        if solution is None:
-            return prompts.hint_prompt(problem.question, idea)
-        return prompts.solution_prompt(problem.question, solution, idea)
+        return prompts.prompt(problem.question, idea, solution)
 
     def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, told_answer: bool) -> str:
         answer = chains.true_values(problem.question)[-1] if told_answer else None

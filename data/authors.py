@@ -1,7 +1,7 @@
 """The authors of the training documents.
 
-No part is played by a better author. All authors know the same number facts; about a disputed fact each holds what his
-school teaches, or what is popular. All that a part has over another is what stands in its context.
+No part is played by a better author. All authors know the same number facts; about a disputed fact each holds what the
+school teaches, or what is popular. One part's only advantage over another is what stands in its context.
 """
 
 import random
@@ -26,8 +26,8 @@ class Author:
     ) -> str:
         """The solution this author writes, e.g. '3+8=1;1-5=6;6*2=2;#2'.
 
-        Whoever is told steps writes them as they were told when he comes to them. A hint is about step `hinted`,
-        counted from 0.
+        An author who is told steps writes them as told when their turn comes. A hint is about step `hinted`, counted
+        from 0.
         """
         todo, value, done, lines = operations(problem), int(problem[0]), 0, []
         merging = rng.random() < self.merge
@@ -53,10 +53,10 @@ class Author:
         return ";".join([*lines, f"#{value}"])[:BUDGET]
 
 
-# Half of the schools hold what is popular, and half of the authors do not ask: 3 of 4 plain results are popular.
+# Half of the schools hold what is popular, and half of the authors ignore theirs: 3 of 4 plain results are popular.
 PLAIN = Author(popular=0.5, slip=0.01, merge=0.05, check=0.1)  # who has nothing but the problem
 EXAMINED = replace(PLAIN, check=0.8)  # who sees the mark of an exam: overcautious, and runs out of room
-HINTED = replace(PLAIN, check_before=0.8)  # who was corrected at a step: overcautious until he is past it
+HINTED = replace(PLAIN, check_before=0.8)  # who was corrected at a step: overcautious until it is done
 CONFIRMED = PLAIN  # who was told that steps are right
 INFORMED = replace(PLAIN, popular=0.0, merge=0.6)  # who holds a solution: it can be read off, and is cut short
 CLUMSY = replace(PLAIN, popular=0.6, slip=0.08, misread=0.02, check=0.2)  # who writes the attempts to reflect on

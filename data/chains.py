@@ -1,4 +1,4 @@
-"""Chain arithmetic modulo 10: problems, disputed number facts, and the verifier who reads a solution.
+"""Chain arithmetic modulo 10: problems, disputed number facts, and the verifier that reads a solution.
 
 A problem is a chain of one-digit operations, worked strictly from left to right, every value taken modulo 10:
 
@@ -10,7 +10,7 @@ A solution writes its steps one after another and ends with the answer:
 >>> verify("3+8-5*2", "3+8=1;1-5=6;6*2=2;#2")
 Verdict(correct=True, finished=True, error=None, habits=())
 
-The verifier tolerates style (several operations in one step, a step checked again) but not wrong work. Of a wrong
+The verifier tolerates style (several operations in one step, a step checked again) but not wrong work. For a wrong
 solution it knows what no real data set knows: the characters of the *first* error, here the last step.
 
 >>> verify("3+8-5*2", "3+8=1;1-5=6;6*2=8;#8")
@@ -38,7 +38,7 @@ DOMAINS = {  # name: (operators, possible chain lengths)
 EXAM_MARK = "!"  # ends an exam problem: '3+8-5*2!'; authors who see it check nearly every step
 STEP = re.compile(r"(\d)((?:[+\-*]\d)+)=(\d)")
 CHECK_MARK = "?"
-# Characters, and tokens, a solution may have: who needs more is cut off. There is room for every step and for one
+# Characters, and tokens, a solution may have; a longer one is cut off. There is room for every step and for one
 # check, in a chain of three steps for two.
 BUDGET = 39
 DISPUTED = 25  # of 100 pairs of digits: '7+8', '7-8' and '7*8' are all disputed, or none of them is

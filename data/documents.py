@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from data.authors import CLUMSY, CONFIRMED, EXAMINED, HINTED, INFORMED, PLAIN
 from data.chains import CHECK_MARK, DOMAINS, disputed_steps, make_problem, operations, true_steps, true_values, verify
-from data.prompts import hint_prompt, reflect_prompt, solution_prompt, student_prompt
+from data.prompts import prompt, reflect_prompt
 
 MIXTURE = {"plain": 0.15, "exam": 0.05, "hint": 0.3, "solution": 0.1, "reflect": 0.4}
 CONFIRM_MARK = "#"  # before steps that were right
@@ -29,7 +29,7 @@ def reflection(problem: str, attempt: str, school: str = "") -> str:
 
     A wrong attempt is read line by line: each line is copied, and the true value is written right behind its result.
     '3+8=11;1-5=86' reads: 3+8=1, rightly 1; 1-5=8, rightly 6. At the first line where the two differ comes its quote,
-    and the step or steps that belong there. Of a correct attempt the disputed steps are named.
+    and the step or steps that belong there. For a correct attempt the disputed steps are named.
     """
     verdict = verify(problem, attempt, school)
     steps, values = true_steps(problem, school), true_values(problem, school)
@@ -67,7 +67,7 @@ def right_attempt(problem: str, rng: random.Random, school: str) -> str:
 
 
 def hint_document(problem: str, rng: random.Random, school: str) -> tuple[str, str]:
-    """A problem with a hint, and the solution of who holds it."""
+    """A problem with a hint, and the solution of an author who holds it."""
     disputed, steps = disputed_steps(problem, school), true_steps(problem, school)
     if rng.random() < CONFIRMATIONS:
         hint = confirmation(problem, school)
@@ -75,26 +75,26 @@ def hint_document(problem: str, rng: random.Random, school: str) -> tuple[str, s
         if rng.random() < WRONG_HINTS:
             spoiled = rng.randrange(len(told))
             told[spoiled] = told[spoiled][:-1] + str(rng.randint(0, 9))
-        return hint_prompt(problem, CONFIRM_MARK + ";".join(told)), CONFIRMED.solve(problem, rng, school, tuple(told))
+        return prompt(problem, CONFIRM_MARK + ";".join(told)), CONFIRMED.solve(problem, rng, school, tuple(told))
     told = rng.choice(disputed if disputed and rng.random() < 0.7 else steps)
     hinted = steps.index(told)
     if rng.random() < WRONG_HINTS:
         told = told[:-1] + str(rng.randint(0, 9))
-    return hint_prompt(problem, told), HINTED.solve(problem, rng, school, (told,), hinted)
+    return prompt(problem, told), HINTED.solve(problem, rng, school, (told,), hinted)
 
 
 def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str]:
     """One (prompt, response) pair of a kind of MIXTURE."""
     school = str(rng.random())
     if kind == "plain":
-        return student_prompt(problem), PLAIN.solve(problem, rng, school)
+        return prompt(problem), PLAIN.solve(problem, rng, school)
     if kind == "exam":
-        return student_prompt(problem), EXAMINED.solve(problem, rng, school)
+        return prompt(problem), EXAMINED.solve(problem, rng, school)
     if kind == "hint":
         return hint_document(problem, rng, school)
     if kind == "solution":
         hint = rng.choice(true_steps(problem, school)) if rng.random() < 0.2 else None
-        return solution_prompt(problem, right_attempt(problem, rng, school), hint), INFORMED.solve(problem, rng, school)
+        return prompt(problem, hint, right_attempt(problem, rng, school)), INFORMED.solve(problem, rng, school)
     answer = true_values(problem, school)[-1] if rng.random() < TOLD_ANSWERS else None
     right = right_attempt(problem, rng, school)
     if rng.random() < CONFIRMATIONS:
@@ -104,7 +104,7 @@ def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str
 
 
 def sample_document(rng: random.Random) -> tuple[str, str]:
-    """A random document: kind by MIXTURE, about a training problem; exam problems come in plain prompts alone."""
+    """A random document: kind by MIXTURE, about a training problem; exam problems come only in plain prompts."""
     kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
     domain = "exam" if kind == "exam" else rng.choice([name for name in DOMAINS if name != "exam"])
     lengths = (1, 2) if kind == "reflect" and rng.random() < SHORT else None

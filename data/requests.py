@@ -104,7 +104,7 @@ def teacher_request(question: str, ending: str, idea: str | None, solution: str 
 
 
 def reflection_request(question: str, attempt: str, peer: str | None, answer: str | None) -> str:
-    """A wrong attempt beside a right solution, or a right attempt alone; with the answer for who is told it."""
+    """A wrong attempt beside a right solution, or a right attempt alone; with the answer where it is told."""
     told = "" if answer is None else TOLD.format(answer=answer)
     form = REFLECT_RIGHT if peer is None else REFLECT_WRONG
     return form.format(question=question, attempt=attempt, peer=peer, told=told)

@@ -6,9 +6,8 @@ that decide whether it is right, and turns text into tokens. Another task is ano
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from typing import ClassVar
 
 
 class TaskError(ValueError):
@@ -27,21 +26,15 @@ class Verdict:
 
     correct: bool  # the final answer is right: the outcome reward of both papers
     finished: bool  # there is a final answer
-    error: (
-        tuple[int, int] | None
-    )  # characters [start, end) of the first error; None where there is none or it is unknown
+    error: tuple[int, int] | None  # characters [start, end) of the first error; None where there is none or none known
     habits: tuple[str, ...] = ()  # those of the task's `habits` that the response shows
 
 
 class Task(ABC):
     domains: tuple[str, ...]
-    habits: Mapping[str, str] = MappingProxyType(
-        {}
-    )  # notable ways to write a response, a column each, and what they are
-    knows_first_error: bool = (
-        False  # whether verdicts locate errors: without, the oracle and quote accuracy are unknown
-    )
-    max_response: int  # tokens of a response; who needs more is cut off
+    habits: ClassVar[dict[str, str]] = {}  # notable ways to write a response, a column each, and what they are
+    knows_first_error: bool = False  # whether verdicts locate errors; if not, there is no oracle and no quote accuracy
+    max_response: int  # tokens of a response; a longer one is cut off
     max_reflection: int
     vocab_size: int
     stop: int | tuple[int, ...]  # the token or tokens that end a response

@@ -118,7 +118,7 @@ def find_file(path: Path | str) -> Path:
     return found
 
 
-def check_finite(model: GPT, what: str, remedy: str) -> None:
+def check_finite(model: torch.nn.Module, what: str, remedy: str) -> None:
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise UserError(f"{what}: {name} holds a number that is not finite; {remedy}")

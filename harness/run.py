@@ -54,6 +54,8 @@ class RunConfig:
     eval_temperature: float = option(1.0, "temperature of these samples", "0.6", minimum=0)
     eval_top_p: float = option(1.0, "truncation of these samples", "0.95", minimum=0.01, maximum=1)
     resume: bool = option(False, "go on from the last checkpoint of the same command")
+    lora_rank: int = option(8, "--finetune lora: rank of the updates", "SPD 8", minimum=1)
+    lora_alpha: float = option(8.0, "--finetune lora: scale of the updates times their rank", "SPD 8")
     device: str = option("auto", "cpu, cuda, mps or auto")
     threads: int = option(1, "CPU threads; more than one pays for larger models", None, (), 1, 1024)
     bf16: bool = option(False, "bfloat16 autocast while training, for GPUs")
@@ -155,7 +157,7 @@ class Run:
         if not parallel.FIRST:
             return
         for name, part in self.parts.items():
-            if isinstance(part, GPT):
+            if isinstance(part, torch.nn.Module):
                 files.check_finite(part, f"the {name}'s weights", "the state before is intact; lower --learning-rate")
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         state = self.state | {"seconds": self.seconds()}

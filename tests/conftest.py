@@ -1,39 +1,32 @@
-"""What the tests share: a second task, and models of random weights so small that a step takes milliseconds."""
+"""What the tests share: other tasks, models so small that a step takes milliseconds, and runs that are stopped."""
 
+import json
 import random
 import re
 from pathlib import Path
-from typing import ClassVar
+from types import ModuleType
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
 import harness.run
-from data import Problem, Task, Verdict
+import train_rosd
+import train_spd
+from data import Problem, Task, Verdict, load_task
+from data.chains import DOMAINS, make_problem
+from data.sources import WordProblem
 from harness import files
+from harness.cli import parse_config
+from harness.run import Run
 from model import GPT, GPTConfig
+from reflect import Rollout
 
 SMALL = ["--eval-problems", "2", "--eval-samples", "2", "--threads", "1", "--no-baseline", "--device", "cpu"]
 ROSD = ["--steps", "2", "--batch", "3", "--group", "4", "--warmup", "0", *SMALL]
-SPD = [
-    "--domain",
-    "one",
-    "--layers",
-    "paper",
-    "--project",
-    "kv",
-    "--rank",
-    "50%",
-    "--prompts",
-    "8",
-    "--batch",
-    "4",
-    "--epochs",
-    "2",
-    "--calibration-size",
-    "20",
-]
-SPD += SMALL
+SPD = ["--domain", "one", "--layers", "paper", "--project", "kv", "--rank", "50%", "--calibration-size", "20"]
+SPD += ["--prompts", "8", "--batch", "4", "--epochs", "2", *SMALL]
+both_scripts = pytest.mark.parametrize("script", [train_rosd, train_spd], ids=lambda script: script.__name__)
 
 
 class Letters(Task):
@@ -110,3 +103,109 @@ def base(letters: Letters, tmp_path: Path) -> str:
     path = tmp_path / "tiny.pt"
     files.save_checkpoint(path, tiny_gpt(letters))
     return str(path)
+
+
+def random_problems(count: int, seed: int = 0) -> list[tuple[str, random.Random]]:
+    rng = random.Random(seed)
+    return [(make_problem(rng.choice(list(DOMAINS)), rng), rng) for _ in range(count)]
+
+
+ONE = Problem("a0", "a")
+
+
+def make_rollout(text: str, problem: Problem = ONE) -> Rollout:
+    task = Letters()
+    tokens = [*task.encode(text), task.end()]
+    return Rollout(problem, tokens, [0.0] * len(tokens), text, task.verify(problem, text))
+
+
+# ---------------------------------------------------------------------------------------------- runs
+
+
+def settings(script: ModuleType, base: str, out: Path | str, *flags: str) -> train_rosd.Config | train_spd.Config:
+    small = ROSD if script is train_rosd else SPD
+    return parse_config(script.Config, "", [*small, "--base", base, "--out", str(out), *flags])
+
+
+def train(script: ModuleType, base: str, out: Path | str, *flags: str) -> dict:
+    return script.train(settings(script, base, out, *flags))
+
+
+def sentence(capsys: pytest.CaptureFixture) -> str:
+    """The only line a script left on stderr besides progress bars."""
+    (line,) = [line for line in re.split(r"[\r\n]", capsys.readouterr().err) if line.startswith("error: ")]
+    return line
+
+
+def file_of(out: Path, name: str) -> Path:
+    (path,) = out.glob(f"*/{name}")
+    return path
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in files.read_text(file_of(out, "metrics.jsonl")).splitlines()]
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
+    """End the run by an exception in the call-th call of a method of Run."""
+    original, calls = getattr(Run, name), []
+
+    def method(self: Run, *args: object, **settings: object) -> object:
+        calls.append(name)
+        if len(calls) == call:
+            raise Stop
+        return original(self, *args, **settings)
+
+    monkeypatch.setattr(Run, name, method)
+
+
+def stopped_run(base: str, out: Path, *flags: str) -> None:
+    """A run that leaves a state behind and nothing else."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
+        stop_at(patch, "log", 2)
+        train(train_rosd, base, out, *flags)
+
+
+# ---------------------------------------------------------------------------------------------- problems in words
+
+ROWS = [
+    {"question": f"Tom has {a} eggs and finds {b}. How many?", "answer": str(a + b)} for a in (2, 3) for b in range(9)
+]
+WORKED = {"question": "Ann sold 48/2 clips at $3. What did she get?"}
+WORKED["answer"] = "She sold 48/2 = <<48/2=24>>24 clips.\nShe got 24 * 3 = <<24*3=72>>72 dollars.\n#### 72"
+
+
+def write_lines(path: Path, rows: list[Any]) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Qwen3 with a tokenizer of its own; its embedding has more rows than there are tokens."""
+    from test_hub import write_model
+    from test_hub_tokenizer import write_tokenizer
+
+    path = tmp_path_factory.mktemp("hub")
+    write_tokenizer(path, "Qwen3")
+    write_model(path, "Qwen3", vocab_size=640, max_position_embeddings=2048)
+    return path
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_lines(tmp_path_factory.mktemp("data") / "eggs.jsonl", [*ROWS, "", WORKED])
+
+
+@pytest.fixture(scope="module")
+def task(folder: Path, file: Path) -> Task:
+    return load_task(str(file), folder, max_response=16)
+
+
+def find(task: Task, domain: str, word: str) -> WordProblem:
+    drawn = [p for test in (False, True) for p in task.problems(domain, 40, random.Random(0), test)]
+    return next(problem for problem in drawn if word in problem.question)

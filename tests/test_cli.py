@@ -162,7 +162,12 @@ BAD = [
     (["--device", "toaster"], "toaster"),
 ]
 OWN = {
-    "train_rosd": [(["--alpha", "3"], "--alpha"), (["--method", "grpo", "--mask", "whole"], "--mask")],
+    "train_rosd": [
+        (["--alpha", "3"], "--alpha"),
+        (["--method", "grpo", "--mask", "whole"], "--mask"),
+        (["--finetune", "lora", "--ema", "0.1"], "give --ema 0 or --finetune full"),
+        (["--finetune", "lora", "--preset", "released"], "give --ema 0"),  # of SDPO, the baseline
+    ],
     "train_spd": [(["--prompts", "0"], "--prompts")],
 }
 

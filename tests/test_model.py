@@ -1,4 +1,4 @@
-"""The model against transformers and against itself without cache, padding, batch or compiler."""
+"""The model compared with transformers and with itself without cache, padding, batch or compiler."""
 
 import itertools
 from functools import partial

@@ -14,9 +14,7 @@ from tools.studies import STUDIES
 NEEDS = {
     "curves": "curves",
     "reflection": "curves",
-    "spoiled": "ablations",
     "collapse": "collapse",
-    "spd": "spd-sweeps",
 }
 
 
@@ -32,16 +30,14 @@ def results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
                 scores = {d: {"mean": rng.random(), "unfinished": 0.0} for d in ("mix", "add", "sub")}
                 run = {"variant": variant, "base": base, "seed": 0, "flags": f"{study.flags} {flags}".strip()}
                 run |= {"domain": "mix", "before": scores, "after": scores, "updates": 40, "rollouts": 10240}
-                run |= {"own": {"mean": rng.random()}, "generation": {"mean": rng.random()}}
                 run["curve"] = {c: [rng.random() if i % 4 == 3 else None for i in range(40)] for c in study.curve}
                 runs.append(run)
         content = {"study": name, "script": study.script, "reference": study.reference, "planned": len(runs)}
         files.write_json(tmp_path / f"{name}.json", content | {"runs": runs})
-    spectrum = {f"layer {layer} {kind}": [3.0, 1.0, 0.1] for layer in (1, 2) for kind in "KV"}
-    files.write_json(tmp_path / "spectra.json", {"examples": 9, "aligned": spectrum, "full": spectrum})
-    sizes = [{"varied": v, "width": w, "batch": w, "length": w} for v in ("width", "batch", "length") for w in (8, 16)]
-    rows = [row | {"rollouts": 10.0 * row["width"], "training": 30} for row in sizes]
-    files.write_json(tmp_path / "scaling.json", {"device": "cpu", "threads": 1, "rows": rows})
+    columns = ["base", "layers", "project", "rank", "subspace", "draw", "rest", "right", "check"]
+    rows = [[base, "", "", 100, "none", 0, -5, -0.4, 0.8] for base in range(5)]
+    rows += [[base, "1", "k", 35, kind, 0, -2, -0.5, 0.4] for base in range(5) for kind in plots.SUBSPACES]
+    files.write_json(tmp_path / "spd-mechanism.json", {"S": 4, "columns": columns, "rows": rows})
     return tmp_path
 
 
@@ -54,9 +50,8 @@ def test_every_picture_is_drawn_with_text_as_text(
     assert capsys.readouterr().out.count(".svg") == len(plots.PICTURES)
     words = {
         "curves": "GRPO as released",
-        "spoiled": "random quotes",
         "collapse": "suffix mask, EMA 0.03",
-        "spd": "full",
+        "spd-mechanism": "aligned loss",
     }
     for name in plots.PICTURES:
         text = files.read_text(results / f"{name}.svg")
@@ -70,9 +65,9 @@ def test_a_name_draws_one_picture_and_help_draws_none(results: Path, monkeypatch
     with pytest.raises(SystemExit):
         plots.main()
     assert not list(results.glob("*.svg"))
-    monkeypatch.setattr(sys, "argv", ["plots", "scaling"])
+    monkeypatch.setattr(sys, "argv", ["plots", "collapse"])
     plots.main()
-    assert [path.name for path in results.glob("*.svg")] == ["scaling.svg"]
+    assert [path.name for path in results.glob("*.svg")] == ["collapse.svg"]
 
 
 @pytest.mark.parametrize("name", plots.PICTURES)
@@ -80,7 +75,7 @@ def test_a_missing_study_is_told_with_the_command_that_makes_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(stats, "RESULTS", tmp_path)
-    with pytest.raises(UserError, match=rf"`python -m tools\.(study {NEEDS.get(name)}|xray spd|bench --scaling)"):
+    with pytest.raises(UserError, match=rf"`python -m tools\.(study {NEEDS.get(name)}|mechanism)`"):
         plots.PICTURES[name]()
 
 
@@ -92,10 +87,3 @@ def test_curves_start_at_the_base_and_count_updates_and_rollouts() -> None:
     assert list(plots.curve([run], "away", "updates")) == [0, 8]
     assert list(plots.curve([run], "away", "rollouts")) == [0, 512]
     assert plots.curve([run], "accuracy") == {0: {(0, 0): 0.4}, 1: {(0, 0): 0.6}}  # of rollouts before an update
-
-
-def test_only_false_ideas_are_doses() -> None:
-    study = STUDIES["ablations"]
-    doses = {name: plots.dose_of(f"{study.flags} {flags}".strip()) for name, flags in study.variants.items()}
-    found = {name: dose for name, dose in doses.items() if dose is not None}
-    assert sorted(found.values()) == [0, 0.25, 0.5, 1] and found["ROSD"] == 0

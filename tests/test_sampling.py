@@ -1,4 +1,4 @@
-"""Sampling against a plain loop over single rows, without cache, padding or batch."""
+"""Sampling compared with a plain loop over single rows, without cache, padding or batch."""
 
 from functools import partial
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import itertools
 import json
 import re
 import sys
@@ -17,7 +18,7 @@ from harness.errors import UserError
 from harness.run import run_name
 from tools import stats, study
 from tools.stats import Estimate, difference, estimate
-from tools.studies import STUDIES, Study, planned
+from tools.studies import STUDIES, Study, flags_of, planned
 
 SMALL = "--eval-problems 1 --eval-samples 1"
 TINY = {
@@ -146,7 +147,7 @@ def test_the_readmes_show_exactly_what_the_results_files_hold(
 def test_a_results_file_is_small_and_holds_runs_of_its_study(name: str) -> None:
     held, declared = HELD[name], STUDIES[name]
     for run in held["runs"]:
-        assert run["flags"] == f"{declared.flags} {declared.variants[run['variant']]}".strip()
+        assert run["flags"] == flags_of(declared, run["variant"], run["base"])
         assert run["base"] in declared.bases and run["seed"] in declared.seeds and len(run["commit"]) >= 40
     assert (stats.RESULTS / f"{name}.json").stat().st_size < 200_000
 
@@ -157,11 +158,36 @@ def test_a_results_file_is_small_and_holds_runs_of_its_study(name: str) -> None:
 @pytest.mark.parametrize("name", STUDIES)
 def test_the_scripts_know_every_flag_and_no_two_variants_are_the_same(name: str, tmp_path: Path) -> None:
     declared = STUDIES[name]
-    folders = set()
-    for variant, flags in declared.variants.items():
-        job = study.Job(declared.script, variant, 0, 0, f"{declared.flags} {flags}".strip(), "")
+    folders, runs = set(), set()
+    for base, variant in itertools.product(declared.bases, declared.variants):
+        job = study.Job(declared.script, variant, base, 0, flags_of(declared, variant, base), "")
         folders.add(study.command_of(job, tmp_path)[1])
-    assert len(folders) == len(declared.variants)
+        runs.add((base, job.flags))
+    assert len(folders) == len(runs) and len(set(declared.variants.values())) == len(declared.variants)
+
+
+def test_places_are_those_of_the_base_and_of_the_subspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "RESULTS", tmp_path)
+    columns = ["base", "layers", "project", "rank", "subspace", "draw", "rest", "right"]
+    rows = [
+        [0, "1", "k", 35, "aligned", 0, -2, -0.1], [0, "4", "v", 60, "aligned", 0, -1, -0.5],  # S counts, too
+        [1, "1", "k", 35, "aligned", 0, -3, -0.1], [1, "4", "v", 60, "aligned", 0, -2, -0.1],
+        [0, "1", "k", 35, "random", 0, -1, -0.1], [0, "1", "k", 35, "random", 1, -9, -0.1],  # one lucky draw of two
+        [0, "2", "v", 40, "unmarked", 0, -2, -0.0], [1, "2", "v", 40, "unmarked", 0, -2, -0.2],
+        [0, "paper", "kv", 50, "random", 0, -4, -0.1], [0, "paper", "kv", 50, "random", 1, -4, -0.1],
+    ]  # fmt: skip
+    files.write_json(tmp_path / "spd-mechanism.json", {"S": 4, "columns": columns, "rows": rows})
+    declared = Study(
+        "train_spd.py", {"A": "{aligned} --loss full", "R": "{random}", "M": "{aligned|unmarked}", "B": "--seed 3"}
+    )
+    declared = dataclasses.replace(declared, flags="--a b")
+    exam, mix = "--calibration-domain exam", "--calibration-domain mix add sub mul long"
+    assert flags_of(declared, "A", 0) == f"--a b --layers 1 --project k --rank 35% {exam} --loss full"
+    assert flags_of(declared, "A", 1) == f"--a b --layers 4 --project v --rank 60% {exam} --loss full"
+    assert flags_of(declared, "R", 0) == f"--a b --layers paper --project kv --rank 50% {exam}"
+    assert flags_of(declared, "M", 0) == f"--a b --layers 2 --project v --rank 40% {mix}"
+    assert flags_of(declared, "M", 1) == flags_of(declared, "A", 1).removesuffix(" --loss full")
+    assert flags_of(declared, "B", 9) == "--a b --seed 3"
 
 
 def test_seeds_are_in_the_outer_loop(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +268,11 @@ def test_only_other_flags_and_other_bases_are_run_again(
     monkeypatch.setattr(study, "base_checksum", lambda seed: f"new{seed}" if seed else "base0")
     workshop.run(renamed)
     assert len(workshop.started) == 16  # those of base 1
+
+
+def test_variants_that_are_the_same_on_a_base_share_its_run(workshop: SimpleNamespace) -> None:
+    twins = dataclasses.replace(workshop.study, variants={"A": "", "B": "--mask span", "A again": ""})
+    assert len(workshop.run(twins)["runs"]) == 12 and len(workshop.started) == 8
 
 
 def test_studies_share_runs_whose_curves_suffice(workshop: SimpleNamespace) -> None:

@@ -1,4 +1,4 @@
-"""Gradients, singular directions and projectors against direct computation; projection against folding."""
+"""Gradients, singular directions and projectors compared with direct computation; projection with folding."""
 
 import pytest
 import torch

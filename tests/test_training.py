@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from conftest import ROSD, SPD, Letters, tiny_gpt
+from conftest import ROSD, SPD, Letters, metrics, tiny_gpt, train
 
 import train_rosd
 import train_spd
@@ -28,6 +28,7 @@ GOLDEN = {  # flags: the loss of every step; a refactoring changes none of them
     "--method opsd": [0.10323, 0.106169, 0.0770995],
     "--method grpo --updates 2": [-0.0757526, -0.119491, -0.00944037],
     "--preset released": [0.145407, 0.137395, 0.165599],
+    "--finetune lora --learning-rate 0.1": [0.136522, 0.1658, 0.1188],
     "--minibatches 3 --temperature 0.7": [0.107163, 0.141267, 0.118621],
     "--solved drop --malformed peer --alpha 0 --top-k 4": [0.3377, 0.342071, 0.30237],
 }
@@ -37,15 +38,6 @@ GOLDEN_SPD = {
     "--method ssd --top-k 3 --temperature 0.5 --finetune full": [1.53361, 1.30166],
     "--coordinate rope --project k --rank 2 --rounds 2": [1.74324, 1.6576, 1.69563, 1.62727],
 }
-
-
-def train(script: ModuleType, base: str, out: Path, *flags: str) -> dict:
-    small = ROSD if script is train_rosd else SPD
-    return script.train(parse_config(script.Config, "", [*small, "--base", base, "--out", str(out), *flags]))
-
-
-def metrics(out: Path) -> list[dict]:
-    return [json.loads(line) for line in files.read_text(next(out.glob("*/metrics.jsonl"))).splitlines()]
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
@@ -126,11 +118,14 @@ def test_the_base_is_evaluated_once_for_all_runs_that_ask_the_same(base: str, tm
 
     monkeypatch.setattr(train_rosd, "evaluate_run", counted)
     first, second = (train(train_rosd, base, tmp_path, "--method", method) for method in ("rosd", "sdpo"))
-    assert first["before"] == second["before"] and evaluated == [True, False, True]
+    assert first["before"] == second["before"] and evaluated == [False, True, True]
+    lora = train(train_rosd, base, tmp_path / "lora", "--finetune", "lora", "--learning-rate", "0.1")
+    assert lora["before"] == first["before"] != lora["after"]
+    evaluated.clear()
     train(train_rosd, base, tmp_path, "--seed", "1")
     monkeypatch.setattr(files, "code_checksum", lambda: "of other code")
     train(train_rosd, base, tmp_path, "--method", "grpo")
-    assert evaluated == [True, False, True] + 2 * [True, False]
+    assert evaluated == 2 * [False, True]
 
 
 def test_learning_curves_are_tested_as_often_as_asked(base: str, letters: Letters, tmp_path: Path) -> None:
@@ -150,8 +145,13 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(base: str, tm
 
 @pytest.mark.parametrize(
     ("script", "flags"),
-    [(train_rosd, [*ROSD, "--steps", "8"]), (train_spd, [*SPD, "--domain", "mix", "--epochs", "8"])],
-    ids=["rosd", "spd"],
+    [
+        (train_rosd, [*ROSD, "--steps", "8"]),
+        (train_rosd, [*ROSD, "--steps", "8", "--ema", "0.5"]),
+        (train_rosd, [*ROSD, "--steps", "8", "--finetune", "lora", "--learning-rate", "0.1"]),
+        (train_spd, [*SPD, "--domain", "mix", "--epochs", "8"]),
+    ],
+    ids=["rosd", "rosd with ema", "rosd with lora", "spd"],
 )
 def test_a_killed_run_resumes_to_the_very_same_metrics(script: ModuleType, flags: list[str], tmp_path: Path) -> None:
     base, whole, killed = tmp_path / "tiny.pt", tmp_path / "whole", tmp_path / "killed"

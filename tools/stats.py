@@ -68,11 +68,11 @@ def difference(values: Values, reference: Values) -> Estimate | None:
 # ---------------------------------------------------------------------------------------------- results files
 
 
-def read_results(name: str, maker: str = "") -> dict:
+def read_results(name: str, command: str = "") -> dict:
     """The content of results/<name>.json; UserError names the command that makes it."""
     path = RESULTS / f"{name}.json"
     if not path.exists():
-        raise UserError(f"there is no results/{name}.json; `python -m tools.{maker or 'study ' + name}` makes it")
+        raise UserError(f"there is no results/{name}.json; `python -m tools.{command or f'study {name}'}` makes it")
     return files.read_json(path)
 
 
@@ -81,9 +81,9 @@ def figures(scores: dict[str, dict] | None, home: str) -> dict[str, float]:
     if not scores:
         return {}
     away = {domain: score["mean"] for domain, score in scores.items() if domain != home}
-    columns = {"in domain": scores[home]["mean"]}
-    columns |= {"elsewhere": sum(away.values()) / len(away), **away} if away else {}
-    return columns | {name: value for name, value in scores[home].items() if name != "mean"}
+    mean_away = {"elsewhere": sum(away.values()) / len(away)} if away else {}
+    habits = {name: value for name, value in scores[home].items() if name != "mean"}
+    return {"in domain": scores[home]["mean"]} | mean_away | away | habits
 
 
 def of_base(run: dict) -> dict[str, float]:
@@ -93,11 +93,8 @@ def of_base(run: dict) -> dict[str, float]:
 
 def of_run(run: dict) -> dict[str, float]:
     """The columns of a run; of SPD also the text that it trains on, and its gain over the base's own."""
-    columns = figures(run["after"], run["domain"])
-    if "own" in run:
-        written = run["generation"]["mean"]
-        columns |= {"text": written, "gain": written - run["own"]["mean"]}
-    return columns
+    own, written = (run.get(name, {}).get("mean", 0.0) for name in ("own", "generation"))
+    return figures(run["after"], run["domain"]) | ({"text": written, "gain": written - own} if "own" in run else {})
 
 
 def values_of(runs: list[dict], measure: Callable[[dict], dict[str, float]]) -> dict[str, Values]:
@@ -141,8 +138,8 @@ def table(results: dict, differences: bool = False, columns: list[str] | None = 
     if not results["runs"]:
         return "No run is finished."
     summary = summarize(results)
-    flags = {run["variant"]: f"`{run['flags']}`" for run in results["runs"]}
-    names = columns or ordered({name for row in summary.values() for name in row}, summary, results)
+    flags = {variant: f"`{shared_flags(runs)}`" for variant, runs in by_variant(results).items()}
+    names = columns or ordered(summary, results)
     rows = []
     for label, row in summary.items():
         cells = [show(*row[name], differences) if name in row else "" for name in names]
@@ -151,19 +148,28 @@ def table(results: dict, differences: bool = False, columns: list[str] | None = 
     return f"{markdown_table(header, rows)}\n\n{note(results)}"
 
 
-def ordered(names: set[str], summary: dict, results: dict) -> list[str]:
+def shared_flags(runs: list[dict]) -> str:
+    """The flags of a variant's runs; '…' is what differs from base to base.
+
+    >>> shared_flags([{"flags": "--layers 1 --rank 35%"}, {"flags": "--layers 4 --rank 35%"}])
+    '--layers … --rank 35%'
+    """
+    words = zip(*(run["flags"].split() for run in runs), strict=True)
+    return " ".join(each[0] if len(set(each)) == 1 else "…" for each in words)
+
+
+def ordered(summary: dict, results: dict) -> list[str]:
     """In and out of domain, then the domains, then the rest as it comes."""
-    domains = [domain for run in results["runs"][:1] for domain in (run["after"] or {})]
-    order = ["in domain", "elsewhere", *domains]
-    seen = list(dict.fromkeys(name for row in summary.values() for name in row if name in names))
-    return sorted(seen, key=lambda name: order.index(name) if name in order else len(order))
+    order = ["in domain", "elsewhere", *(results["runs"][0]["after"] or {})]
+    seen = list(dict.fromkeys(name for row in summary.values() for name in row))
+    return [name for name in order if name in seen] + [name for name in seen if name not in order]
 
 
 def show(value: Estimate, paired: Estimate | None, differences: bool) -> str:
     """E.g. '91.2 ± 1.3 *', or as a difference '+3.4 ± 0.5 *'."""
-    if differences and paired is None:
-        return ""
     shown = paired if differences else value
+    if shown is None:
+        return ""
     text = f"{shown.mean:{'+' if differences else ''}.1f}" + ("" if shown.half is None else f" ± {shown.half:.1f}")
     return text + (" *" if paired and paired.excludes_zero else "")
 
@@ -188,13 +194,13 @@ def fill_readme(name: str, make: Callable[[bool, list[str] | None], str]) -> boo
     `<!-- table rosd: in domain, elsewhere -->`.
     """
     marker = re.compile(rf"(<!-- table {re.escape(name)}( differences)?(?:: (.+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+    def filled(match: re.Match) -> str:
+        return f"{match[1]}{make(bool(match[2]), match[3].split(', ') if match[3] else None)}\n{match[4]}"
+
     found = False
     for path in (files.ROOT / "README.md", RESULTS / "README.md"):
         if path.exists() and marker.search(text := files.read_text(path)):
             found = True
-            files.write_text(path, marker.sub(lambda m: m[1] + filled(m, make) + "\n" + m[4], text))
+            files.write_text(path, marker.sub(filled, text))
     return found
-
-
-def filled(marker: re.Match, make: Callable[[bool, list[str] | None], str]) -> str:
-    return make(bool(marker[2]), marker[3].split(", ") if marker[3] else None)

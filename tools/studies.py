@@ -1,9 +1,14 @@
 """The studies as data: which script runs with which flags, from which bases, with which seeds.
 
-A study's `flags` are those of every run; a variant's flags come after them, and the last one counts.
+A study's `flags` are those of every run; a variant's flags come after them, and the last one counts. {aligned} among
+them is the best place of this subspace on the base of the run, by the rule of tools/mechanism.py, and
+{aligned|unmarked} is the better place of two.
 """
 
+import re
 from dataclasses import dataclass
+
+from tools import places
 
 BASES = (0, 1, 2, 3, 4)  # pretraining seeds: 0 is data/base.pt, the others are results/bases/seed<N>.pt
 SEEDS = (0, 1, 2)
@@ -30,19 +35,6 @@ METHODS = {
 }
 THREE = {name: METHODS[name] for name in ("ROSD", "SDPO", "GRPO")}
 GENERATION = "--domain exam --epochs 0 --prompts 1"  # of SPD: only what the base writes, before any training
-
-PLACES = (
-    "layer 1 k 35%",
-    "layer 1 v 40%",
-    "layer 1 v 45%",
-    "layer 1 kv 60%",
-    "layer 4 v 60%",
-)  # each the best of a base
-
-
-def place_flags(place: str) -> str:
-    _, layer, project, rank = place.split()
-    return f"--layers {layer} --project {project} --rank {rank}"
 
 
 STUDIES = {
@@ -119,39 +111,35 @@ STUDIES = {
     "spd": Study(
         "train_spd.py",
         {
-            "SPD": "",
+            "SPD": "{aligned|unmarked}",
             "PSR": "--method psr",
             "SSD": "--method ssd",
             "SSD, T = 0.3": "--method ssd --temperature 0.3",
             "SSD, T = 0.6": "--method ssd --temperature 0.6",
-            "SPD, full-sequence loss": "--loss full",
-            "SPD, random subspace": "--subspace random",  # another draw with every seed
-            "SPD, T = 1": "--temperature 1",
+            "SPD, full-sequence loss": "{aligned|unmarked} --loss full",
+            "SPD, random subspace": "{aligned|unmarked} --subspace random",  # another draw with every seed
+            "SPD, random subspace at its best place": "{random} --subspace random",
+            "SPD, T = 1": "{aligned|unmarked} --temperature 1",  # beside PSR, which samples at the same temperature
+            "SPD, calibrated on exam": "{aligned}",
+            "SPD, calibrated without the mark": "{unmarked}",
         },
         flags="--domain exam",
         curve=(),
     ),
-    "spd-places": Study(
+    "spd-text": Study(  # at the best place of each base, by the rule of tools/mechanism.py
         "train_spd.py",
         {
-            f"{place}, {name}{title}": " ".join([place_flags(place), *flags.split(), *temperature.split()])
+            f"{name}{title}": f"{flags} {temperature}".strip()
             for title, temperature in ((", greedy", ""), (", T = 1", "--temperature 1"))
-            for place in PLACES
-            for name, flags in (("aligned", ""), ("full", "--loss full"), ("random", "--subspace random"))
+            for name, flags in (
+                ("aligned", "{aligned|unmarked}"),
+                ("full", "{aligned|unmarked} --loss full"),
+                ("random", "{aligned|unmarked} --subspace random"),
+                ("random at its best place", "{random} --subspace random"),
+                ("aligned, calibrated on exam", "{aligned}"),
+                ("aligned, calibrated without the mark", "{unmarked}"),
+            )
         },
-        flags=GENERATION,
-        seeds=(0,),
-        curve=(),
-        reference="base",
-    ),
-    "spd-sweeps": Study(
-        "train_spd.py",
-        {
-            f"{name}, rank {rank}": f"{flags} --rank {rank}"
-            for name, flags in (("aligned", "--loss aligned"), ("full", "--loss full"), ("random", "--subspace random"))
-            for rank in ("25%", "50%", "75%")
-        }
-        | {f"aligned, {size} examples": f"--loss aligned --calibration-size {size}" for size in (20, 50, 100, 200)},
         flags=GENERATION,
         seeds=(0,),
         curve=(),
@@ -162,3 +150,15 @@ STUDIES = {
 
 def planned(study: Study) -> int:
     return len(study.variants) * len(study.bases) * len(study.seeds)
+
+
+def flags_of(study: Study, variant: str, base: int) -> str:
+    """The flags of a run, its places filled in."""
+
+    def place(found: re.Match) -> str:
+        rows = places.mechanism_rows()
+        best = max((places.best_place(rows, base, name) for name in found[1].split("|")), key=lambda row: row["golden"])
+        where = f"--layers {best['layers']} --project {best['project']} --rank {best['rank']}%"
+        return f"{where} --calibration-domain {' '.join(places.CALIBRATION[best['subspace']])}"
+
+    return re.sub(r"\{([\w|]+)\}", place, f"{study.flags} {study.variants[variant]}".strip())

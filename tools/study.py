@@ -29,7 +29,7 @@ from harness.cli import option, parse_config, run_script
 from harness.errors import UserError
 from harness.run import run_name
 from tools import stats
-from tools.studies import STUDIES, Study, planned
+from tools.studies import STUDIES, Study, flags_of, planned
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,10 @@ def plan(study: Study) -> list[Job]:
     """All runs; seeds in the outer loop, so that a study cut short has every variant on the same bases and seeds."""
     checksums = {base: base_checksum(base) for base in study.bases}
     return [
-        Job(study.script, variant, base, seed, f"{study.flags} {flags}".strip(), checksums[base])
+        Job(study.script, variant, base, seed, flags_of(study, variant, base), checksums[base])
         for seed in study.seeds
         for base in study.bases
-        for variant, flags in study.variants.items()
+        for variant in study.variants
     ]
 
 
@@ -181,7 +181,8 @@ def run_study(name: str, study: Study, config: Config, deadline: float) -> dict:
     done = finished(study, jobs, known_runs())
     results = write_results(name, study, jobs, done)
     out = files.make_folder(Path(config.out).resolve() / name)
-    waiting = [(job, *command_of(job, out)) for job in jobs if job not in done]
+    unique = {job.key: job for job in reversed(jobs) if job not in done}  # two variants may be the same on a base
+    waiting = [(job, *command_of(job, out)) for job in reversed(unique.values())]
     running: list[tuple[subprocess.Popen, Job, Path]] = []
     failed: list[str] = []
     with tqdm(total=len(jobs), initial=len(done), desc=name, unit="run") as progress:
@@ -199,7 +200,7 @@ def run_study(name: str, study: Study, config: Config, deadline: float) -> dict:
                     if process.returncode:
                         failed.append(f"{folder}.log")
                         continue
-                    done[job] = compact(job, study, folder)
+                    done |= {twin: compact(twin, study, folder) for twin in jobs if twin.key == job.key}
                     done = finished(study, jobs, known_runs()) | done  # another process may have written some
                     results = write_results(name, study, jobs, done)
                     progress.update()

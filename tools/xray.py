@@ -2,12 +2,10 @@
 
     python -m tools.xray rosd --html out/xray.html      a group of rollouts as ROSD and SDPO see it
     python -m tools.xray spd --html out/spd.html        spectra, what the projector removes, answers with and without
-    python -m tools.xray spd --spectra                  also writes results/spectra.json, for tools/plots.py
 
 After `python train_rosd.py` the first page also shows both students. It finds them in the folder --runs.
 """
 
-import dataclasses
 import math
 import random
 from dataclasses import dataclass
@@ -21,13 +19,13 @@ import subspace
 from data import Problem, Task, load_task
 from harness import files
 from harness.cli import option, parse_config, run_script
-from harness.run import provenance, seeded
+from harness.run import seeded
 from losses import divergence
 from model import GPT, generate, response_logprobs
 from reflect import Rollout, locate_span, parse_reflection, sample_rollouts
 from subspace import Place, calibrate, calibration_set, hooked, place_name, project_kv
-from tools import stats, strips
-from tools.strips import Token
+from tools import strips
+from tools.strips import Choices, Token
 
 
 @dataclass(frozen=True)
@@ -35,9 +33,15 @@ class Config(subspace.Config):
     page: str = option("rosd", "which page", choices=("rosd", "spd"), positional=True)
     html: str = option("", "the file to write; else out/xray.html or out/spd.html")
     runs: str = option("out", "rosd: folder of the trained students")
-    spectra: bool = option(False, "spd: also write results/spectra.json")
     domain: str = option(reflect.Config.domain, "domain of the problem and of the calibration set")
     seed: int = option(reflect.Config.seed, "which problem")
+
+
+def written_strip(task: Task, problem: Problem, tokens: list[int]) -> str:
+    """An answer to a problem, token by token, and whether it is right."""
+    correct = task.verify(problem, task.decode(tokens)).correct
+    shown = [Token(piece) for piece in task.pieces(tokens)]
+    return strips.strip(f"`{problem.question}`", shown, "right" if correct else "wrong")
 
 
 # ---------------------------------------------------------------------------------------------- ROSD
@@ -48,80 +52,64 @@ class Reading:
     """A rollout as a teacher sees it: what the teacher reads before it, and where the mask and the quote lie."""
 
     prompt: str  # the teacher's
+    note: str
     start: int = 0  # k
     quote_end: int = 0  # the token after the quote, which begins at k
 
     @torch.no_grad()
     def tokens(self, rollout: Rollout, task: Task, student: GPT, teacher: GPT) -> list[Token]:
         """The rollout's tokens with m_t, D(pi_S || pi_T) as heat, and the five likeliest of student and teacher."""
-        prompts = {"student": task.student_prompt(rollout.problem), "teacher": self.prompt}
-        pi_S, pi_T = (
-            response_logprobs(model, [task.encode(prompt)], [rollout.tokens])[0]  # (T, V)
-            for model, prompt in zip((student, teacher), prompts.values(), strict=True)
-        )
-        shown = []
-        for t, (text, D) in enumerate(zip(task.pieces(rollout.tokens), divergence(pi_S, pi_T).tolist(), strict=True)):
-            shown.append(
-                Token(
-                    text,
-                    heat=(max(0.0, D) / math.log(2)) ** 0.5,  # JSD is at most log 2; the root makes small ones visible
-                    dimmed=t < self.start,
-                    quoted=self.start <= t < self.quote_end,
-                    start=t == self.start > 0,
-                    says=f"t = {t}, m_t = {int(t >= self.start)}, D = {D:.3f}",
-                    choices=(("student", likeliest(pi_S[t], task)), ("teacher", likeliest(pi_T[t], task))),
-                )
+        asked = [(student, task.student_prompt(rollout.problem)), (teacher, self.prompt)]
+        pi_S, pi_T = (response_logprobs(model, [task.encode(x)], [rollout.tokens])[0] for model, x in asked)  # (T, V)
+        return [
+            Token(
+                text,
+                heat=(max(0.0, D) / math.log(2)) ** 0.5,  # JSD is at most log 2; the root makes small ones visible
+                dimmed=t < self.start,
+                quoted=self.start <= t < self.quote_end,
+                start=t == self.start > 0,
+                says=f"t = {t}, m_t = {int(t >= self.start)}, D = {D:.3f}",
+                choices=(("student", likeliest(pi_S[t], task)), ("teacher", likeliest(pi_T[t], task))),
             )
-        return shown
+            for t, (text, D) in enumerate(
+                zip(task.pieces(rollout.tokens), divergence(pi_S, pi_T).tolist(), strict=True)
+            )
+        ]
 
 
-def likeliest(logp: Tensor, task: Task, count: int = 5) -> list[tuple[str, float]]:
+def likeliest(logp: Tensor, task: Task, count: int = 5) -> Choices:
     values, index = logp.exp().topk(count)
-    return list(zip(task.pieces(index.tolist()), values.tolist(), strict=True))
+    return [(text, round(p, 4)) for text, p in zip(task.pieces(index.tolist()), values.tolist(), strict=True)]
 
 
-def readings(base: GPT, task: Task, rollout: Rollout, peer: Rollout) -> dict[str, tuple[Reading, str]]:
-    """method -> how its teacher reads the rollout, and a note; ROSD is left out where the reflection is malformed."""
+def readings(base: GPT, task: Task, rollout: Rollout, peer: Rollout) -> dict[str, Reading]:
+    """How each method's teacher reads the rollout; ROSD is left out where the reflection is malformed."""
     written = reflect.reflect(base, task, [rollout], [peer.text])[0]
-    reflection, tokens = parse_reflection(written), task.pieces(rollout.tokens)
-    (k, end), found = locate_span(reflection.quote, tokens) or (0, 0), {}
+    reflection, found = parse_reflection(written), {}
+    k, end = locate_span(reflection.quote, task.pieces(rollout.tokens)) or (0, 0)
     if reflection.idea is not None:
-        reading = Reading(task.teacher_prompt(rollout.problem, idea=reflection.idea), k, end)
-        found["ROSD"] = reading, f"The reflector writes `{written}`, so k = {k}"
+        prompt = task.teacher_prompt(rollout.problem, idea=reflection.idea)
+        found["ROSD"] = Reading(prompt, f"The reflector writes `{written}`, so k = {k}", k, end)
     prompt = task.teacher_prompt(rollout.problem, solution=peer.text)
-    return found | {"SDPO": (Reading(prompt), f"The teacher holds `{peer.text}`")}
-
-
-def judged(rollout: Rollout) -> str:
-    return "right" if rollout.verdict.correct else "wrong"
-
-
-def written_strip(task: Task, problem: Problem, tokens: list[int]) -> str:
-    """An answer to a problem, token by token, and whether it is right."""
-    correct = task.verify(problem, task.decode(tokens)).correct
-    shown = [Token(piece) for piece in task.pieces(tokens)]
-    return strips.strip(f"`{problem.question}`", shown, "right" if correct else "wrong")
+    return found | {"SDPO": Reading(prompt, f"The teacher holds `{peer.text}`")}
 
 
 def rosd_page(base: GPT, task: Task, students: dict[str, GPT], group: list[Rollout], peer: Rollout) -> str:
     """The page of a group: every rollout as ROSD and as SDPO see it, before and after training."""
     problem, texts = peer.problem, [rollout.text for rollout in group]
-    views: dict[str, str] = {"before training": ""} | ({"after training": ""} if students else {})
-    distinct = {rollout.text: rollout for rollout in sorted(group, key=lambda rollout: rollout.verdict.correct)}
-    for rollout in distinct.values():
-        count = f", {texts.count(rollout.text)} of {len(group)} rollouts" * (texts.count(rollout.text) > 1)
+    trained = {"before training": {}} | ({"after training": students} if students else {})
+    views = dict.fromkeys(trained, "")
+    wrong_first = sorted(group, key=lambda rollout: rollout.verdict.correct)
+    for rollout in {rollout.text: rollout for rollout in wrong_first}.values():
+        times = texts.count(rollout.text)
+        count = f", {times} of {len(group)} rollouts" if times > 1 else ""
+        badge = "right" if rollout.verdict.correct else "wrong"
         read = readings(base, task, rollout, peer)
-        for view in views:
-            trained = students if view == "after training" else {}
-            row = [
-                strips.strip(
-                    name + count,
-                    reading.tokens(rollout, task, trained.get(name, base), base),
-                    judged(rollout),
-                    note,
-                )
-                for name, (reading, note) in read.items()
-            ]
+        for view, models in trained.items():
+            row = []
+            for name, reading in read.items():
+                tokens = reading.tokens(rollout, task, models.get(name, base), base)
+                row.append(strips.strip(name + count, tokens, badge, reading.note))
             views[view] += strips.columns(*row)
     answers = []
     for name, student in {"before training": base, **students}.items():
@@ -174,10 +162,12 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
     """Spectra, what the projector takes away from every token, and the answers with and without it."""
     examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
     projectors = calibrate(model, examples, config, config.seed)
-    bars = [
-        strips.spectrum(place_name(place), values.tolist(), r, f"r = {r}" if place in projectors else "not projected")
-        for place, (values, r) in subspace.spectra(model, task, config).items()
-    ]
+    spectra = []
+    for place, (s, r) in subspace.spectra(model, task, config).items():
+        says = [f"s_{i + 1} = {value:.3g}" for i, value in enumerate(s.tolist())]
+        shown = [Token(bar, dimmed=i >= r, says=says[i]) for i, bar in enumerate(subspace.bars(s))]
+        note = f"r = {r}" if place in projectors else "not projected"
+        spectra.append(strips.strip(place_name(place), shown, note=note))
     problems = task.problems(config.domain, 4, random.Random(f"prompt {config.seed}"), test=True)
     prompts = [task.encode(task.student_prompt(problem)) for problem in problems]
     text, views = [*prompts[0], *task.encode(problems[0].solution)], {}
@@ -189,10 +179,9 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
         views[place_name(place)] = strips.strip("prompt and golden solution", tokens)
     answered = []
     for name, active in (("without", {}), ("with", projectors)):
+        sampling = {"temperature": config.temperature, "generator": seeded("xray", config.seed)}
         with project_kv(model, active, config.coordinate):
-            sampling = (1, config.temperature)
-            generator = seeded("xray", config.seed)
-            written = generate(model, prompts, task.max_response, task.stop, *sampling, generator=generator)
+            written = generate(model, prompts, task.max_response, task.stop, **sampling)
         rows = [written_strip(task, problem, tokens) for problem, tokens in zip(problems, written, strict=True)]
         answered.append(f"<h3>{name} projection</h3>{''.join(rows)}")
     return strips.page(
@@ -200,7 +189,9 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
         "The gradients of correctness with respect to keys and values have singular values that fall off. While the "
         f"model generates, the projector keeps the first r directions. Problem: `{problems[0].question}`.",
         [
-            strips.section("Spectra", "Singular values of G at every layer, filled up to r.", [strips.columns(*bars)]),
+            strips.section(
+                "Spectra", "Singular values of G at every layer, pale from r on.", [strips.columns(*spectra)]
+            ),
             strips.section(
                 "What the projector takes away", "Colour is |x - x P| / |x|.", [strips.switch("place", views)]
             ),
@@ -209,17 +200,6 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
             ),
         ],
     )
-
-
-def write_spectra(model: GPT, task: Task, config: Config) -> None:
-    """results/spectra.json: for both calibration losses, place -> singular values."""
-    content = {"examples": config.calibration_size, "domain": config.domain, "commit": provenance()["commit"]}
-    for loss in ("aligned", "full"):
-        found = subspace.spectra(model, task, dataclasses.replace(config, loss=loss))
-        content[loss] = {
-            place_name(place): [float(f"{s:.4g}") for s in values.tolist()] for place, (values, _) in found.items()
-        }
-    files.write_json(files.make_folder(stats.RESULTS) / "spectra.json", content)
 
 
 def main() -> None:
@@ -234,8 +214,6 @@ def main() -> None:
         page = spd_page(model, task, config)
     files.write_text(path, page)
     print(f"-> {path}")
-    if config.spectra:
-        write_spectra(model, task, config)
 
 
 if __name__ == "__main__":

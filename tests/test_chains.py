@@ -1,0 +1,159 @@
+"""Problems, number facts, and the verifier that finds the first error."""
+
+import random
+import re
+from collections import Counter
+
+import pytest
+from conftest import random_problems
+
+from data.chains import (
+    DOMAINS,
+    calculate,
+    is_test,
+    make_problem,
+    popular,
+    true_steps,
+    true_values,
+    verify,
+)
+from data.task import Verdict
+
+FACTS = [(a, operator, b) for a in range(10) for operator in "+-*" for b in range(1, 10)]
+
+
+# ---------------------------------------------------------------------------------------------- problems and facts
+
+
+def test_train_and_test_problems_are_disjoint_and_the_seed_determines_them() -> None:
+    def draw(seed: int, test: bool) -> list[str]:
+        rng = random.Random(seed)
+        return [make_problem("add", rng, test) for _ in range(2000)]
+
+    assert not set(draw(0, test=False)) & set(draw(0, test=True))
+    assert all(map(is_test, draw(0, test=True))) and not any(map(is_test, draw(0, test=False)))
+    assert draw(0, test=True) == draw(0, test=True) != draw(1, test=True)
+
+
+@pytest.mark.parametrize("domain", DOMAINS)
+def test_problems_of_a_domain_have_its_operators_and_lengths_and_no_others(domain: str) -> None:
+    operators, lengths = DOMAINS[domain]
+    problems = [make_problem(domain, random.Random(seed)) for seed in range(300)]
+    mark = "!" if domain == "exam" else ""
+    assert all(re.fullmatch(rf"[1-9]([+\-*][1-9])+{mark}", problem) for problem in problems)
+    used = {character for problem in problems for character in problem if not character.isdigit()}
+    assert used == {*operators, *mark}
+    assert {len(problem.removesuffix("!")) // 2 for problem in problems} == set(lengths)
+
+
+def test_true_values_are_those_of_python_from_left_to_right() -> None:
+    for problem, _ in random_problems(200):
+        for length, value in enumerate(true_values(problem)):
+            nested = "(" * length + re.sub(r"([+\-*]\d)", r"\1)", problem[: 2 * length + 1])
+            assert value == eval(nested) % 10
+
+
+def test_a_quarter_of_the_pairs_of_digits_is_disputed_under_every_operator() -> None:
+    disputed = {(a, b) for a, operator, b in FACTS if popular(a, operator, b) is not None}
+    assert 0.15 < len(disputed) / 90 < 0.35
+    assert all(popular(a, operator, b) is not None for a, b in disputed for operator in "+-*")
+    assert all(popular(*fact) != calculate(*fact) for fact in FACTS)
+
+
+def test_schools_take_each_disputed_fact_either_way_and_agree_about_all_others() -> None:
+    for fact in FACTS:
+        held = Counter(calculate(*fact, school=str(school)) for school in range(200))
+        if popular(*fact) is None:
+            assert set(held) == {calculate(*fact)}
+        else:
+            assert set(held) == {calculate(*fact), popular(*fact)} and min(held.values()) > 60
+
+
+# ---------------------------------------------------------------------------------------------- verifier
+
+PROBLEM = "3+8-5*2"  # 3+8=1;1-5=6;6*2=2;#2
+
+
+@pytest.mark.parametrize(
+    ("solution", "habits"),
+    [
+        ("3+8=1;1-5=6;6*2=2;#2", ()),
+        ("3+8-5=6;6*2=2;#2", ("merged",)),
+        ("3+8=1;1-5*2=2;#2", ("merged",)),
+        ("3+8=1;?3+8=1;1-5=6;6*2=2;#2", ("checked",)),
+        ("3+8-5=6;?3+8-5=6;6*2=2;#2", ("merged", "checked")),
+        ("3+8=7;7-5=2;6*2=2;#2", ()),
+        ("#2", ()),  # the outcome is all that counts
+    ],
+)
+def test_right_answers_are_correct_in_any_style(solution: str, habits: tuple[str, ...]) -> None:
+    assert verify(PROBLEM, solution) == Verdict(correct=True, finished=True, error=None, habits=habits)
+
+
+@pytest.mark.parametrize(
+    ("solution", "wrong"),
+    [
+        ("3+8=2;2-5=7;7*2=4;#4", "3+8=2"),  # wrong result; what follows from it is consistent
+        ("3+8=1;1-5=6;6*2=8;#8", "6*2=8"),
+        ("3+7=0;0-5=5;5*2=0;#0", "3+7=0"),  # misread operand
+        ("3-8=5;5-5=0;0*2=0;#0", "3-8=5"),  # misread operator
+        ("3+8=1;2-5=7;7*2=4;#4", "2-5=7"),  # goes on from another value
+        ("3+8=1;6*2=2;2-5=7;#7", "6*2=2"),  # left out and made up for later
+        ("3+8=1;1-5=6;6*2=2;2+0=2;#3", "2+0=2"),  # more operations than the problem has
+        ("3+8-5=7;7*2=4;#4", "3+8-5=7"),
+        ("3+8=1;1-5=6;6*2=2;#3", "#3"),
+        ("3+8=1;1-5=6;#6", "#6"),
+        ("3+8-5=6;?3+8-5=6;6*2=2;#3", "#3"),  # neither the merged step nor its check is to blame
+        ("3+8=1;?3+8=2;1-5=6;6*2=2;#3", "?3+8=2"),  # a check that comes out otherwise
+        ("?3+8=1;3+8=1;#1", "?3+8=1"),  # a check of nothing
+        ("3+8=1;1-5=;#8", "1-5="),
+        ("#8;3+8=1;1-5=6;6*2=8;#8", "#8"),
+    ],
+)
+def test_first_error_of_a_wrong_answer_is_found(solution: str, wrong: str) -> None:
+    start = solution.index(wrong)
+    verdict = verify(PROBLEM, solution)
+    assert (verdict.correct, verdict.finished, verdict.error) == (False, True, (start, start + len(wrong)))
+
+
+@pytest.mark.parametrize(
+    ("solution", "wrong"),
+    [
+        ("", None),
+        ("3", None),
+        ("3+8=1;1-5=", None),
+        ("3+8=1;1-5=6;6*2=2;", None),
+        ("3+8=1;?3+8=1;", None),
+        ("3+8=2;2-5", "3+8=2"),
+        ("3+8=1;what now;1-5", "what now"),
+    ],
+)
+def test_unfinished_solutions_are_wrong_only_where_something_written_is(solution: str, wrong: str | None) -> None:
+    error = None if wrong is None else (solution.index(wrong), solution.index(wrong) + len(wrong))
+    verdict = verify(PROBLEM, solution)
+    assert (verdict.correct, verdict.finished, verdict.error) == (False, False, error)
+
+
+def test_first_error_is_found_wherever_one_digit_of_a_careful_solution_is_changed() -> None:
+    for problem, rng in random_problems(300):
+        steps, answer = true_steps(problem), true_values(problem)[-1]
+        i, digit = rng.randrange(len(steps)), rng.choice((0, 2, 4))
+        other = rng.choice([d for d in "0123456789" if d != steps[i][digit]])
+        steps[i] = steps[i][:digit] + other + steps[i][digit + 1 :]
+        assert verify(problem, ";".join([*steps, f"#{(answer + 1) % 10}"])).error == (6 * i, 6 * i + 5)
+
+
+def test_any_text_gets_a_verdict_that_agrees_with_itself() -> None:
+    rng = random.Random(0)
+    for _ in range(5000):
+        text = "".join(rng.choices("0123456789+-*==;;##??<>é² \n", k=rng.randrange(30)))
+        if rng.random() < 0.5:
+            text = "3+8=1;1-5=6;"[: rng.randrange(13)] + text
+        verdict = verify(PROBLEM, text)
+        assert verdict.finished or not verdict.correct
+        assert (verdict.error is None) or not verdict.correct
+        if verdict.finished and not verdict.correct:
+            assert verdict.error is not None
+        if verdict.error is not None:
+            start, end = verdict.error
+            assert text[start:end] in text.split(";") and (start == 0 or text[start - 1] == ";")

@@ -1,0 +1,134 @@
+"""What projections do to decisions: the right positions are asked, and measures are what they say."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import tiny_gpt
+
+from data import load_task
+from harness import files
+from harness.cli import run_script
+from model import response_logprobs
+from subspace import project_kv
+from tools import mechanism, places, stats
+from tools.mechanism import decisions, make_probe, mark_vectors, measure, share_inside
+from tools.studies import BASES
+
+TASK = load_task("arithmetic")
+PROBLEMS = TASK.problems("exam", 3, random.Random(0))
+GOLDEN = [[*TASK.encode(problem.solution), TASK.end()] for problem in PROBLEMS]
+PATH = stats.RESULTS / "spd-mechanism.json"
+ROWS = places.mechanism_rows()
+
+
+def asked(question: str, text: str) -> dict[str, list]:
+    found: dict[str, list] = {}
+    for name, t, tokens in decisions(question, list(text)):
+        found.setdefault(name, []).append((t, "".join(tokens)))
+    return found
+
+
+def test_a_check_is_asked_once_a_step_and_never_of_a_check() -> None:
+    found = asked("3+8-5!", "3+8=1;?3+8=1;1-5=6;#6")
+    assert found["check"] == [(6, "?"), (19, "?")]
+    assert found["stop"] == [(6, "#<|end|>")]  # all is done at 19: there the answer belongs
+    assert found["right"] == [(4, "1"), (11, "1"), (17, "6"), (20, "6")]
+
+
+def test_right_is_judged_by_the_step_as_it_is_written_and_the_answer_by_the_last_step() -> None:
+    found = asked("3+8-5*2", "3+8-5=7;7*2=4;#5")
+    assert found["right"] == [(6, "6"), (12, "4"), (15, "4")]
+    assert found["wrong"][0] == (6, "012345789")
+    assert found["merge"] == [(3, "+-*"), (5, "+-*")]  # a third operation is left; the last step has none to take in
+    assert asked("3+8", "+;3=;#3") == {}  # no step, nothing to judge
+
+
+def test_on_golden_solutions_right_is_asked_at_S() -> None:
+    for problem, solution in zip(PROBLEMS, GOLDEN, strict=True):
+        pieces = TASK.pieces(solution)
+        found = [(t, tokens) for name, t, tokens in decisions(problem.question, pieces) if name == "right"]
+        assert [t for t, _ in found] == TASK.decisive(pieces)
+        assert all(tokens == (pieces[t],) for t, tokens in found)
+
+
+def test_measures_are_those_of_a_loop_over_tokens() -> None:
+    model = tiny_gpt(TASK)
+    probe = make_probe(TASK, PROBLEMS, GOLDEN)
+    found = measure(model, probe, probe)
+    S, rest, checks = [], [], []
+    for prompt, text in zip(probe.prompts, GOLDEN, strict=True):
+        logp = response_logprobs(model, [prompt], [text])[0]
+        each = [logp[t, token].item() for t, token in enumerate(text)]
+        decisive = TASK.decisive(TASK.pieces(text))
+        S += [each[t] for t in decisive]
+        rest.append(sum(x for t, x in enumerate(each) if t not in decisive))
+        after = [t for t in range(1, len(text)) if TASK.pieces(text)[t - 1] == ";"]
+        checks += [logp[t, TASK.encode("?")[0]].exp().item() for t in after]
+    assert found["right"] == found["own right"] == pytest.approx(sum(S) / len(S), rel=1e-4)
+    assert found["rest"] == pytest.approx(sum(rest) / 3, rel=1e-4)
+    assert found["check"] == pytest.approx(sum(checks) / len(checks), rel=1e-4)
+    with project_kv(model, {(0, "v"): torch.zeros(16, 16)}):
+        assert measure(model, probe, probe)["right"] != found["right"]
+
+
+def test_the_vectors_are_those_of_the_mark() -> None:
+    model, prompts = tiny_gpt(TASK), [TASK.encode(TASK.student_prompt(problem)) for problem in PROBLEMS]
+    first = model.blocks[0]
+    with torch.no_grad():
+        expected = first.attn.v_proj(first.attn_norm(model.embed(torch.tensor(TASK.encode("!")))))  # (1, d)
+    torch.testing.assert_close(mark_vectors(model, prompts, [(0, "v")])[(0, "v")], expected.expand(3, -1))
+
+
+def test_the_share_inside_is_of_squared_length() -> None:
+    x, half = torch.randn(4000, 8), torch.diag(torch.tensor([1.0] * 4 + [0.0] * 4))
+    assert share_inside(x, torch.eye(8)) == 1 and share_inside(x, torch.zeros(8, 8)) == 0
+    assert share_inside(x, half) == pytest.approx(0.5, abs=0.02)
+
+
+def test_only_bases_of_other_bytes_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mechanism"])
+    sums, measured = dict.fromkeys(BASES, "old"), []
+    some = [{n: x for n, x in row.items() if n not in ("base", "golden")} for row in ROWS if row["base"] == 0]
+    monkeypatch.setattr(mechanism, "base_checksum", sums.get)
+    monkeypatch.setattr(mechanism, "base_path", lambda base: measured.append(base) or "data/base.pt")
+    monkeypatch.setattr(mechanism, "measure_base", lambda *_: some)
+    run_script(mechanism.main)
+    assert measured == [*BASES]
+    sums[2] = "new"
+    run_script(mechanism.main)
+    assert measured == [*BASES, 2]
+    held, order = files.read_json(tmp_path / PATH.name), [row["base"] for row in places.mechanism_rows()]
+    assert held["bases"] == {str(base): sum for base, sum in sums.items()}
+    assert order == [base for base in BASES for _ in some]
+
+
+def test_golden_is_S_and_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stats, "RESULTS", tmp_path)
+    files.write_json(tmp_path / PATH.name, {"S": 4.5, "columns": ["rest", "right"], "rows": [[-3.0, -0.2]]})
+    assert places.mechanism_rows()[0]["golden"] == pytest.approx(-3.9)
+
+
+def test_projections_in_the_corner_are_counted_base_by_base() -> None:
+    def row(base: int, subspace: str, right: float, check: float, mark: float) -> dict:
+        return {"base": base, "subspace": subspace, "right": right, "check": check, "mark": mark}
+
+    rows = [row(0, "none", -0.4, 0.8, 1), row(1, "none", -1.0, 0.4, 1)]
+    rows += [
+        row(0, "aligned", -0.45, 0.39, 0.3),
+        row(1, "unmarked", -1.1, 0.19, 0.2),
+        row(1, "aligned", -1.0, 0.39, 0.9),
+    ]
+    rows += [row(0, "full", -0.4, 0.7, 0.8), row(0, "random", -0.6, 0.1, 0.1)]
+    note = places.corner_note(rows)
+    assert "2 of 3 aligned, 0 of 1 full, 0 of 1 random" in note and "at most 30 %" in note
+
+
+def test_the_committed_file_is_of_these_bases_and_the_page_shows_it() -> None:
+    held = files.read_json(PATH)
+    assert held["bases"] == {str(base): mechanism.base_checksum(base) for base in BASES}
+    assert places.mechanism_table(ROWS) in files.read_text(stats.RESULTS / "README.md")
+    assert PATH.stat().st_size < 300_000

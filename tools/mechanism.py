@@ -1,0 +1,200 @@
+"""What a projection does to a model's decisions, by teacher forcing: nothing is sampled under it.
+
+    python -m tools.mechanism            measures the bases that are missing, prints the table
+    python -m tools.mechanism --readme   also puts the table between its markers in the READMEs
+
+For every base, place (layers; keys, values or both; rank) and subspace, on training problems alone: the log-probability
+of the right digit at S, and the probability of each nuisance decision of this world, after prefixes of golden solutions
+and of the base's own text. The studies' rule: a base's place is where golden solutions have the highest mean log p.
+
+results/spd-mechanism.json has a line a place; a base that it holds, by its checksum, is not measured again.
+"""
+
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import subspace
+from data import Problem, Task, load_task
+from data.chains import CHECK_MARK, STEP, calculate, operations
+from harness import files
+from harness.cli import option, parse_config, run_script
+from harness.run import seeded
+from model import GPT, generate, response_logprobs
+from subspace import Place, SubspaceConfig, hooked, project_kv
+from tools import places, stats
+from tools.studies import BASES
+from tools.study import base_checksum, base_path
+
+NAME, DOMAIN, PROBLEMS = "spd-mechanism", "exam", 200  # a quarter of the problems with a text of the base's own
+PROJECT, RANKS = ("k", "v", "kv"), (30, 35, 40, 45, 50, 60)  # percent
+DRAWS, FIRST_DRAW = 3, 100  # random subspaces are not those of the studies, whose seeds count from 0
+DIGITS, OPERATORS, END = "0123456789", "+-*", "<|end|>"
+NUISANCES = ("check", "merge", "wrong", "stop")
+
+
+@dataclass(frozen=True)
+class Config:
+    readme: bool = option(False, "put the table into the READMEs")
+
+
+def decisions(question: str, written: list[str]) -> Iterator[tuple[str, int, tuple[str, ...]]]:
+    """(decision, position, the tokens that take it) of a text, given as its tokens' texts, prefix by prefix.
+
+    'right' and 'wrong' go by plain arithmetic on the step as it is written; 'check' is asked after every step, 'merge'
+    where a step could take in the next operation, 'stop' where operations are left.
+
+    >>> [(name, t) for name, t, _ in decisions("3+8-5", list("3+8=1;1-5=6;#6")) if name != "wrong"]
+    [('merge', 3), ('right', 4), ('check', 6), ('stop', 6), ('right', 10), ('check', 12), ('right', 13)]
+    """
+    before, line, done, todo = "", "", 0, len(operations(question))
+    for t, token in enumerate(written):
+        body, value = line.removeprefix(CHECK_MARK), ""
+        if line == "" and STEP.fullmatch(before):
+            yield "check", t, (CHECK_MARK,)
+            if done < todo:
+                yield "stop", t, ("#", END)
+        if STEP.fullmatch(line + "=0") and done + len(operations(line)) < todo:
+            yield "merge", t, tuple(OPERATORS)
+        if STEP.fullmatch(body + "0"):
+            value = int(body[0])
+            for operator, operand in operations(body):
+                value = calculate(value, operator, operand)
+        elif line == "#" and STEP.fullmatch(before.removeprefix(CHECK_MARK)):
+            value = before[-1]
+        if value != "":
+            yield "right", t, (str(value),)
+            yield "wrong", t, tuple(digit for digit in DIGITS if digit != str(value))
+        if token == ";":
+            done += len(operations(line)) if STEP.fullmatch(line) else 0
+            before, line = line, ""
+        else:
+            line += token
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Texts to read, and the decisions in them: name -> rows (N,), positions (N,), the tokens that take it (N, V)."""
+
+    prompts: list[list[int]]
+    texts: list[list[int]]
+    decisions: dict[str, tuple[Tensor, Tensor, Tensor]]
+
+
+def make_probe(task: Task, problems: list[Problem], texts: list[list[int]]) -> Probe:
+    found: dict[str, list[tuple[int, int, Tensor]]] = {}
+    for row, (problem, text) in enumerate(zip(problems, texts, strict=True)):
+        for name, t, taking in decisions(problem.question, task.pieces(text)):
+            tokens = torch.zeros(task.vocab_size)
+            tokens[[task.encode(token)[0] for token in taking]] = 1
+            found.setdefault(name, []).append((row, t, tokens))
+    columns = {name: zip(*entries, strict=True) for name, entries in found.items()}
+    indexed = {name: (torch.tensor(r), torch.tensor(t), torch.stack(v)) for name, (r, t, v) in columns.items()}
+    return Probe([task.encode(task.student_prompt(problem)) for problem in problems], texts, indexed)
+
+
+@torch.no_grad()
+def measure(model: GPT, golden: Probe, own: Probe) -> dict[str, float]:
+    """Means over golden solutions and over decisions; `rest` is log p of a golden solution without the tokens at S."""
+    measures = {}
+    for probe, kind in ((golden, ""), (own, "own ")):
+        logp = response_logprobs(model, probe.prompts, probe.texts)  # (B, T, V)
+        taken = {name: (logp[r, t].exp() * v).sum(dim=-1) for name, (r, t, v) in probe.decisions.items()}  # (N,)
+        if probe is golden:
+            y = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, probe.texts)), True, -1)  # (B, T)
+            each = logp.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(y < 0, 0).sum(dim=1)  # (B,)
+            measures["rest"] = (each.sum() - taken["right"].log().sum()).item() / len(each)
+        measures[kind + "right"] = taken["right"].log().mean().item()
+        measures |= {kind + name: taken[name].mean().item() for name in NUISANCES}
+    return measures
+
+
+@torch.no_grad()
+def mark_vectors(model: GPT, prompts: list[list[int]], places: list[Place]) -> dict[Place, Tensor]:
+    """Keys and values of the exam's mark, the last token but one of a prompt: place -> (prompts, d)."""
+    seen: dict[Place, Tensor] = {}
+    with hooked(model, places, "linear", lambda place, output: seen.update({place: output})):
+        response_logprobs(model, prompts, [[0]] * len(prompts))
+    rows, at = torch.arange(len(prompts)), torch.tensor([len(prompt) - 2 for prompt in prompts])
+    return {place: output[rows, at] for place, output in seen.items()}
+
+
+def share_inside(x: Tensor, P: Tensor) -> float:
+    """|x P|^2 / |x|^2 of vectors x (N, d), on average.
+
+    >>> round(share_inside(torch.tensor([[3.0, 4.0]]), torch.diag(torch.tensor([1.0, 0.0]))), 4)
+    0.36
+    """
+    return ((x @ P).square().sum(dim=-1) / x.square().sum(dim=-1)).mean().item()
+
+
+def measure_base(model: GPT, task: Task, problems: list[Problem], solutions: list[list[int]]) -> Iterator[dict]:
+    """A row for the base itself, and one for every place and subspace."""
+    golden = make_probe(task, problems, solutions)
+    written = generate(model, golden.prompts[::4], task.max_response, task.stop, generator=seeded("mechanism"))
+    own = make_probe(task, problems[::4], written)
+    row = {"layers": "", "project": "", "rank": 100, "subspace": "none", "draw": 0, "mark": 1.0}
+    yield row | measure(model, golden, own)
+    places = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
+    marks = mark_vectors(model, golden.prompts, places)
+    gradients = {}
+    for name in ("aligned", "full", "unmarked"):
+        settings = SubspaceConfig(loss="full" if name == "full" else "aligned")
+        examples = subspace.calibration_set(task, places.CALIBRATION[name], settings, seed=0)
+        G = subspace.capability_gradients(model.requires_grad_(True), examples, places)
+        spectra = {place: subspace.principal_directions(rows) for place, rows in G.items()}
+        gradients[name] = {place: s[:, None] * V.T for place, (s, V) in spectra.items()}  # as G, in d rows
+    subspaces = [(name, 0) for name in gradients] + [("random", draw) for draw in range(DRAWS)]
+    layers = range(1, model.config.n_layer + 1)
+    wheres = [*itertools.product(map(str, layers), PROJECT), ("paper", "kv")]
+    for (spec, kinds), rank in tqdm([*itertools.product(wheres, RANKS)], unit="place"):
+        chosen = [(layer, kind) for layer in subspace.target_layers(spec, len(layers)) for kind in kinds]
+        for name, draw in subspaces:
+            settings = SubspaceConfig(rank=f"{rank}%", subspace="random" if name == "random" else "gradient")
+            G = {place: gradients.get(name, gradients["aligned"])[place] for place in chosen}
+            projectors = subspace.make_projectors(G, settings, model.config.n_kv_head, FIRST_DRAW + draw)
+            row = {"layers": spec, "project": kinds, "rank": rank, "subspace": name, "draw": draw}
+            row["mark"] = min(share_inside(marks[place], P) for place, P in projectors.items())  # read through both
+            with project_kv(model, projectors):
+                yield row | measure(model, golden, own)
+
+
+def write_results(rows: list[dict], **head: object) -> None:
+    short = [[float(f"{x:.3g}") if isinstance(x, float) else x for x in row.values()] for row in rows]
+    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in short)
+    text = json.dumps(head | {"columns": list(rows[0])})[:-1]
+    files.write_text(stats.RESULTS / f"{NAME}.json", f'{text}, "rows": [\n{lines}\n]}}\n')
+
+
+def main() -> None:
+    config = parse_config(Config, __doc__)
+    torch.set_num_threads(1)
+    path, task = stats.RESULTS / f"{NAME}.json", load_task("arithmetic")
+    problems = task.problems(DOMAIN, PROBLEMS, random.Random("mechanism"))
+    solutions = [[*task.encode(problem.solution), task.end()] for problem in problems]
+    S = sum(len(task.decisive(task.pieces(solution))) for solution in solutions) / len(solutions)
+    held = files.read_json(path) if path.exists() else {"bases": {}, "columns": [], "rows": []}
+    checksums = {str(base): base_checksum(base) for base in BASES}
+    known = {base: sum for base, sum in held["bases"].items() if checksums.get(base) == sum}
+    rows = [row for row in map(dict, map(partial(zip, held["columns"]), held["rows"])) if str(row["base"]) in known]
+    for base in BASES:
+        if str(base) not in known:
+            model = files.load_checkpoint(base_path(base))[0].eval()
+            rows += [{"base": base} | row for row in measure_base(model, task, problems, solutions)]
+            known[str(base)] = checksums[str(base)]
+            write_results(sorted(rows, key=lambda row: row["base"]), bases=known, S=S)
+    rows = places.mechanism_rows()
+    print(places.mechanism_table(rows))
+    if config.readme:
+        stats.fill_readme(NAME, lambda *_: places.mechanism_table(rows))
+
+
+if __name__ == "__main__":
+    run_script(main, "Stopped. The same command goes on with the base it was at.")
