@@ -4,8 +4,8 @@
 
 Takes the first wrong response to every problem that has one, and puts each kind of hint before the problem. Measured:
 P(reference answer) right after the answer mark; the same where the response first writes its own result, all before it
-kept; whether a fresh greedy response is right. Then the reflections: their form, by the worked examples shown before and
-by whether the answer was told. Writes results/real-audit.json, an entry a task; intervals are Student's t over problems.
+kept; whether a fresh greedy response is right. Then the reflections: their form, by the worked examples shown first and
+by whether the answer was told. Writes results/real-audit.json, an entry a task; intervals are t over problems.
 """
 
 import random
