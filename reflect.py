@@ -231,9 +231,10 @@ def error_mask(starts: list[int], ends: list[int], lengths: list[int]) -> Tensor
 @dataclass(frozen=True)
 class Config:
     task: str = option("arithmetic", "what the problem is from")
-    domain: str = option("mix", "domain of the problem")
+    domain: str = option("", "domain of the problem; the task's first where none is given")
     seed: int = option(6, "which problem")
-    base: str = option("data/base.pt", "checkpoint of the base model")
+    base: str = option("data/base.pt", "checkpoint of the base model, or the folder of a Hugging Face model")
+    shots: int = option(0, "worked examples in the prompts of a task in words", minimum=0)
 
 
 def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Rollout, list[Rollout]]:
@@ -251,8 +252,9 @@ def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Ro
 @torch.no_grad()
 def main() -> None:
     config = parse_config(Config, "One worked example of first-error reflection.")
-    task, model = find_task(config, config.domain), files.load_checkpoint(config.base)[0]
-    wrong, peer, _ = example(model, task, config.domain, config.seed)
+    task = find_task(config, *([config.domain] if config.domain else []))
+    model = files.load_checkpoint(config.base)[0]
+    wrong, peer, _ = example(model, task, config.domain or task.domains[0], config.seed)
     written = reflect(model, task, [wrong], [peer.text])[0]
     reflection, tokens = parse_reflection(written), task.pieces(wrong.tokens)
     k = locate(reflection.quote, tokens)
@@ -274,7 +276,8 @@ def main() -> None:
     for t, token in enumerate(tokens):
         favourites = [task.pieces([int(p[t].argmax())])[0] + f" {p[t].max().exp():4.0%}" for p in (student, teacher)]
         mask, bar = int(t >= (k or 0)), "#" * int(50 * D[t])
-        print(f"{token:8s} {mask}   {favourites[0]:16s} {favourites[1]:16s}   {D[t]:.3f} {bar}")
+        line = f"{token:8s} {mask}   {favourites[0]:16s} {favourites[1]:16s}   {D[t]:.3f} {bar}"
+        print(line.replace("\n", "↵"))
 
 
 if __name__ == "__main__":

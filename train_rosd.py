@@ -36,7 +36,7 @@ from evaluate import comparison, evaluate_run, quick_test
 from harness import parallel
 from harness.cli import option, parse_config, run_script
 from harness.errors import UserError
-from harness.run import Run, RunConfig, run_name
+from harness.run import Run, RunConfig, find_task, run_name
 from harness.side_by_side import train_all
 from lora import adapters_off, make_trainable, merge_lora
 from model import GPT, response_hidden
@@ -286,12 +286,12 @@ def update(
 
 def train(config: Config) -> dict:
     """One run: train, then evaluate the student and the base -> the content of results.json."""
+    if settle(config).mask == "oracle" and not find_task(config).knows_first_error:
+        raise UserError(f"the task {config.task} knows no true first error; give another --mask than oracle")
     with Run(settle(config), run_name(config)) as run:
         if run.results:
             return run.results
         config, task = run.config, run.task
-        if config.mask == "oracle" and not task.knows_first_error:
-            raise UserError(f"the task {config.task} knows no true first error; give another --mask than oracle")
         torch.manual_seed(config.seed)
         student = run.base if config.finetune == "lora" else deepcopy(run.base)
         trained = make_trainable(student, config.finetune, config.lora_rank, config.lora_alpha)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import random
 import re
+import zlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ def is_test(question: str) -> bool:
 
 class Source(ABC):
     domains: tuple[str, ...]
+    checksum: str = ""  # of the problems, where they come from a file
     max_response: int  # tokens that suffice, as a rule
     asks_for_ending: bool  # whether the prompt says how to end, as the questions do not
 
@@ -64,6 +66,9 @@ EASY: dict[str, dict[str, Any]] = {
     "products": {"max_digits": 2},
     "simple_equations": {"max_terms": 2, "max_value": 10},
 }
+# Some datasets evaluate an answer as Python or with sympy: 9**9**9**9 and 99999999! would never end, exit() would end
+# the run, and __ leads to everything else.
+HARMFUL = re.compile(r"\*\*(?!\s*\d{1,2}\b(?!\s*\*\*))|\d\s*!|__|\b(?:exit|quit|input|open|exec|eval)\s*\(")
 SIZE = 50_000  # procedural problems to draw from, training and test
 
 
@@ -120,6 +125,8 @@ class Gym(Source):
 
     def right(self, problem: WordProblem, answer: str) -> bool:
         dataset = self.datasets[problem.domain]
+        if answer.strip() == problem.answer or HARMFUL.search(answer):
+            return answer.strip() == problem.answer
         try:
             return dataset.score_answer(answer, dataset[problem.index]) >= 0.99
         except Exception:  # some datasets cannot read every text
@@ -157,6 +164,7 @@ class Lines(Source):
                 raise TaskError(f"two files are named {path.stem}; rename one of them")
             self.problems[path.stem] = read_lines(path)
         self.domains = tuple(self.problems)
+        self.checksum = f"{zlib.crc32(repr(self.listed()).encode()):08x}"
 
     def draw(self, domain: str, count: int, rng: random.Random, test: bool) -> list[WordProblem]:
         """Each problem once, before any comes again."""

@@ -34,6 +34,7 @@ class Task(ABC):
     domains: tuple[str, ...]
     habits: ClassVar[dict[str, str]] = {}  # notable ways to write a response, a column each, and what they are
     knows_first_error: bool = False  # whether verdicts locate errors; if not, there is no oracle and no quote accuracy
+    problems_checksum: str = ""  # which problems these are, where a file decides that: a part of a run's identity
     max_response: int  # tokens of a response; a longer one is cut off
     max_reflection: int
     vocab_size: int

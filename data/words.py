@@ -39,6 +39,7 @@ class Words(Task):
         except ValueError as error:
             raise TaskError(str(error)) from error
         self.source, self.domains, self.shots = source, source.domains, shots
+        self.problems_checksum = source.checksum
         self.max_response = max_response or source.max_response
         self.vocab_size, self.stop = self.tokenizer.vocab_size, self.tokenizer.stops
         self.ending = ENDING * source.asks_for_ending

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from harness.errors import UserError
+from hub.weights import their_name
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
@@ -88,6 +89,25 @@ def save_checkpoint(path: Path, model: GPT, **extra: Any) -> None:
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     with replacing(path) as temporary:
         torch.save({"config": dataclasses.asdict(model.config), "model": state, **extra}, temporary)
+
+
+BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def save_model(folder: Path, model: GPT, base: Path | str) -> None:
+    """Write folder/model.pt; if the base is a Hugging Face folder, folder/model, one with the base's tokenizer."""
+    if not Path(base).is_dir():
+        return save_checkpoint(folder / "model.pt", model)
+    from safetensors.torch import save_file
+
+    check_finite(model, f"the weights that were to go to {folder}", "nothing was written; try a lower learning rate")
+    folder = make_folder(folder / "model")
+    for name in BESIDE:
+        if (Path(base) / name).is_file():
+            write_text(folder / name, read_text(Path(base) / name))
+    with replacing(folder / "model.safetensors") as temporary:
+        weights = {their_name(name): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+        save_file(weights, temporary, {"format": "pt"})
 
 
 def load_checkpoint(path: Path | str, remedy: str = "make it anew with pretrain.py") -> tuple[GPT, dict]:

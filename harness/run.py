@@ -2,7 +2,7 @@
 
     out/<run>/metrics.jsonl   a line a step
     out/<run>/results.json    configuration, seed, versions, commit, accuracies, time, peak memory
-    out/<run>/model.pt        the trained model
+    out/<run>/model.pt        the trained model; of a Hugging Face folder, a folder out/<run>/model
     out/<run>/state.pt        everything --resume needs; gone when the run is finished
     out/<run>/base-*.json     accuracies of the base; a later run in the same folder that asks for the same takes them
 
@@ -84,7 +84,7 @@ class Run:
         if has < needed or (has > needed and not padded):  # the matrices of real models have rows of no token
             sizes = f"{has} tokens, the task {config.task} one of {needed}"
             raise UserError(f"{config.base} has a vocabulary of {sizes}; make it anew, or give another --base")
-        self.checksum = files.checksum(config.base)
+        self.origin = {"base_checksum": files.checksum(config.base), "problems_checksum": self.task.problems_checksum}
         self.folder = files.make_folder(Path(config.out) / name)
         self.results: dict[str, Any] = {}
         self.state: dict[str, Any] = {"history": [], "seconds": 0.0}  # plain values and tensors, saved with the run
@@ -122,7 +122,7 @@ class Run:
         try:  # a setting that is newer than the file had its default
             before = files.plain(type(self.config)()) | saved["config"]
             other = [name for name in now if name not in INCIDENTAL and before[name] != now[name]]
-            other += ["base"] if saved["base_checksum"] != self.checksum else []
+            other += [n.removesuffix("_checksum") for n, x in self.origin.items() if saved.get(n, "") != x]
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged or of another version; remove it, or give another --out") from error
         if other:
@@ -161,7 +161,7 @@ class Run:
                 files.check_finite(part, f"the {name}'s weights", "the state before is intact; lower --learning-rate")
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         state = self.state | {"seconds": self.seconds()}
-        settings = {"config": files.plain(self.config), "base_checksum": self.checksum}
+        settings = {"config": files.plain(self.config), **self.origin}
         with files.replacing(self.folder / "state.pt") as temporary:
             torch.save({**settings, "state": state, "parts": parts}, temporary)
         self.write_metrics()
@@ -184,7 +184,7 @@ class Run:
         if not parallel.FIRST:
             return None
         names = ("task", "shots", "max_response", "seed", "threads", *EVALUATION, *settings)
-        asked = {"base": self.checksum, "code": files.code_checksum(), "device": self.device.type}
+        asked = {**self.origin, "code": files.code_checksum(), "device": self.device.type}
         asked |= {name: getattr(self.config, name) for name in names}
         for path in sorted(self.folder.parent.glob(f"*/base-{name}.json")):
             found = files.read_json(path)
@@ -195,8 +195,8 @@ class Run:
         return measured
 
     def finish(self, model: GPT, **content: Any) -> dict[str, Any]:
-        """Write model.pt and results.json; the state is not needed any more."""
-        about = {"name": self.folder.name, "config": files.plain(self.config), "base_checksum": self.checksum}
+        """Write the model and results.json; the state is not needed any more."""
+        about = {"name": self.folder.name, "config": files.plain(self.config), **self.origin}
         measured = {"seconds": self.seconds(), "peak_memory_mb": peak_memory_mb()}
         habits = {"habits": dict(self.task.habits)}
         self.results = files.plain({**about, **provenance(), **measured, **habits, **content})
@@ -204,7 +204,7 @@ class Run:
             if self.state["history"] and all(row["loss"] is None for row in self.state["history"]):
                 print(f"{self.folder}: no step had anything to learn from, the model is the base.", file=sys.stderr)
             self.write_metrics()
-            files.save_checkpoint(self.folder / "model.pt", model)
+            files.save_model(self.folder, model, self.config.base)
             files.write_json(self.folder / "results.json", self.results)
             (self.folder / "state.pt").unlink(missing_ok=True)
         return self.results

@@ -120,6 +120,13 @@ def our_name(name: str) -> str:
     return name
 
 
+def their_name(name: str) -> str:
+    for theirs, ours in NAMES.items():
+        if ours.startswith(".") or name.startswith(ours):
+            name = name.replace(ours, theirs)
+    return name
+
+
 def check_shapes(folder: Path | str, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """ValueError where the files' tensors are not those that config.json asks for."""
     for what, names in (("lack", expected.keys() - weights.keys()), ("hold unexpectedly", weights.keys() - expected)):

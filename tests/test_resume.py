@@ -102,7 +102,7 @@ def test_what_differs_in_any_setting_has_another_name_or_is_refused(
     other_values |= {type(None): lambda x: 7}
     incidental = ("out", "base", "resume", "device", "threads", "baseline")
     with Run(config, run_name(config)) as run:
-        saved = {"config": files.plain(run.config), "base_checksum": run.checksum}
+        saved = {"config": files.plain(run.config), **run.origin}
         for name, value in files.plain(run.config).items():
             if name in incidental:
                 continue
