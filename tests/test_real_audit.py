@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from conftest import ROWS, write_lines
 from test_hub import write_model
 from test_hub_tokenizer import write_tokenizer
-from test_words import ROWS, write_lines
 
 from data import load_task
 from model import GPT
