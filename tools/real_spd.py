@@ -1,6 +1,7 @@
 """SPD's protocol on real weights: the place by a rule on training problems, then fresh problems, greedily.
 
-    python -m tools.real_spd --base FOLDER --tasks gym:chain_sum:max_digits=1 gym:products
+    python -m tools.real_spd --base FOLDER --task gym:products
+    python -m tools.real_spd --readme       puts the table of what is there between its markers in the READMEs
 
 The rule is that of tools/mechanism.py: the layer, keys or values, and rank at which golden solutions of training
 problems are likeliest under projection, for each kind of subspace. Then every kind answers the same test problems at
@@ -33,7 +34,7 @@ DRAWS = 3  # random subspaces at the aligned loss's place; their best place is t
 
 @dataclass(frozen=True)
 class Config:
-    base: str = option("", "folder of a Hugging Face model")
+    base: str = option("", "folder of a Hugging Face model; without one, the table of what is there")
     task: str = option("gym:chain_sum:max_digits=1", "what the problems are from; its first domain is taken")
     every: int = option(3, "search every so many layers, and the paper's pair", minimum=1)
     ranks: tuple[str, ...] = option(("50%", "75%"), "ranks to search")
@@ -43,6 +44,7 @@ class Config:
     batch: int = option(16, "responses in memory at once", minimum=1)
     threads: int = option(1, "CPU threads", minimum=1)
     seed: int = option(0, "seed of problems and random subspaces")
+    readme: bool = option(False, "put the table into the READMEs")
 
 
 Gradients = dict[Place, Tensor]
@@ -123,13 +125,13 @@ def show(place: list) -> str:
     return f"layer {', '.join(str(layer + 1) for layer in layers)} {project} {rank}"
 
 
-def main() -> None:
-    config = parse_config(Config, __doc__)
+def measure_all(config: Config) -> dict:
+    """Answer with every subspace that results/real-spd.json lacks -> its content."""
     torch.set_num_threads(config.threads)
     task = find_task(config)
     model = files.load_checkpoint(config.base)[0].float().eval()
     settings = files.plain(config) | {"base": Path(config.base).name, "checksum": files.checksum(config.base)}
-    about = {name: x for name, x in settings.items() if name not in ("task", "threads", "batch")}
+    about = {name: x for name, x in settings.items() if name not in ("task", "threads", "batch", "readme")}
     content = files.read_json(PATH) if PATH.exists() else {}
     if content.get("settings") != about:
         content = {"settings": about, "commit": provenance()["commit"], "tasks": {}}
@@ -153,7 +155,15 @@ def main() -> None:
     for draw in range(1, DRAWS):
         found = projectors(model, gradients, "random", best["aligned"], config.seed + draw)
         measure(f"random at the place of aligned, draw {draw}", show(best["aligned"]), found)
+    return content
+
+
+def main() -> None:
+    config = parse_config(Config, __doc__)
+    content = measure_all(config) if config.base else files.read_json(PATH)
     print(table(content))
+    if config.readme:
+        stats.fill_readme("real-spd", lambda *_: table(content))
 
 
 if __name__ == "__main__":
