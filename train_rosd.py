@@ -227,13 +227,14 @@ def lesson_loss(student: GPT, teacher: GPT, lessons: list[Lesson], task: Task, c
     mask = error_mask([x.start for x in lessons], [x.end for x in lessons], list(map(len, responses))).to(device)  # m_t
     y = losses.pad(responses).to(device)  # (B, T)
     sampled = losses.pad([lesson.rollout.logprobs for lesson in lessons]).to(device)  # (B, T)
-    if config.context == "none":
+    if config.context == "none":  # GRPO aims at the advantage
         aim = torch.tensor([[lesson.advantage] for lesson in lessons], device=device).expand(mask.shape)  # (B, T)
-    else:
+    else:  # the others aim at pi_T: the hidden states it is made from, (B, T, n_embd)
         with torch.no_grad(), adapters_off(teacher):
             aim = response_hidden(teacher, [task.encode(lesson.teacher_prompt) for lesson in lessons], responses)
 
     def values_of(student_hidden: Tensor, y: Tensor, sampled: Tensor, aim: Tensor) -> Tensor:
+        """D( pi_S(. | x, y_<t) || stopgrad pi_T(. | x, e, y_<t) ), or GRPO's surrogate, at any number of positions."""
         pi_S = student.logits(student_hidden).float().log_softmax(dim=-1)  # (..., V)
         logp = pi_S.gather(-1, y.unsqueeze(-1)).squeeze(-1)  # (...)
         ratio = losses.importance_ratio(logp, sampled)  # (...)
