@@ -33,7 +33,7 @@ class Config(subspace.Config):
     page: str = option("rosd", "which page", choices=("rosd", "spd"), positional=True)
     html: str = option("", "the file to write; else out/xray.html or out/spd.html")
     runs: str = option("out", "rosd: folder of the trained students")
-    domain: str = option(reflect.Config.domain, "domain of the problem and of the calibration set")
+    domain: str = option("mix", "domain of the problem and of the calibration set")
     seed: int = option(reflect.Config.seed, "which problem")
 
 
