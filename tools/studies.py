@@ -141,7 +141,6 @@ STUDIES = {
             )
         },
         flags=GENERATION,
-        seeds=(0,),
         curve=(),
         reference="base",
     ),
