@@ -30,7 +30,7 @@ from harness.run import seeded
 from model import GPT, generate, response_logprobs
 from subspace import Place, SubspaceConfig, hooked, project_kv
 from tools import places, stats
-from tools.studies import BASES
+from tools.studies import BASES, FRESH
 from tools.study import base_checksum, base_path
 
 NAME, DOMAIN, PROBLEMS = "spd-mechanism", "exam", 200  # a quarter of the problems with a text of the base's own
@@ -181,10 +181,10 @@ def main() -> None:
     solutions = [[*task.encode(problem.solution), task.end()] for problem in problems]
     S = sum(len(task.decisive(task.pieces(solution))) for solution in solutions) / len(solutions)
     held = files.read_json(path) if path.exists() else {"bases": {}, "columns": [], "rows": []}
-    checksums = {str(base): base_checksum(base) for base in BASES}
+    checksums = {str(base): base_checksum(base) for base in (*BASES, *FRESH)}
     known = {base: sum for base, sum in held["bases"].items() if checksums.get(base) == sum}
     rows = [row for row in map(dict, map(partial(zip, held["columns"]), held["rows"])) if str(row["base"]) in known]
-    for base in BASES:
+    for base in (*BASES, *FRESH):
         if str(base) not in known:
             model = files.load_checkpoint(base_path(base))[0].eval()
             rows += [{"base": base} | row for row in measure_base(model, task, problems, solutions)]

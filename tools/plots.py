@@ -19,6 +19,7 @@ from harness.cli import option, parse_config, run_script
 from harness.errors import UserError
 from tools import places, stats
 from tools.stats import by_variant, read_results
+from tools.studies import BASES
 
 STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]
 GREY = "#7f868d"
@@ -142,7 +143,7 @@ def mechanism() -> None:
     rows = places.mechanism_rows()
     kinds = [*zip(SUBSPACES, STYLES, strict=False)]
     with picture("spd-mechanism", "What projecting keys or values does to the decisions of five bases", 2, 3) as axes:
-        for axis, base in zip(axes.flat, sorted({row["base"] for row in rows}), strict=False):
+        for axis, base in zip(axes.flat, BASES, strict=False):
             plain = places.best_place(rows, base, "none")
             axis.axhline(0, color=GREY, linewidth=1)
             axis.axvline(100, color=GREY, linewidth=1)

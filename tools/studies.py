@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tools import places
 
 BASES = (0, 1, 2, 3, 4)  # pretraining seeds: 0 is data/base.pt, the others are results/bases/seed<N>.pt
+FRESH = (5, 6)  # pretrained when the rule for the places of SPD stood, to confirm it
 SEEDS = (0, 1, 2)
 REFLECTOR = ("quote_match", "quote_accuracy", "error_position")
 
@@ -36,6 +37,19 @@ METHODS = {
 THREE = {name: METHODS[name] for name in ("ROSD", "SDPO", "GRPO")}
 GENERATION = "--domain exam --epochs 0 --prompts 1"  # of SPD: only what the base writes, before any training
 
+
+TEXTS = {  # what the base writes under projection: at the best place of each base, by the rule of tools/mechanism.py
+    f"{name}{title}": f"{flags} {temperature}".strip()
+    for title, temperature in ((", greedy", ""), (", T = 1", "--temperature 1"))
+    for name, flags in (
+        ("aligned", "{aligned|unmarked}"),
+        ("full", "{aligned|unmarked} --loss full"),
+        ("random", "{aligned|unmarked} --subspace random"),
+        ("random at its best place", "{random} --subspace random"),
+        ("aligned, calibrated on exam", "{aligned}"),
+        ("aligned, calibrated without the mark", "{unmarked}"),
+    )
+}
 
 STUDIES = {
     "rosd": Study(
@@ -126,24 +140,8 @@ STUDIES = {
         flags="--domain exam",
         curve=(),
     ),
-    "spd-text": Study(  # at the best place of each base, by the rule of tools/mechanism.py
-        "train_spd.py",
-        {
-            f"{name}{title}": f"{flags} {temperature}".strip()
-            for title, temperature in ((", greedy", ""), (", T = 1", "--temperature 1"))
-            for name, flags in (
-                ("aligned", "{aligned|unmarked}"),
-                ("full", "{aligned|unmarked} --loss full"),
-                ("random", "{aligned|unmarked} --subspace random"),
-                ("random at its best place", "{random} --subspace random"),
-                ("aligned, calibrated on exam", "{aligned}"),
-                ("aligned, calibrated without the mark", "{unmarked}"),
-            )
-        },
-        flags=GENERATION,
-        curve=(),
-        reference="base",
-    ),
+    "spd-text": Study("train_spd.py", TEXTS, GENERATION, curve=(), reference="base"),
+    "spd-fresh": Study("train_spd.py", TEXTS, GENERATION, FRESH, curve=(), reference="base"),
 }
 
 
