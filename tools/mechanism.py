@@ -142,13 +142,13 @@ def measure_base(model: GPT, task: Task, problems: list[Problem], solutions: lis
     own = make_probe(task, problems[::4], written)
     row = {"layers": "", "project": "", "rank": 100, "subspace": "none", "draw": 0, "mark": 1.0}
     yield row | measure(model, golden, own)
-    places = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
-    marks = mark_vectors(model, golden.prompts, places)
+    sites = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
+    marks = mark_vectors(model, golden.prompts, sites)
     gradients = {}
     for name in ("aligned", "full", "unmarked"):
         settings = SubspaceConfig(loss="full" if name == "full" else "aligned")
         examples = subspace.calibration_set(task, places.CALIBRATION[name], settings, seed=0)
-        G = subspace.capability_gradients(model.requires_grad_(True), examples, places)
+        G = subspace.capability_gradients(model.requires_grad_(True), examples, sites)
         spectra = {place: subspace.principal_directions(rows) for place, rows in G.items()}
         gradients[name] = {place: s[:, None] * V.T for place, (s, V) in spectra.items()}  # as G, in d rows
     subspaces = [(name, 0) for name in gradients] + [("random", draw) for draw in range(DRAWS)]

@@ -141,7 +141,7 @@ STUDIES = {
         curve=(),
     ),
     "spd-text": Study("train_spd.py", TEXTS, GENERATION, curve=(), reference="base"),
-    "spd-fresh": Study("train_spd.py", TEXTS, GENERATION, FRESH, curve=(), reference="base"),
+    "spd-fresh": Study("train_spd.py", TEXTS, GENERATION, FRESH, seeds=(0,), curve=(), reference="base"),
 }
 
 
