@@ -1,5 +1,6 @@
 """What projections do to decisions: the right positions are asked, and measures are what they say."""
 
+import dataclasses
 import random
 import sys
 from pathlib import Path
@@ -8,11 +9,11 @@ import pytest
 import torch
 from conftest import tiny_gpt
 
-from data import load_task
+from data import Task, load_task
 from harness import files
 from harness.cli import run_script
 from model import response_logprobs
-from subspace import project_kv
+from subspace import Example, SubspaceConfig, project_kv
 from tools import mechanism, places, stats
 from tools.mechanism import decisions, make_probe, mark_vectors, measure, share_inside
 from tools.studies import BASES, FRESH
@@ -133,3 +134,21 @@ def test_the_committed_file_is_of_these_bases_and_the_page_shows_it() -> None:
     assert held["bases"] == {str(base): mechanism.base_checksum(base) for base in EVERY}
     assert places.mechanism_table(ROWS) in files.read_text(stats.RESULTS / "README.md")
     assert PATH.stat().st_size < 400_000
+
+
+def test_every_kind_of_subspace_is_measured_at_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = mechanism.subspace.calibration_set
+
+    def short(task: Task, domains: tuple[str, ...], config: SubspaceConfig, seed: int) -> list[Example]:
+        return whole(task, domains, dataclasses.replace(config, calibration_size=40), seed)
+
+    monkeypatch.setattr(mechanism.subspace, "calibration_set", short)
+    monkeypatch.setattr(mechanism, "RANKS", (30,))
+    monkeypatch.setattr(mechanism, "generate", lambda *_, **__: GOLDEN[::4])
+    model = tiny_gpt(TASK)
+    rows = list(mechanism.measure_base(model, TASK, PROBLEMS, GOLDEN))
+    kinds = [row["subspace"] for row in rows]
+    each = 3 * model.config.n_layer + 1  # every layer with k, v and kv, and the paper's pair
+    assert [kinds.count(kind) for kind in ("none", "aligned", "full", "unmarked")] == [1, each, each, each]
+    assert kinds.count("random") == each * mechanism.DRAWS
+    assert all(0 <= row["mark"] <= 1 + 1e-5 for row in rows)
