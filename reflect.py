@@ -252,7 +252,7 @@ def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Ro
 @torch.no_grad()
 def main() -> None:
     config = parse_config(Config, "One worked example of first-error reflection.")
-    task = find_task(config, *([config.domain] if config.domain else []))
+    task = find_task(config, config.domain)
     model = files.load_checkpoint(config.base)[0]
     wrong, peer, _ = example(model, task, config.domain or task.domains[0], config.seed)
     written = reflect(model, task, [wrong], [peer.text])[0]

@@ -190,6 +190,12 @@ def principal_directions(G: Tensor) -> tuple[Tensor, Tensor]:
     return padded.float(), Vt.T.float()
 
 
+def condense(G: Tensor) -> Tensor:
+    """d rows with the singular values and right singular vectors of all rows of G: (M, d) -> (d, d)."""
+    singular_values, V = principal_directions(G)
+    return singular_values[:, None] * V.T
+
+
 def choose_rank(spec: str, singular_values: Tensor) -> int:
     """Rank from a number ('16'), a fraction of d ('50%') or the energy sum s_i^2 to retain ('energy:0.99')."""
     d = len(singular_values)

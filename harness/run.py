@@ -75,7 +75,7 @@ class Run:
     """A run's folder, claimed for this process; used as a context, so that others can claim it afterwards."""
 
     def __init__(self, config: RunConfig, name: str) -> None:
-        self.task = find_task(config, *([config.domain] if config.domain else []))
+        self.task = find_task(config, config.domain)
         self.config = config = dataclasses.replace(config, domain=config.domain or self.task.domains[0])
         torch.set_num_threads(config.threads)
         self.device = parallel.start(config.device)
@@ -281,14 +281,14 @@ def run_name(config: RunConfig) -> str:
 
 
 def find_task(config: Any, *domains: str) -> Task:
-    """The task that a config names; UserError where there is none, or where it lacks one of the domains."""
+    """The task that a config names; UserError where there is none, or where it lacks one of the domains; '' is any."""
     in_words = (getattr(config, "shots", 0), getattr(config, "max_response", None))
     try:
         task = load_task(config.task, config.base, *in_words)
     except ValueError as error:
         raise UserError(str(error)) from error
     for domain in domains:
-        if domain not in task.domains:
+        if domain and domain not in task.domains:
             known = ", ".join(task.domains)
             raise UserError(f"the task {config.task} has no domain {domain!r}; give one of {known}")
     return task

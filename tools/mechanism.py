@@ -117,10 +117,10 @@ def measure(model: GPT, golden: Probe, own: Probe) -> dict[str, float]:
 
 
 @torch.no_grad()
-def mark_vectors(model: GPT, prompts: list[list[int]], places: list[Place]) -> dict[Place, Tensor]:
+def mark_vectors(model: GPT, prompts: list[list[int]], sites: list[Place]) -> dict[Place, Tensor]:
     """Keys and values of the exam's mark, the last token but one of a prompt: place -> (prompts, d)."""
     seen: dict[Place, Tensor] = {}
-    with hooked(model, places, "linear", lambda place, output: seen.update({place: output})):
+    with hooked(model, sites, "linear", lambda place, output: seen.update({place: output})):
         response_logprobs(model, prompts, [[0]] * len(prompts))
     rows, at = torch.arange(len(prompts)), torch.tensor([len(prompt) - 2 for prompt in prompts])
     return {place: output[rows, at] for place, output in seen.items()}
@@ -149,8 +149,7 @@ def measure_base(model: GPT, task: Task, problems: list[Problem], solutions: lis
         settings = SubspaceConfig(loss="full" if name == "full" else "aligned")
         examples = subspace.calibration_set(task, places.CALIBRATION[name], settings, seed=0)
         G = subspace.capability_gradients(model.requires_grad_(True), examples, sites)
-        spectra = {place: subspace.principal_directions(rows) for place, rows in G.items()}
-        gradients[name] = {place: s[:, None] * V.T for place, (s, V) in spectra.items()}  # as G, in d rows
+        gradients[name] = {place: subspace.condense(rows) for place, rows in G.items()}
     subspaces = [(name, 0) for name in gradients] + [("random", draw) for draw in range(DRAWS)]
     layers = range(1, model.config.n_layer + 1)
     wheres = [*itertools.product(map(str, layers), PROJECT), ("paper", "kv")]

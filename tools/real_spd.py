@@ -25,7 +25,7 @@ from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import find_task, provenance
 from model import GPT, generate, response_logprobs
-from subspace import Place, SubspaceConfig, calibration_set, capability_gradients, make_projectors, project_kv
+from subspace import Place, SubspaceConfig, calibration_set, capability_gradients, condense, make_projectors, project_kv
 from tools import stats
 
 PATH = stats.RESULTS / "real-spd.json"
@@ -51,16 +51,14 @@ Gradients = dict[Place, Tensor]
 
 
 def all_gradients(model: GPT, task: Task, config: Config) -> dict[str, Gradients]:
-    """loss -> gradients at the keys and values of every layer, as d rows with the same singular vectors and values."""
+    """loss -> the condensed gradients at the keys and values of every layer."""
     places = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
     found = {}
     for loss in ("aligned", "full"):
         settings = SubspaceConfig(loss=loss, calibration_size=config.calibration_size)
         examples = calibration_set(task, task.domains[:1], settings, config.seed)
         rows = capability_gradients(model.requires_grad_(True), examples, places, batch=config.batch)
-        grams = {place: G.double().T @ G.double() for place, G in rows.items()}  # (d, d)
-        found[loss] = {place: torch.linalg.cholesky(gram + 1e-12 * gram.trace() * torch.eye(len(gram))).T
-                       for place, gram in grams.items()}  # fmt: skip
+        found[loss] = {place: condense(G) for place, G in rows.items()}
     model.requires_grad_(False)
     return found
 
