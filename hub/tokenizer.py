@@ -23,6 +23,7 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 GPT2_SINGLE_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 CHATML = "<|im_start|>{role}\n{text}<|im_end|>\n"
+DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^'\"<]+)<\|im_end\|>")  # a constant in the template
 LLAMA3 = "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
 
@@ -62,6 +63,8 @@ class Tokenizer:
         self.stops = stop_tokens(folder, added)
         template = chat_template(folder)
         self.may_think = "<think>" in added and (template is None or "enable_thinking" in template)
+        written = DEFAULT_SYSTEM.search(template or "")
+        self.system = written[1].replace(r"\\", "\\") if written else None
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids; special tokens written in the text become one id each.
@@ -86,10 +89,13 @@ class Tokenizer:
     def chat(self, messages: list[tuple[str, str]]) -> str:
         """The prompt that asks for the assistant's answer to messages of (role, text), in the folder's chat format.
 
-        The format is ChatML or Llama 3's, by the tokens that exist; no system message is added. A model that can
-        think is told not to. Raises ValueError if the vocabulary has the tokens of neither format.
+        The format is ChatML or Llama 3's, by the tokens that exist. Messages without a system message get the one that
+        the folder's ChatML template adds to them, if it adds any. A model that can think is told not to. Raises
+        ValueError if the vocabulary has the tokens of neither format.
         """
         if "<|im_start|>" in self.added:
+            if self.system and (not messages or messages[0][0] != "system"):
+                messages = [("system", self.system), *messages]
             asked = "".join(CHATML.format(role=role, text=text) for role, text in messages) + "<|im_start|>assistant\n"
             return asked + "<think>\n\n</think>\n\n" * self.may_think
         if "<|start_header_id|>" in self.added:

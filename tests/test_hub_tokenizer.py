@@ -198,6 +198,30 @@ def test_models_whose_template_cannot_think_get_no_empty_thought(
     assert Tokenizer(tmp_path).chat([("user", "hi")]).endswith("</think>\n\n") == prefix
 
 
+TEMPLATES = {  # what the programs of these folders do with a chat, cut to what matters here
+    "SmolLM2": "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helper named Smol<|im_end|>\n' }}{% endif %}",
+    "Qwen2": r"{%- if messages[0].role != 'system' %}"
+    r"{{- '<|im_start|>system\nYou are Qwen. Box: \\boxed{}.<|im_end|>\n' }}{%- endif %}{% for m in messages %}",
+    "Qwen3": r"{%- if messages[0].role == 'system' %}"
+    r"{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}{% for m in messages[off:] %}",
+}
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+@pytest.mark.parametrize("asked", [[("user", "hi")], [("system", "Be brief."), ("user", "hi")]], ids=str)
+def test_a_chat_without_a_system_message_gets_the_one_of_the_template(
+    tmp_path: Path, family: str, asked: list[tuple[str, str]]
+) -> None:
+    jinja2 = pytest.importorskip("jinja2")
+    write_tokenizer(tmp_path, family)
+    turn = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}<|im_start|>assistant\n"
+    (tmp_path / "chat_template.jinja").write_text(TEMPLATES[family] + turn, encoding="utf-8")
+    messages = [{"role": role, "content": text} for role, text in asked]
+    template = jinja2.Environment(keep_trailing_newline=True).from_string(TEMPLATES[family] + turn)
+    assert Tokenizer(tmp_path).chat(asked) == template.render(messages=messages, off=int(asked[0][0] == "system"))
+
+
 def test_stops_are_those_of_all_files_and_the_end_of_turn(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, "Qwen2")
     turn = Tokenizer(tmp_path).added["<|im_end|>"]

@@ -22,7 +22,7 @@ def test_the_documents_table_is_what_the_tool_prints(
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["memory"])
     main()
-    assert capsys.readouterr().out in files.read_text(files.ROOT / "docs" / "memory.md")
+    assert capsys.readouterr().out in files.read_text(files.ROOT / "docs" / "real_models.md")
 
 
 def test_peaks_of_finished_runs_are_read(

@@ -12,6 +12,7 @@ import torch
 
 import pretrain
 from harness import files
+from harness.cli import parse_config
 
 README = files.read_text(files.ROOT / "README.md")
 PAGES = [files.ROOT / "README.md", *(files.ROOT / "docs").glob("*.md"), files.ROOT / "data" / "README.md"]
@@ -22,7 +23,7 @@ SMALL = {
     "pretrain.py": "--steps 1 --batch 2 --layers 2 --width 8 --out out/base.pt",
 }
 # Run by CI or by the tests of tools and processes, or no whole command:
-ELSEWHERE = ("-m pytest", "-m tools", "torchrun", "pip", "NAME", "--base out/")
+ELSEWHERE = ("-m pytest", "-m tools", "torchrun", "pip", "NAME", "--base out/", "--base models/")
 
 
 def commands() -> list[str]:
@@ -49,6 +50,13 @@ def test_every_command_of_the_documents_runs(
     except SystemExit as end:  # of --help
         assert end.code == 0
     assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", re.findall(r"^python (.* --base models/.*)$", TEXT, re.MULTILINE))
+def test_the_recipes_have_valid_settings(command: str) -> None:
+    script, *flags = command.split()
+    module = importlib.import_module(script.removesuffix(".py"))
+    module.settle(parse_config(module.Config, "", flags))
 
 
 @pytest.mark.parametrize(("name", "file", "line"), re.findall(r"\[`(\w+\.\w+)`\]\((\w+\.py)#L(\d+)\)", README))

@@ -2,6 +2,7 @@
 
     python -m tools.mechanism            measures the bases that are missing, prints the table
     python -m tools.mechanism --readme   also puts the table between its markers in the READMEs
+    python -m tools.mechanism --base out/base.pt    measures a base of your own and keeps nothing
 
 For every base, place (layers; keys, values or both; rank) and subspace, on training problems alone: the log-probability
 of the right digit at S, and the probability of each nuisance decision of this world, after prefixes of golden solutions
@@ -42,6 +43,7 @@ NUISANCES = ("check", "merge", "wrong", "stop")
 
 @dataclass(frozen=True)
 class Config:
+    base: str = option("", "a checkpoint of your own; without one, the bases of the studies")
     readme: bool = option(False, "put the table into the READMEs")
 
 
@@ -179,6 +181,11 @@ def main() -> None:
     problems = task.problems(DOMAIN, PROBLEMS, random.Random("mechanism"))
     solutions = [[*task.encode(problem.solution), task.end()] for problem in problems]
     S = sum(len(task.decisive(task.pieces(solution))) for solution in solutions) / len(solutions)
+    if config.base:
+        model = files.load_checkpoint(config.base)[0].eval()
+        rows = [{"base": config.base} | row for row in measure_base(model, task, problems, solutions)]
+        print(places.mechanism_table(places.with_golden(rows, S)))
+        return
     held = files.read_json(path) if path.exists() else {"bases": {}, "columns": [], "rows": []}
     checksums = {str(base): base_checksum(base) for base in (*BASES, *FRESH)}
     known = {base: sum for base, sum in held["bases"].items() if checksums.get(base) == sum}

@@ -1,6 +1,6 @@
 """What ROSD needs of a GPU's memory, computed; and what one update really takes on this machine.
 
-docs/memory.md has the formulas and both tables.
+docs/real_models.md has the formulas and both tables.
 """
 
 import itertools

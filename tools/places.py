@@ -14,13 +14,17 @@ CALIBRATION = {  # domains of the calibration set, by the name of the subspace
 
 
 def mechanism_rows() -> list[dict]:
-    """What tools/mechanism.py measured; `golden` is the mean log-probability of golden solutions, S and the rest."""
+    """What tools/mechanism.py measured of the bases of the studies."""
     held = read_results("spd-mechanism", "mechanism")
-    rows = [dict(zip(held["columns"], row, strict=True)) for row in held["rows"]]
-    return [row | {"golden": row["rest"] + held["S"] * row["right"]} for row in rows]
+    return with_golden([dict(zip(held["columns"], row, strict=True)) for row in held["rows"]], held["S"])
 
 
-def places(rows: list[dict], base: int, subspace: str) -> list[dict]:
+def with_golden(rows: list[dict], S: float) -> list[dict]:
+    """Rows with `golden`: the mean log-probability of golden solutions, of their tokens at S and of the rest."""
+    return [row | {"golden": row["rest"] + S * row["right"]} for row in rows]
+
+
+def places(rows: list[dict], base: int | str, subspace: str) -> list[dict]:
     """One row a place (layers, keys or values, rank) of a base, its measures averaged over the random draws."""
     found: dict[tuple, list[dict]] = {}
     for row in rows:
@@ -33,7 +37,7 @@ def places(rows: list[dict], base: int, subspace: str) -> list[dict]:
     ]
 
 
-def best_place(rows: list[dict], base: int, subspace: str) -> dict:
+def best_place(rows: list[dict], base: int | str, subspace: str) -> dict:
     """The rule of the studies: where golden solutions of training problems are likeliest under projection."""
     return max(places(rows, base, subspace), key=lambda row: row["golden"])
 
