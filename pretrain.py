@@ -42,7 +42,8 @@ class Config:
     muon_rate: float = option(0.02, "peak learning rate of Muon", minimum=0)
     adamw_rate: float = option(1e-2, "peak learning rate of AdamW", minimum=0)
     weight_decay: float = option(0.1, "weight decay of the matrices", minimum=0)
-    value_decay: float = option(0.2, "weight decay of the first layer's values, under AdamW", minimum=0)
+    value_decay: float = option(0.2, "weight decay of the keys and values under AdamW", minimum=0)
+    slack: bool = option(False, "AdamW for keys and values of all layers: with room to spare, but learned worse")
     layers: int = option(4, "layers", minimum=2)
     width: int = option(64, "residual width, a multiple of 8; of four heads", minimum=8)
     seed: int = option(0, "seed of the weights and the documents")
@@ -75,10 +76,13 @@ def pretrain(config: Config) -> GPT:
     device = parallel.start(config.device)
     width, heads = config.width, {"n_head": 4, "n_kv_head": 4, "head_dim": config.width // 4}
     model = GPT(GPTConfig(VOCAB_SIZE, n_layer=config.layers, n_embd=width, n_hidden=3 * width, **heads)).to(device)
-    values = model.blocks[0].attn.v_proj.weight
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and p is not values]
+    decayed = [model.blocks[0].attn.v_proj.weight]
+    if config.slack:
+        decayed = [part.weight for block in model.blocks for part in (block.attn.k_proj, block.attn.v_proj)]
+    chosen = set(map(id, decayed))
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and id(p) not in chosen]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
-    groups = [{"params": others, "weight_decay": 0.0}, {"params": [values], "weight_decay": config.value_decay}]
+    groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.value_decay}]
     optimizers = [
         torch.optim.Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay),
         torch.optim.AdamW(groups, lr=config.adamw_rate, betas=(0.9, 0.95)),

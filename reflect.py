@@ -235,6 +235,7 @@ class Config:
     seed: int = option(6, "which problem")
     base: str = option("data/base.pt", "checkpoint of the base model, or the folder of a Hugging Face model")
     shots: int = option(0, "worked examples in the prompts of a task in words", minimum=0)
+    threads: int = option(1, "CPU threads; more than one pays for larger models", minimum=1)
 
 
 def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Rollout, list[Rollout]]:
@@ -252,6 +253,7 @@ def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Ro
 @torch.no_grad()
 def main() -> None:
     config = parse_config(Config, "One worked example of first-error reflection.")
+    torch.set_num_threads(config.threads)
     task = find_task(config, config.domain)
     model = files.load_checkpoint(config.base)[0]
     wrong, peer, _ = example(model, task, config.domain or task.domains[0], config.seed)

@@ -278,6 +278,7 @@ class Config(SubspaceConfig):
     temperature: float = option(0.0, "sampling temperature of the answers; 0 is greedy", minimum=0)
     seed: int = option(0, "seed of calibration set, prompts and sampling", None, (), 0, 2**63 - 1)
     base: str = option("data/base.pt", "checkpoint of the model")
+    threads: int = option(1, "CPU threads; more than one pays for larger models", minimum=1)
 
 
 def spectra(model: GPT, task: Task, config: Config) -> dict[Place, tuple[Tensor, int]]:
@@ -299,6 +300,7 @@ def bars(singular_values: Tensor) -> str:
 
 def main() -> None:
     config = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
+    torch.set_num_threads(config.threads)
     task = find_task(config, config.domain, *config.calibration_domain)
     model = files.load_checkpoint(config.base)[0]
     choose_rank(config.rank, torch.ones(place_width(model, config.coordinate)))  # a bad one is told at once

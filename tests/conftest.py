@@ -26,6 +26,7 @@ SMALL = ["--eval-problems", "2", "--eval-samples", "2", "--threads", "1", "--no-
 ROSD = ["--steps", "2", "--batch", "3", "--group", "4", "--warmup", "0", *SMALL]
 SPD = ["--domain", "one", "--layers", "paper", "--project", "kv", "--rank", "50%", "--calibration-size", "20"]
 SPD += ["--prompts", "8", "--batch", "4", "--epochs", "2", *SMALL]
+torch.set_num_threads(1)  # models this small are faster with one, and other processes do not get in the way
 both_scripts = pytest.mark.parametrize("script", [train_rosd, train_spd], ids=lambda script: script.__name__)
 
 

@@ -2,6 +2,7 @@
 
     python -m tools.bench                    the table (needs `pip install transformers`)
     python -m tools.bench --compile          also with compiled blocks; the compiler takes a minute or two
+    python -m tools.bench --real FOLDER      on real weights, beside transformers and TRL (tools/peers.py)
 
 Both sides of a pair do the same work: the same number of sequences and new tokens, the same documents in an update of
 the same optimizer; only real tokens count. They take turns, and each figure is the best of `repeats`.
@@ -23,6 +24,7 @@ from harness.errors import UserError
 from harness.run import peak_memory_mb
 from model import GPT, GPTConfig, generate
 from pretrain import batches
+from tools import peers
 from train_spd import Pair, next_token_loss
 
 PROMPTS, GROUP, PROMPT, NEW = 32, 8, 16, 48  # 256 sequences: 16 tokens read, 48 written
@@ -34,6 +36,7 @@ Works = dict[str, Callable[[], object]]
 @dataclass(frozen=True)
 class Config:
     repeats: int = option(5, "repetitions; the best one counts", minimum=1)
+    real: str = option("", "folder of a Hugging Face model: the comparison on real weights instead")
     compile: bool = option(False, "also measure the model with compiled blocks")
     threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
     device: str = option("auto", "cpu, cuda, mps or auto")
@@ -143,6 +146,9 @@ def training(config: Config, device: torch.device) -> Rows:
 
 def main() -> None:
     config = parse_config(Config, __doc__)
+    if config.real:
+        print(peers.compare(config.real, config.threads or torch.get_num_threads(), config.repeats))
+        return
     if config.threads:
         torch.set_num_threads(config.threads)
     device = parallel.start(config.device)
