@@ -84,6 +84,7 @@ STUDIES = {
             "100% of the ideas of another problem": "--spoil-idea 1.0 --spoil-kind other",
             "100% of the quotes random": "--spoil-quote 1.0",
         },
+        seeds=(0, 1),
         curve=(),
     ),
     "collapse": Study(
@@ -138,6 +139,7 @@ STUDIES = {
             "SPD, calibrated without the mark": "{unmarked}",
         },
         flags="--domain exam",
+        seeds=(0,),
         curve=(),
     ),
     "spd-text": Study("train_spd.py", TEXTS, GENERATION, curve=(), reference="base"),
