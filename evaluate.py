@@ -16,8 +16,8 @@ def evaluate(
     samples: int = 16,
     seed: int = 0,
     temperature: float = 1.0,
-    top_p: float = 1.0,
     top_k: int = 0,
+    top_p: float = 1.0,
     at_once: int = 512,
 ) -> dict[str, dict]:
     """domain -> mean@samples, shares of the task's habits and of unfinished responses, and how many there were.
@@ -25,13 +25,12 @@ def evaluate(
     The problems are drawn by the seed, so that an interval over seeds holds the problems' variance, too. at_once
     responses are in memory at a time.
     """
-    tests = {
-        domain: task.problems(domain, problems, random.Random(f"test {domain} {seed}"), True) for domain in domains
-    }
-    asked = [problem for domain in domains for problem in tests[domain]]
+    asked = []
+    for domain in domains:
+        asked += task.problems(domain, problems, random.Random(f"test {domain} {seed}"), True)
     prompts = [task.encode(task.student_prompt(problem)) for problem in asked]
-    sampling = (samples, temperature, top_k, top_p, seeded("evaluate", seed))
-    written = generate(model, prompts, task.max_response, task.stop, *sampling, at_once=at_once)
+    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": seeded("evaluate", seed)}
+    written = generate(model, prompts, task.max_response, task.stop, samples, at_once, **sampling)
     verdicts = [task.verify(asked[i // samples], task.decode(tokens)) for i, tokens in enumerate(written)]
     scores, each = {}, problems * samples
     for i, domain in enumerate(domains):
@@ -47,7 +46,7 @@ def evaluate(
 
 
 def evaluate_run(model: GPT, task: Task, config: RunConfig) -> dict[str, dict]:
-    """All domains, at the scale and the sampling that a run's settings name."""
+    """All domains, with the problems, samples and sampling of a run's settings."""
     return evaluate(
         model,
         task,
@@ -56,7 +55,7 @@ def evaluate_run(model: GPT, task: Task, config: RunConfig) -> dict[str, dict]:
         config.eval_samples,
         config.seed,
         config.eval_temperature,
-        config.eval_top_p,
+        top_p=config.eval_top_p,
         at_once=config.eval_batch,
     )
 

@@ -23,7 +23,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class LoRALinear(nn.Module):
-    """A linear layer with a low-rank update: x (..., in) -> (..., out), in x's dtype; A and B are float32."""
+    """A linear layer with a low-rank adapter: x (..., in) -> (..., out), in x's dtype; A and B are float32."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
@@ -38,12 +38,12 @@ class LoRALinear(nn.Module):
         y = self.linear(x)
         if not self.on:
             return y
-        update = F.dropout(x, self.dropout, self.training).to(self.A.dtype) @ self.A.T @ self.B.T
-        return y + (self.scale * update).to(y.dtype)
+        adapted = F.dropout(x, self.dropout, self.training).to(self.A.dtype) @ self.A.T @ self.B.T
+        return y + (self.scale * adapted).to(y.dtype)
 
 
 def add_lora(model: nn.Module, rank: int = 8, alpha: float = 8.0, dropout: float = 0.05) -> list[nn.Parameter]:
-    """Freeze the model, put an update on every attention projection, return the parameters to train."""
+    """Freeze the model, put an adapter on every attention projection, return the parameters to train."""
     model.requires_grad_(False)
     parameters = []
     for module in list(model.modules()):
@@ -58,7 +58,7 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 8.0, dropout: float
 def make_trainable(
     model: nn.Module, finetune: str, rank: int, alpha: float, dropout: float = 0.0
 ) -> list[nn.Parameter]:
-    """What is trained of the model: with 'lora' updates put on it, with 'full' all weights, made float32."""
+    """What is trained of the model: with 'lora' the adapters put on it, with 'full' all weights, made float32."""
     if finetune == "lora":
         return add_lora(model, rank, alpha, dropout)
     return list(model.float().requires_grad_(True).parameters())
@@ -66,7 +66,7 @@ def make_trainable(
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within this context every update counts as zero, so that one model is the student outside and the base inside."""
+    """Within this context every adapter counts as zero: one model is the student outside, and the base inside."""
     adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
     before = [adapter.on for adapter in adapters]
     try:
@@ -80,7 +80,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merge_lora(model: nn.Module) -> None:
-    """Add every update to its frozen weight, W + (alpha / r) B A, and put the plain linear layers back.
+    """Add every adapter to its frozen weight, W + (alpha / r) B A, and put the plain linear layers back.
 
     The sum is taken in float32 and rounded once to the weight's dtype. All parameters require gradients afterwards.
     """

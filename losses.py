@@ -65,7 +65,7 @@ def pad(rows: list[list], value: float = 0) -> Tensor:
 
 
 def in_chunks(f: Callable[..., Tensor], mask: Tensor, vocab_size: int, *tensors: Tensor) -> Tensor:
-    """f, which makes logits at each position, of tensors (B, T, ...) -> (B, T).
+    """f(*tensors): (B, T, ...) -> (B, T), where f makes logits at every position.
 
     Where the logits of all positions exceed CHUNK, f sees the unmasked positions alone, a part of them at a time, and
     runs a second time in the backward pass; the masked positions are 0 then.
@@ -81,7 +81,7 @@ def in_chunks(f: Callable[..., Tensor], mask: Tensor, vocab_size: int, *tensors:
 def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
     """sum m_t values_t / sum m_t over the whole batch; 0 where nothing is unmasked. values, mask (B, T) -> ().
 
-    count takes the place of sum m_t where the batch is only one process's part of a larger one.
+    count takes the place of sum m_t where values are a part of a batch: a micro-batch, or a process's share.
     """
     return (values * mask).sum() / (mask.sum() if count is None else count).clamp(min=1)
 

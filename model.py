@@ -69,7 +69,7 @@ class KVCache:
         self.keys, self.values = self.keys[rows], self.values[rows]
 
 
-Caches = list[KVCache]  # one a layer
+Caches = list[KVCache]  # one per layer
 
 
 def rope_tables(config: GPTConfig) -> Rope:
@@ -80,7 +80,7 @@ def rope_tables(config: GPTConfig) -> Rope:
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + D/2}) by their position's angles; x (B, T, H, D), cos and sin (B, T, >= H, D).
+    """Rotate the pairs (x_i, x_{i + D/2}) by their position's angles; x (B, T, H, D), cos and sin (1 or B, T, >= H, D).
 
     sin is negative in its first half: (x_i cos - x_{i + D/2} sin, x_{i + D/2} cos + x_i sin).
     """
@@ -312,12 +312,13 @@ def sample(
     chances = torch.ones(total, max_new_tokens, device=device)
     lengths = torch.ones_like(responses[:, 0])
     rows = torch.arange(total, device=device)  # the responses in the batch; all tensors below are about these
-    parent, unfinished = rows // samples, rows >= 0
+    parent, unfinished = rows // samples, torch.ones_like(rows, dtype=torch.bool)
     logits, position, real = logits[parent], positions[parent, -1:], real[parent]
     for cache in caches:
         cache.select(parent)
     for t in range(max_new_tokens):
-        cdf = (probs := next_token_probs(logits, temperature, top_k, top_p)).cumsum(dim=-1)  # (rows, V)
+        probs = next_token_probs(logits, temperature, top_k, top_p)  # (rows, V)
+        cdf = probs.cumsum(dim=-1)
         token = (cdf <= uniform[t, rows, None] * cdf[:, -1:]).sum(dim=-1).clamp(max=cdf.size(1) - 1)  # (rows,)
         responses[rows, t] = token
         chances[rows, t] = (probs.gather(1, token[:, None]) / cdf[:, -1:])[:, 0]
@@ -334,15 +335,15 @@ def sample(
         if mask is not None:
             real = F.pad(real, (0, 1), value=True)
         logits = model(token[:, None], position, None if mask is None else real[:, None, None], caches)[:, -1]
-    tables, ends = (responses.tolist(), chances.log().tolist()), lengths.tolist()
-    return tuple([row[:end] for row, end in zip(table, ends, strict=True)] for table in tables)
+    written = list(zip(responses.tolist(), chances.log().tolist(), lengths.tolist(), strict=True))
+    return [tokens[:end] for tokens, _, end in written], [logps[:end] for _, logps, end in written]
 
 
 def generate(
-    model: GPT, prompts: list[list[int]], limit: int, stop: int | tuple[int, ...], samples: int = 1, *rest: Any,
-    at_once: int = 512, **named: Any,
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: int | tuple[int, ...], samples: int = 1,
+    at_once: int = 512, **sampling: Any,
 ) -> list[list[int]]:  # fmt: skip
-    """The tokens that `sample` draws, some `at_once` responses at a time: more need more memory and are no faster."""
+    """The tokens that `sample` draws, at_once responses at a time: more take more memory and are no faster."""
     step = max(1, at_once // samples)
     parts = (prompts[i : i + step] for i in range(0, len(prompts), step))
-    return [row for part in parts for row in sample(model, part, limit, stop, samples, *rest, **named)[0]]
+    return [row for part in parts for row in sample(model, part, max_new_tokens, stop, samples, **sampling)[0]]

@@ -40,7 +40,7 @@ class Rollout:
     """A response the student sampled, and what the verifier says of it."""
 
     problem: Problem
-    tokens: list[int]  # with the closing stop token, if it came to that
+    tokens: list[int]  # with the closing stop token, if there is one
     logprobs: list[float]  # of each token, when it was sampled
     text: str
     verdict: Verdict
@@ -107,10 +107,11 @@ def reflect(
     told_answer: bool = False,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    at_once: int = 512,
 ) -> list[str]:
     """The text the reflector writes on each rollout; a wrong one is paired with a correct peer's text.
 
-    Greedily, equal rollouts with equal peers are reflected on once.
+    Greedily, equal rollouts with equal peers are reflected on once. at_once reflections are in memory at a time.
     """
     prompts = []
     for rollout, peer in zip(rollouts, peers, strict=True):
@@ -118,7 +119,8 @@ def reflect(
         prompts.append(task.reflector_prompt(rollout.problem, rollout.text, beside, told_answer))
     asked = list(dict.fromkeys(prompts)) if temperature == 0 else prompts
     tokens = [task.encode(prompt) for prompt in asked]
-    written = generate(reflector, tokens, task.max_reflection, task.stop, 1, temperature, generator=generator)
+    sampling = {"temperature": temperature, "generator": generator}
+    written = generate(reflector, tokens, task.max_reflection, task.stop, at_once=at_once, **sampling)
     texts = [task.decode(answer) for answer in written]
     if temperature > 0:
         return texts

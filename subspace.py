@@ -33,6 +33,7 @@ from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.errors import UserError
 from harness.run import find_task, seeded
+from losses import CHUNK
 from model import GPT, generate
 
 Place = tuple[int, str]  # (layer counted from 0, "k" or "v")
@@ -51,7 +52,9 @@ class SubspaceConfig:
     layers: str = option("1", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L")
     rank: str = option("35%", "rank of the projectors: a number, a share like 50%, or energy:0.99", "50%")
     project: str = option("k", "what is projected", "kv", ("kv", "k", "v"))
-    coordinate: str = option("linear", "where the projector acts", "not stated", COORDINATES)
+    coordinate: str = option(
+        "linear", "acts after k_proj and v_proj, per head, norm or RoPE", "not stated", COORDINATES
+    )
 
 
 @dataclass(frozen=True)
@@ -150,10 +153,12 @@ def capability_gradients(
 ) -> dict[Place, Tensor]:
     """dL/dK_t and dL/dV_t at all positions of all examples, stacked: place -> (M, d).
 
-    One backward a batch: each example's loss is a mean over its own S and examples do not see one another, so the
-    gradient of their sum holds each one's own.
+    One backward per batch: each example's loss is a mean over its own S and examples do not see one another, so the
+    gradient of their sum holds each one's own. A batch is smaller where its logits would exceed losses.CHUNK.
     """
     rows: dict[Place, list[Tensor]] = {place: [] for place in places}
+    longest = max(len(example.prompt) + len(example.solution) for example in examples)
+    batch = max(1, min(batch, CHUNK // (longest * model.config.vocab_size)))
     for start in range(0, len(examples), batch):
         chunk = examples[start : start + batch]
         lengths = torch.tensor([len(e.prompt) + len(e.solution) for e in chunk])
@@ -163,7 +168,7 @@ def capability_gradients(
             tokens[i, : lengths[i]] = torch.tensor(example.prompt + example.solution)
             weights[i, [len(example.prompt) + t for t in example.S]] = 1 / len(example.S)
         outputs: dict[Place, Tensor] = {}
-        with hooked(model, places, coordinate, lambda place, output, outputs=outputs: outputs.update({place: output})):
+        with hooked(model, places, coordinate, outputs.__setitem__):
             logits = model(tokens.to(model.device))
         loss = aligned_loss(logits, tokens.to(model.device), weights.to(model.device))
         gradients = torch.autograd.grad(loss, [outputs[place] for place in places])
@@ -218,7 +223,7 @@ def projector(V: Tensor, rank: int) -> Tensor:
 def make_projectors(
     gradients: dict[Place, Tensor], config: SubspaceConfig, n_kv_head: int, seed: int = 0
 ) -> dict[Place, Tensor]:
-    """One projector a place, or one per head; with subspace 'random', a random subspace of the same rank instead.
+    """One projector per place, or one per head; with subspace 'random', a random subspace of the same rank instead.
 
     UserError where the gradients span fewer directions than the rank asks for: the others would be arbitrary.
     """
@@ -229,19 +234,19 @@ def make_projectors(
         for part in G.chunk(n_kv_head if config.coordinate == "head" else 1, dim=1):
             singular_values, V = principal_directions(part)
             r = choose_rank(config.rank, singular_values)
-            spanned = int((singular_values > 1e-6 * singular_values[0]).sum()) if singular_values[0] > 0 else 0
-            if spanned < r and config.subspace == "gradient":
-                where = f"the gradients at {place_name(place)} span {spanned} of the {r} directions of --rank"
-                raise UserError(f"{where} {config.rank}; give a lower rank or a larger --calibration-size")
+            spanned = int((singular_values > 1e-6 * singular_values[0]).sum())
             if config.subspace == "random":
                 V = torch.linalg.qr(torch.randn(V.shape, generator=generator)).Q
+            elif spanned < r:
+                where = f"the gradients at {place_name(place)} span {spanned} of the {r} directions of --rank"
+                raise UserError(f"{where} {config.rank}; give a lower rank or a larger --calibration-size")
             blocks.append(projector(V, r))
         projectors[place] = torch.block_diag(*blocks)
     return projectors
 
 
 def calibrate(model: GPT, examples: list[Example], config: SubspaceConfig, seed: int = 0) -> dict[Place, Tensor]:
-    """SPD's phase 1 in one call: the projectors P_K, P_V of every target layer."""
+    """SPD's phase 1 in one call: the projectors P_K, P_V of every target layer; turns on the model's gradients."""
     places = [(layer, kind) for layer in target_layers(config.layers, model.config.n_layer) for kind in config.project]
     gradients = capability_gradients(model.requires_grad_(True), examples, places, config.coordinate)
     return make_projectors(gradients, config, model.config.n_kv_head, seed)
@@ -282,7 +287,7 @@ class Config(SubspaceConfig):
 
 
 def spectra(model: GPT, task: Task, config: Config) -> dict[Place, tuple[Tensor, int]]:
-    """place -> singular values (d,) and the rank chosen, of every layer."""
+    """place -> singular values (d,), of all heads together, and the rank chosen, of every layer."""
     examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
     places = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
     found = {}
@@ -293,7 +298,7 @@ def spectra(model: GPT, task: Task, config: Config) -> dict[Place, tuple[Tensor,
 
 
 def bars(singular_values: Tensor) -> str:
-    """A bar a value, as high as its share of the first."""
+    """One bar per value: its share of the first."""
     shares = singular_values / singular_values[0].clamp(min=1e-30)
     return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * share))] for share in shares.tolist())
 
@@ -317,8 +322,8 @@ def main() -> None:
     prompts = [task.encode(task.student_prompt(problem)) for problem in problems]
     for name, active in (("without", {}), ("with", projectors)):
         with project_kv(model, active, config.coordinate):
-            generator = seeded("demo", config.seed)
-            written = generate(model, prompts, task.max_response, task.stop, 1, config.temperature, generator=generator)
+            sampling = {"temperature": config.temperature, "generator": seeded("demo", config.seed)}
+            written = generate(model, prompts, task.max_response, task.stop, **sampling)
         answers = [task.decode(tokens) for tokens in written]
         right = [task.verify(problem, answer).correct for problem, answer in zip(problems, answers, strict=True)]
         print(f"\n{name} projection: {sum(right)} of {len(right)} answers are right; the first three are")

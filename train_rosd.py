@@ -11,7 +11,7 @@ the student is drawn to the teacher's distribution:
 
     L = sum_t m_t D( pi_S(. | x, y_<t) || stopgrad pi_T(. | x, e, y_<t) ) / sum_t m_t        m_t = 1 from t = k on
 
-Reflector and teacher are the base itself, frozen; with --finetune lora they are the student's own weights, its updates
+Reflector and teacher are the base itself, frozen; with --finetune lora they are the student's own weights, its adapters
 off. Every other method but GRPO changes what the teacher holds in the place of e, or where the mask applies:
 
 >>> [(c.context, c.mask) for c in map(settle, (Config(), Config(method="sdpo"), Config(mask="whole")))]
@@ -57,8 +57,8 @@ from reflect import (
 
 METHODS = {  # what the teacher holds, and which tokens the loss is on
     "rosd": {"context": "reflection", "mask": "suffix"},
-    "sdpo": {"context": "peer", "mask": "whole"},  # OPSD in the setting of RL
-    "opsd": {"context": "gold", "mask": "whole"},  # OPSD in the setting of SFT
+    "sdpo": {"context": "peer", "mask": "whole"},  # OPSD with a peer's correct solution, as in RL
+    "opsd": {"context": "gold", "mask": "whole"},  # OPSD with the golden solution, as in SFT
     "grpo": {"context": "none", "mask": "whole"},
 }
 NAMES = {  # for the closing table
@@ -68,7 +68,7 @@ NAMES = {  # for the closing table
     "grpo": "GRPO, rewarded for right answers",
 }
 PAPER = {"peer": "shortest", "reflector": "base", "told_answer": False, "solved": "keep", "malformed": "drop"}
-PAPER |= {"ema": 0.0, "minibatches": 1, "learning_rate": 1e-3}
+PAPER |= {"ema": 0.0, "minibatches": 1, "learning_rate": 1e-3}  # the rate is ours: the model is small
 RELEASED = {  # where the released code differs
     "rosd": {"peer": "first", "reflector": "student", "told_answer": True, "solved": "drop", "malformed": "peer"},
     "sdpo": {"peer": "first", "solved": "drop", "ema": 0.05},
@@ -82,50 +82,48 @@ class Config(RunConfig):
     method: str = option("rosd", "what to train", choices=tuple(METHODS))
     preset: str = option("paper", "settings where paper and released code differ", choices=("paper", "released"))
     context: str | None = option(
-        None, "what the teacher holds; else the method's", "reflection", ("reflection", "peer", "gold", "both")
+        None, "what the teacher holds; unset: the method's", "reflection", ("reflection", "peer", "gold", "both")
     )
     mask: str | None = option(
-        None, "tokens the loss is on: all, from the quote on, the quote, from the true error on; else the method's",
+        None, "tokens the loss is on: all, from the quote on, the quote, from the true error on; unset: the method's",
         "suffix (abstract: span)", ("whole", "suffix", "span", "oracle"),
     )  # fmt: skip
     peer: str | None = option(
-        None, "which correct rollout of the group is y*; else the preset's", "shortest", ("shortest", "first")
+        None, "which correct rollout of the group is y*; unset: the preset's", "shortest", ("shortest", "first")
     )
     reflector: str | None = option(
-        None, "who reflects: the base or the current student; else the preset's", "base", ("base", "student")
+        None, "who reflects: the base or the current student; unset: the preset's", "base", ("base", "student")
     )
-    told_answer: bool | None = option(None, "tell the reflector the right answer; else the preset's", "not stated")
+    told_answer: bool | None = option(None, "tell the reflector the right answer; unset: the preset's", "not stated")
     solved: str | None = option(
-        None, "groups without a wrong rollout: keep or drop; else the preset's", "keep", ("keep", "drop")
+        None, "groups without a wrong rollout: keep or drop; unset: the preset's", "keep", ("keep", "drop")
     )
     malformed: str | None = option(
-        None, "reflections without an idea: drop the rollout, or teach from the peer's solution; else the preset's",
+        None, "reflections without an idea: drop the rollout, or teach from the peer's solution; unset: the preset's",
         "not stated", ("drop", "peer"),
     )  # fmt: skip
     ema: float | None = option(
-        None, "rate at which the teacher follows the student, 0 frozen; else the preset's", "0.0", (), 0, 1
+        None, "rate at which the teacher follows the student, 0 frozen; unset: the preset's", "0.0", (), 0, 1
     )
-    finetune: str = option("full", "train all weights, or low-rank updates without dropout", None, ("full", "lora"))
-    minibatches: int | None = option(None, "updates that share a batch; else the preset's", "1", minimum=1)
-    updates: int = option(1, "passes over a batch", "1", minimum=1)
-    learning_rate: float | None = option(None, "peak rate of AdamW; else the preset's, 1e-3", "1e-5", minimum=0)
+    finetune: str = option("full", "train all weights, or low-rank adapters without dropout", None, ("full", "lora"))
+    minibatches: int | None = option(None, "parts of a batch, an update each; unset: the preset's", "1", minimum=1)
+    updates: int = option(1, "passes over a batch's minibatches", "1", minimum=1)
+    learning_rate: float | None = option(None, "peak rate of AdamW; unset: the preset's", "1e-5", minimum=0)
     warmup: int = option(5, "steps of linear warm-up", "10", minimum=0)
     grad_clip: float = option(1.0, "largest gradient norm", "1.0", minimum=1e-9)
-    steps: int = option(30, "batches", minimum=1)
+    steps: int = option(30, "training steps", minimum=1)
     batch: int = option(32, "problems a step", "32", minimum=1)
     group: int = option(8, "rollouts a problem, G", "8", minimum=2)
-    micro_batch: int = option(64, "rollouts in memory at once; the gradient stays the same", minimum=1)
+    micro_batch: int = option(64, "rollouts per backward pass; the gradient stays the same", minimum=1)
     temperature: float = option(1.0, "sampling temperature of the rollouts", "1", minimum=0)
     reflect_temperature: float = option(0.0, "temperature of the reflector; 0 is greedy", "not stated", minimum=0)
     alpha: float = option(0.5, "divergence: 0 forward KL, 0.5 Jensen-Shannon, 1 reverse KL", "0.5", (), 0, 1)
-    top_k: int = option(100, "tokens compared besides one tail bucket", "100", minimum=1)
+    top_k: int = option(100, "likeliest tokens of the student to compare; the rest is one bucket", "100", minimum=1)
     ratio_clip: float = option(2.0, "upper clip of the token importance ratio", "2.0", minimum=1)
     clip_low: float = option(0.2, "GRPO: lower clip of the ratio", "0.2", (), 0, 1)
     clip_high: float = option(0.28, "GRPO: upper clip of the ratio", "0.28", minimum=0)
     spoil_idea: float = option(0.0, "share of the reflections whose idea misleads", "0", (), 0, 1)
-    spoil_kind: str = option(
-        "false", "how it does: a false result, or an idea of another problem", None, ("false", "other")
-    )
+    spoil_kind: str = option("false", "how: a false result, or an idea of another problem", None, ("false", "other"))
     spoil_quote: float = option(0.0, "share of the reflections that quote a random place", "0", (), 0, 1)
     eval_every: int = option(0, "steps between short tests, for learning curves; 0 tests never", minimum=0)
 
@@ -163,9 +161,9 @@ def reflect_on(
     """(e, q) ~ pi(. | x, y*, y-) for the wrong, e ~ pi(. | x, y+) for the correct ones; spoiled where that is asked."""
     rollouts = [rollout for rollout, _ in pairs]
     peers = [peer.text if peer else rollout.problem.solution for rollout, peer in pairs]
-    generator = run.generator("reflect", step)
+    sampling = (config.reflect_temperature, run.generator("reflect", step), config.eval_batch)
     with nullcontext() if config.reflector == "student" else adapters_off(reflector):
-        texts = reflect(reflector, task, rollouts, peers, config.told_answer, config.reflect_temperature, generator)
+        texts = reflect(reflector, task, rollouts, peers, config.told_answer, *sampling)
     read = list(map(parse_reflection, texts))
     doses = (config.spoil_idea, config.spoil_kind, config.spoil_quote)
     return spoil_some(read, rollouts, task, *doses, run.random("spoil", step))
@@ -175,11 +173,11 @@ def make_lessons(
     rollouts: list[Rollout], reflector: GPT, task: Task, config: Config, step: int, run: Run
 ) -> tuple[list[Lesson], dict[str, list[float]]]:
     """Turn rollouts into lessons, and compare the reflector's quotes with the verifier's true first errors."""
-    quotes: dict[str, list[float]] = {"quote_match": [], "quote_accuracy": [], "error_position": []}
+    logged: dict[str, list[float]] = {"quote_match": [], "quote_accuracy": [], "error_position": []}
     if config.context == "none":
         rewards = torch.tensor([float(rollout.verdict.correct) for rollout in rollouts]).view(-1, config.group)
         advantages = losses.group_advantage(rewards).flatten().tolist()
-        return [Lesson(r, "", 0, len(r.tokens), a) for r, a in zip(rollouts, advantages, strict=True) if a != 0], quotes
+        return [Lesson(r, "", 0, len(r.tokens), a) for r, a in zip(rollouts, advantages, strict=True) if a != 0], logged
 
     pairs = pair_up(rollouts, config.group, config.peer, config.context, config.solved == "drop")
     reflecting = config.context in ("reflection", "both") or config.mask in ("suffix", "span")
@@ -191,29 +189,28 @@ def make_lessons(
         tokens = task.pieces(rollout.tokens)
         quoted, oracle = locate_span(reflection.quote, tokens), true_position(rollout, tokens)
         if reflecting and not rollout.verdict.correct:
-            quotes["quote_match"].append(quoted is not None)
-            quotes["quote_accuracy"] += [quoted is not None and quoted[0] == oracle] if task.knows_first_error else []
-            quotes["error_position"].append((quoted or (0, 0))[0] / len(tokens))
+            logged["quote_match"].append(quoted is not None)
+            logged["quote_accuracy"] += [quoted is not None and quoted[0] == oracle] if rollout.verdict.error else []
+            logged["error_position"].append((quoted or (0, 0))[0] / len(tokens))
         start, end = 0, len(tokens)
         if not rollout.verdict.correct:
-            k, quote_end = quoted or (start, end)  # k = Locate(q, y-)
+            k, quote_end = quoted or (start, end)  # k = Locate(q, y-), 0 if not found
             masks = {"whole": (start, end), "suffix": (k, end), "span": (k, quote_end), "oracle": (oracle, end)}
             start, end = masks[config.mask]
         if held := held_by_teacher(rollout, peer, reflection, config):
             lessons.append(Lesson(rollout, task.teacher_prompt(rollout.problem, **held), start, end))
-    return lessons, quotes
+    return lessons, logged
 
 
-def held_by_teacher(
-    rollout: Rollout, peer: Rollout | None, reflection: Reflection, config: Config
-) -> dict[str, str] | None:
-    """What the teacher reads besides the problem; None where a malformed reflection leaves nothing to hold."""
-    peer_solution = {"solution": peer.text} if peer else None
-    if config.context in ("gold", "peer"):
-        return {"solution": rollout.problem.solution} if config.context == "gold" else peer_solution
-    if reflection.idea is None:
-        return peer_solution if config.context == "both" or config.malformed == "peer" else None
-    return {"idea": reflection.idea} | (peer_solution if config.context == "both" and peer_solution else {})
+def held_by_teacher(rollout: Rollout, peer: Rollout | None, reflection: Reflection, config: Config) -> dict[str, str]:
+    """What the teacher reads besides the problem; empty where a malformed reflection leaves nothing to hold."""
+    if config.context == "gold":
+        return {"solution": rollout.problem.solution}
+    malformed = reflection.idea is None and config.malformed == "peer"
+    held = {"solution": peer.text} if peer and (malformed or config.context != "reflection") else {}
+    if reflection.idea is not None and config.context != "peer":
+        held["idea"] = reflection.idea
+    return held
 
 
 # ---------------------------------------------------------------------------------------------- loss and update
@@ -223,29 +220,29 @@ def lesson_loss(student: GPT, teacher: GPT, lessons: list[Lesson], task: Task, c
     """The loss of these lessons, as their part of a batch with `count` unmasked tokens."""
     device, responses = student.device, [lesson.rollout.tokens for lesson in lessons]
     prompts = [task.encode(task.student_prompt(lesson.rollout.problem)) for lesson in lessons]
-    student_hidden = response_hidden(student, prompts, responses)  # (B, T, n_embd)
+    hidden = response_hidden(student, prompts, responses)  # (B, T, n_embd)
     mask = error_mask([x.start for x in lessons], [x.end for x in lessons], list(map(len, responses))).to(device)  # m_t
     y = losses.pad(responses).to(device)  # (B, T)
-    sampled = losses.pad([lesson.rollout.logprobs for lesson in lessons]).to(device)  # (B, T)
-    if config.context == "none":  # GRPO aims at the advantage
-        aim = torch.tensor([[lesson.advantage] for lesson in lessons], device=device).expand(mask.shape)  # (B, T)
-    else:  # the others aim at pi_T: the hidden states it is made from, (B, T, n_embd)
+    old_logp = losses.pad([lesson.rollout.logprobs for lesson in lessons]).to(device)  # (B, T), when y was sampled
+    if config.context == "none":  # GRPO's target is the advantage, (B, T)
+        target = torch.tensor([[lesson.advantage] for lesson in lessons], device=device).expand(mask.shape)
+    else:  # the others' is pi_T, here as the hidden states its logits are made of, (B, T, n_embd)
         with torch.no_grad(), adapters_off(teacher):
-            aim = response_hidden(teacher, [task.encode(lesson.teacher_prompt) for lesson in lessons], responses)
+            target = response_hidden(teacher, [task.encode(lesson.teacher_prompt) for lesson in lessons], responses)
 
-    def values_of(student_hidden: Tensor, y: Tensor, sampled: Tensor, aim: Tensor) -> Tensor:
-        """D( pi_S(. | x, y_<t) || stopgrad pi_T(. | x, e, y_<t) ), or GRPO's surrogate, at any number of positions."""
-        pi_S = student.logits(student_hidden).float().log_softmax(dim=-1)  # (..., V)
-        logp = pi_S.gather(-1, y.unsqueeze(-1)).squeeze(-1)  # (...)
-        ratio = losses.importance_ratio(logp, sampled)  # (...)
-        if config.context == "none":  # GRPO
-            return losses.clipped_surrogate(ratio, aim, config.clip_low, config.clip_high)
+    def token_loss(hidden: Tensor, y: Tensor, old_logp: Tensor, target: Tensor) -> Tensor:
+        """D( pi_S(. | x, y_<t) || stopgrad pi_T(. | x, e, y_<t) ), or GRPO's surrogate, at all positions or a chunk."""
+        log_S = student.logits(hidden).float().log_softmax(dim=-1)  # (..., V)
+        logp = log_S.gather(-1, y.unsqueeze(-1)).squeeze(-1)  # (...)
+        ratio = losses.importance_ratio(logp, old_logp)  # (...)
+        if config.context == "none":
+            return losses.clipped_surrogate(ratio, target, config.clip_low, config.clip_high)
         with torch.no_grad():
-            pi_T = teacher.logits(aim).float().log_softmax(dim=-1)  # (..., V)
-        D = losses.divergence(*losses.top_k_with_tail(pi_S, pi_T, config.top_k), config.alpha)  # (...)
+            log_T = teacher.logits(target).float().log_softmax(dim=-1)  # (..., V)
+        D = losses.divergence(*losses.top_k_with_tail(log_S, log_T, config.top_k), config.alpha)  # (...)
         return D * ratio.detach().clamp(max=config.ratio_clip)
 
-    values = losses.in_chunks(values_of, mask, student.config.vocab_size, student_hidden, y, sampled, aim)  # (B, T)
+    values = losses.in_chunks(token_loss, mask, student.config.vocab_size, hidden, y, old_logp, target)  # (B, T)
     return losses.masked_mean(values, mask, count)
 
 
@@ -308,7 +305,7 @@ def train(config: Config) -> dict:
             sampling = (config.group, run.generator("rollout", step), config.temperature)
             rollouts = sample_rollouts(student, task, problems, *sampling)
             reflector = student if config.reflector == "student" else run.base
-            lessons, quotes = make_lessons(rollouts, reflector, task, config, step, run)
+            lessons, logged = make_lessons(rollouts, reflector, task, config, step, run)
             with run.keeping_bad_batch(lessons):
                 loss = update(student, teacher, optimizer, lessons, task, config, step)
             verdicts = [rollout.verdict for rollout in rollouts]
@@ -318,7 +315,7 @@ def train(config: Config) -> dict:
                 accuracy=[v.correct for v in verdicts],
                 **{habit: [habit in v.habits for v in verdicts] for habit in task.habits},
                 unfinished=[not v.finished for v in verdicts],
-                **quotes,
+                **logged,
                 learned_from=len(lessons),
                 **({"tested": quick_test(student, task)} if tests else {}),
             )
@@ -336,12 +333,14 @@ def main() -> None:
         raise UserError("--method grpo has no teacher and no mask; leave out --context and --mask")
     sdpo = dataclasses.replace(config, method="sdpo", context=None, mask=None)
     configs = [config, sdpo] if config.baseline and config.method != "sdpo" else [config]
-    list(map(settle, configs))  # what does not go together is told before the first run
+    list(map(settle, configs))  # flags that do not go together are reported before the first run
     results = train_all(train, configs)
     if parallel.FIRST:
         rows = {"base, before training": results[0]["before"]}
         for result in results:
-            rows[NAMES.get(method := result["config"]["method"], method.upper())] = result["after"]
+            c, method = result["config"], result["config"]["method"]
+            changed = "".join(f", {name} {c[name]}" for name, own in METHODS[method].items() if c[name] != own)
+            rows[method.upper() + changed if changed else NAMES.get(method, method.upper())] = result["after"]
         print(f"\n{comparison(rows, results[0]['config']['domain'], results[0]['habits'])}")
         print(f"Every figure is in {config.out}/<run>/results.json.")
 

@@ -16,7 +16,6 @@ drown the rest (--no-completion-only follows the paper). Inference is unprojecte
 
 import dataclasses
 import math
-import random
 import zlib
 from copy import deepcopy
 from dataclasses import dataclass
@@ -43,7 +42,7 @@ Pair = tuple[list[int], list[int]]  # prompt and completion tokens
 METHODS = {  # project while generating? sampling temperature
     "spd": (True, 0.0),
     "psr": (False, 1.0),  # plain self-retraining, on samples as they come
-    "ssd": (False, 0.0),  # simple self-distillation: shifted temperature (and --top-k, --top-p); else like spd
+    "ssd": (False, 0.0),  # simple self-distillation: spd unprojected; --temperature, --top-k and --top-p vary it
 }
 
 
@@ -51,7 +50,7 @@ METHODS = {  # project while generating? sampling temperature
 class Config(SubspaceConfig, RunConfig):
     method: str = option("spd", "what to train", choices=tuple(METHODS))
     temperature: float | None = option(
-        None, "sampling temperature of the completions, 0 is greedy; else the method's", "not stated", minimum=0
+        None, "sampling temperature of the completions, 0 is greedy; unset: the method's", "not stated", minimum=0
     )
     top_k: int = option(0, "truncated sampling: keep so many tokens; 0 keeps all", minimum=0)
     top_p: float = option(1.0, "truncated sampling: keep this much probability", None, (), 0.01, 1)
@@ -67,9 +66,9 @@ class Config(SubspaceConfig, RunConfig):
 
 
 def settle(config: Config) -> Config:
-    """The same settings with the method's temperature, and the domain with something to lose, where no flag gives them.
+    """The same settings; where no flag gives them, the method's temperature and, for arithmetic, the domain exam.
 
-    The base loses itself in checks where it sees the mark of an exam, and correctness does not need the mark.
+    There a mark makes the base check nearly every step. No result depends on the mark: projection can remove the habit.
     """
     temperature = METHODS[config.method][1] if config.temperature is None else config.temperature
     domain = config.domain or ("exam" if config.task == "arithmetic" else "")
@@ -83,17 +82,18 @@ def self_generate(model: GPT, task: Task, config: Config, run: Run, round: int) 
     """One raw completion a training prompt, nothing filtered -> (prompt, completion) tokens."""
     problems = task.problems(config.domain, config.prompts, run.random("prompts", round))
     prompts = parallel.share([task.encode(task.student_prompt(problem)) for problem in problems])
-    sampling = (config.temperature, config.top_k, config.top_p, run.generator("completion", round))
-    completions = generate(model, prompts, task.max_response, task.stop, 1, *sampling, at_once=config.eval_batch)
+    sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    sampling |= {"generator": run.generator("completion", round), "at_once": config.eval_batch}
+    completions = generate(model, prompts, task.max_response, task.stop, **sampling)
     return parallel.gather(list(zip(prompts, completions, strict=True)))
 
 
 def score_text(model: GPT, task: Task, config: Config) -> dict[str, dict]:
-    """How right a model's text is at the method's temperature, on test problems of the training domain."""
+    """Accuracy of a model's text at the method's temperature, on test problems of the training domain."""
     problems, samples = config.eval_problems, config.eval_samples
     if config.temperature == 0:  # all samples of a problem would be the same: as many problems instead
         problems, samples = problems * samples, 1
-    sampling = (config.temperature, config.top_p, config.top_k)
+    sampling = (config.temperature, config.top_k, config.top_p)
     return evaluate(model, task, (config.domain,), problems, samples, config.seed, *sampling, config.eval_batch)
 
 
@@ -101,7 +101,7 @@ def score_text(model: GPT, task: Task, config: Config) -> dict[str, dict]:
 
 
 def next_token_loss(model: GPT, pairs: list[Pair], completion_only: bool = True) -> Tensor:
-    """-sum_t log p(y_t | x, y_<t) / |y| over the completions of (prompt, completion) pairs, or over both.
+    """Mean of -log p(y_t | x, y_<t) over all tokens of the completions, or of prompts and completions.
 
     Of several processes each has a share of the pairs; the mean is over the tokens of all, and so their losses add up.
     """
@@ -120,7 +120,7 @@ def next_token_loss(model: GPT, pairs: list[Pair], completion_only: bool = True)
 
 
 def start_finetuning(model: GPT, config: Config, round: int) -> tuple[GPT, torch.optim.Optimizer]:
-    """A copy of the model with what is to be trained, and its optimizer."""
+    """A trainable copy of the model, and its optimizer."""
     torch.manual_seed(zlib.crc32(f"{config.seed} {round}".encode()))
     student = deepcopy(model)
     trained = make_trainable(student, config.finetune, config.lora_rank, config.lora_alpha, config.lora_dropout)
@@ -134,11 +134,10 @@ def finetune_epoch(
 ) -> float | None:
     """One pass over the completions in random order, the learning rate on a cosine over all passes -> the mean loss.
 
-    None where the processes are more than the completions of every batch, and nothing is learned.
+    None, and nothing is learned, where every batch has fewer completions than there are processes.
     """
-    key = f"{config.seed} {round} {epoch}"
-    torch.manual_seed(zlib.crc32(key.encode()))  # for dropout
-    order = random.Random(f"order {key}").sample(pairs, len(pairs))
+    torch.manual_seed(zlib.crc32(f"{config.seed} {round} {epoch}".encode()))  # for dropout
+    order = run.random("order", round, epoch).sample(pairs, len(pairs))
     updates, seen, trained = math.ceil(len(pairs) / config.batch), [], optimizer.param_groups[0]["params"]
     student.train()
     for i in range(updates):
@@ -172,7 +171,7 @@ def train(config: Config) -> dict:
         config, task, projected = run.config, run.task, METHODS[config.method][0]
         if config.batch < parallel.WORLD:
             raise UserError(f"--batch {config.batch} is too small for {parallel.WORLD} processes; start fewer")
-        find_task(config, *config.calibration_domain)  # a bad flag is told at once
+        find_task(config, *config.calibration_domain)  # bad flags are reported before any work
         choose_rank(config.rank, torch.ones(place_width(run.base, config.coordinate)))
         target_layers(config.layers, run.base.config.n_layer)
         model = deepcopy(run.base)
@@ -211,8 +210,8 @@ def main() -> None:
         return
     home = results[0]["config"]["domain"]
 
-    def percent(scores: dict | None, domain: str = home) -> str:
-        return f"{100 * scores[domain]['mean']:.1f}" if scores else "-"
+    def percent(scores: dict | None) -> str:
+        return f"{100 * scores[home]['mean']:.1f}" if scores else "-"
 
     rows = [["base", "", "", percent(results[0]["before"]), elsewhere(results[0]["before"], home)]]
     for result in results:

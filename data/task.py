@@ -32,9 +32,9 @@ class Verdict:
 
 class Task(ABC):
     domains: tuple[str, ...]
-    habits: ClassVar[dict[str, str]] = {}  # notable ways to write a response, a column each, and what they are
+    habits: ClassVar[dict[str, str]] = {}  # ways to write a response, a column of the tables each -> what they are
     knows_first_error: bool = False  # whether verdicts locate errors; if not, there is no oracle and no quote accuracy
-    problems_checksum: str = ""  # which problems these are, where a file decides that: a part of a run's identity
+    problems_checksum: str = ""  # of the file of problems, if there is one; a resumed run must have the same
     max_response: int  # tokens of a response; a longer one is cut off
     max_reflection: int
     vocab_size: int
@@ -86,7 +86,7 @@ class Task(ABC):
 
     @abstractmethod
     def pieces(self, tokens: list[int]) -> list[str]:
-        """The text of each token by itself; joined, they are the text."""
+        """The text of each token by itself; joined, they are the text and perhaps its stop token."""
 
     def end(self) -> int:
         """The token that closes a complete solution."""

@@ -157,5 +157,7 @@ def checksum(path: Path | str) -> str:
 
 def code_checksum() -> str:
     """Which version of the model, the tasks and the methods this is: figures of another one are not to be reused."""
-    text = b"".join(path.read_bytes() for folder in (ROOT, ROOT / "data") for path in sorted(folder.glob("*.py")))
+    text = b"".join(
+        path.read_bytes() for folder in (ROOT, ROOT / "data", ROOT / "hub") for path in sorted(folder.glob("*.py"))
+    )
     return f"{zlib.crc32(text + torch.__version__.encode()):08x}"

@@ -4,7 +4,7 @@
     out/<run>/results.json    configuration, seed, versions, commit, accuracies, time, peak memory
     out/<run>/model.pt        the trained model; of a Hugging Face folder, a folder out/<run>/model
     out/<run>/state.pt        everything --resume needs; gone when the run is finished
-    out/<run>/base-*.json     accuracies of the base; a later run in the same folder that asks for the same takes them
+    out/<run>/base-*.json     accuracies of the base; any run under out/ that asks for the same takes them
 
 With several processes (parallel.py) the first one writes the files and shows the progress.
 """
@@ -43,20 +43,20 @@ class RunConfig:
 
     task: str = option("arithmetic", "what to train on: arithmetic, gym:NAME[,NAME...] or FILE.jsonl")
     shots: int = option(0, "worked examples in the prompts of a task in words", minimum=0)
-    max_response: int | None = option(None, "tokens of a response to a task in words; else the task's", minimum=1)
-    domain: str = option("", "domain to train on, all others are out of domain; the task's first where none is given")
+    max_response: int | None = option(None, "tokens of a response to a task in words; unset: the task's", minimum=1)
+    domain: str = option("", "domain to train on; unset: the task's first, for SPD on arithmetic exam")
     seed: int = option(0, "seed of everything random, test problems included", None, (), 0, 2**63 - 1)
     base: str = option("data/base.pt", "checkpoint to start from, or the folder of a Hugging Face model")
     out: str = option("out", "folder for runs")
-    baseline: bool = option(True, "train what the method is compared with afterwards, for the table")
+    baseline: bool = option(True, "also train what the method is compared with, for the table")
     eval_problems: int = option(64, "test problems a domain", minimum=1)
     eval_samples: int = option(16, "samples a test problem", "16", minimum=1)
-    eval_batch: int = option(512, "responses in memory at once, other than rollouts", minimum=1)
-    eval_temperature: float = option(1.0, "temperature of these samples", "0.6", minimum=0)
-    eval_top_p: float = option(1.0, "truncation of these samples", "0.95", minimum=0.01, maximum=1)
+    eval_batch: int = option(512, "responses written at once, other than rollouts", minimum=1)
+    eval_temperature: float = option(1.0, "temperature of the tests", "0.6", minimum=0)
+    eval_top_p: float = option(1.0, "truncation (top-p) of the tests", "0.95", minimum=0.01, maximum=1)
     resume: bool = option(False, "go on from the last checkpoint of the same command")
-    lora_rank: int = option(8, "--finetune lora: rank of the updates", "SPD 8", minimum=1)
-    lora_alpha: float = option(8.0, "--finetune lora: scale of the updates times their rank", "SPD 8")
+    lora_rank: int = option(8, "--finetune lora: rank r of the adapters", "SPD 8", minimum=1)
+    lora_alpha: float = option(8.0, "--finetune lora: alpha; adapters are scaled by alpha / r", "SPD 8")
     device: str = option("auto", "cpu, cuda, mps or auto")
     threads: int = option(1, "CPU threads; more than one pays for larger models", None, (), 1, 1024)
     bf16: bool = option(False, "bfloat16 autocast while training, for GPUs")
@@ -64,7 +64,7 @@ class RunConfig:
 
 
 EVALUATION = ("eval_problems", "eval_samples", "eval_batch", "eval_temperature", "eval_top_p")
-# Settings that say where and how fast, not what: they may change from run to resumed run.
+# Settings that say where and how fast, not what: they may change when a run is resumed.
 INCIDENTAL = ("out", "base", "resume", "device", "threads", "baseline")  # the base is compared by its bytes
 
 tqdm.set_lock(threading.RLock())  # its lock between processes would be reported as leaked when a run is stopped
@@ -106,7 +106,7 @@ class Run:
             self.lock.close()
 
     def look_for_results(self) -> None:
-        """What an earlier run left in the folder: with --resume it is taken, else a run of other settings is kept."""
+        """Finished results in the folder: taken with --resume; UserError if they come from other settings."""
         results, state = self.folder / "results.json", self.folder / "state.pt"
         if results.exists():
             finished = files.read_json(results)
@@ -180,7 +180,7 @@ class Run:
         return self.state[name]
 
     def of_base(self, name: str, measure: Callable[[], Any], *settings: str) -> Any:
-        """What `measure` gives for the base, or gave a run beside this one of equal code and equal settings."""
+        """What `measure` gives for the base; or gave any run under --out with equal code and settings."""
         if not parallel.FIRST:
             return None
         names = ("task", "shots", "max_response", "seed", "threads", *EVALUATION, *settings)
@@ -229,7 +229,7 @@ class Run:
             yield from self.progress
 
     def log(self, **measures: Any) -> None:
-        """Add a line to the metrics: of all processes, lists are averaged and whole numbers added up."""
+        """Add a line to the metrics: lists are averaged and ints added up, over all processes."""
         parts, row = parallel.gather([measures]), {"step": len(self.state["history"])}
         for name, value in measures.items():
             if isinstance(value, list):
@@ -248,7 +248,7 @@ class Run:
 
     @contextmanager
     def keeping_bad_batch(self, batch: list) -> Iterator[None]:
-        """Save the batch whose loss is not finite, and end the run with a sentence; its state is that before it."""
+        """On a FloatingPointError save the batch and end the run with a sentence; its state is the one before."""
         try:
             yield
         except FloatingPointError as error:

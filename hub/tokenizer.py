@@ -23,7 +23,8 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 GPT2_SINGLE_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 CHATML = "<|im_start|>{role}\n{text}<|im_end|>\n"
-DEFAULT_SYSTEM = re.compile(r"<\|im_start\|>system(?:\\n|\n)([^'\"<]+)<\|im_end\|>")  # a constant in the template
+# A system message that a template writes as it is: a quoted string of its program, which may hold escapes.
+DEFAULT_SYSTEM = re.compile(r"""(['"])<\|im_start\|>system(?:\\n|\n)((?:\\.|(?!\1)[^\\])+?)<\|im_end\|>""", re.DOTALL)
 LLAMA3 = "<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>"
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>")
 
@@ -64,7 +65,7 @@ class Tokenizer:
         template = chat_template(folder)
         self.may_think = "<think>" in added and (template is None or "enable_thinking" in template)
         written = DEFAULT_SYSTEM.search(template or "")
-        self.system = written[1].replace(r"\\", "\\") if written else None
+        self.system = written and written[2].encode("ascii", "backslashreplace").decode("unicode-escape")
 
     def encode(self, text: str) -> list[int]:
         """Text -> ids; special tokens written in the text become one id each.
@@ -165,7 +166,10 @@ def chat_template(folder: Path) -> str | None:
     template, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if template.is_file():
         return template.read_text(encoding="utf-8")
-    return read_json(settings).get("chat_template") if settings.is_file() else None
+    template = read_json(settings).get("chat_template") if settings.is_file() else None
+    if isinstance(template, list):  # several with names
+        template = next((each["template"] for each in template if each["name"] == "default"), None)
+    return template
 
 
 def stop_tokens(folder: Path, added: dict[str, int]) -> tuple[int, ...]:

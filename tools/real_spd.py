@@ -100,7 +100,7 @@ def answer(model: GPT, task: Task, config: Config, title: str) -> list[int]:
     right = [0] * len(prompts)
     for start in tqdm(range(0, len(order), config.batch), desc=title):
         part = order[start : start + config.batch]
-        written = generate(model, [prompts[i] for i in part], task.max_response, task.stop, 1, 0.0)
+        written = generate(model, [prompts[i] for i in part], task.max_response, task.stop, temperature=0.0)
         for i, tokens in zip(part, written, strict=True):
             right[i] = int(task.verify(problems[i], task.decode(tokens)).correct)
     return right
@@ -129,6 +129,7 @@ def measure_all(config: Config) -> dict:
     task = find_task(config)
     model = files.load_checkpoint(config.base)[0].float().eval()
     settings = files.plain(config) | {"base": Path(config.base).name, "checksum": files.checksum(config.base)}
+    settings["system"] = task.tokenizer.system
     about = {name: x for name, x in settings.items() if name not in ("task", "threads", "batch", "readme")}
     content = files.read_json(PATH) if PATH.exists() else {}
     if content.get("settings") != about:
