@@ -43,7 +43,7 @@ class Config:
     adamw_rate: float = option(1e-2, "peak learning rate of AdamW", minimum=0)
     weight_decay: float = option(0.1, "weight decay of the matrices", minimum=0)
     value_decay: float = option(0.2, "weight decay of the keys and values under AdamW", minimum=0)
-    slack: bool = option(False, "AdamW for keys and values of all layers: with room to spare, but learned worse")
+    slack: bool = option(False, "AdamW for keys and values of all layers: more spare directions, a worse base")
     layers: int = option(4, "layers", minimum=2)
     width: int = option(64, "residual width, a multiple of 8; of four heads", minimum=8)
     seed: int = option(0, "seed of the weights and the documents")

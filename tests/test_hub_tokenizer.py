@@ -202,7 +202,7 @@ TEMPLATES = {  # what the programs of these folders do with a chat, cut to what 
     "SmolLM2": "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helper named Smol<|im_end|>\n' }}{% endif %}",
     "Qwen2": r"{%- if messages[0].role != 'system' %}"
-    r"{{- '<|im_start|>system\nYou are Qwen. Box: \\boxed{}.<|im_end|>\n' }}{%- endif %}{% for m in messages %}",
+    r"{{- '<|im_start|>system\nYou\'re Qwen.\n\nBox: \\boxed{}.<|im_end|>\n' }}{%- endif %}{% for m in messages %}",
     "Qwen3": r"{%- if messages[0].role == 'system' %}"
     r"{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}{% for m in messages[off:] %}",
 }
@@ -220,6 +220,14 @@ def test_a_chat_without_a_system_message_gets_the_one_of_the_template(
     messages = [{"role": role, "content": text} for role, text in asked]
     template = jinja2.Environment(keep_trailing_newline=True).from_string(TEMPLATES[family] + turn)
     assert Tokenizer(tmp_path).chat(asked) == template.render(messages=messages, off=int(asked[0][0] == "system"))
+
+
+def test_of_several_templates_the_default_counts(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "Qwen3")
+    named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": "{{ enable_thinking }}"}]
+    for templates, thinks in ((named, True), (named[:1], True), ([{"name": "default", "template": ""}], False)):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}), encoding="utf-8")
+        assert Tokenizer(tmp_path).chat([("user", "hi")]).endswith("</think>\n\n") == thinks
 
 
 def test_stops_are_those_of_all_files_and_the_end_of_turn(tmp_path: Path) -> None:

@@ -143,10 +143,9 @@ def test_every_kind_of_subspace_is_measured_at_every_place(monkeypatch: pytest.M
         return whole(task, domains, dataclasses.replace(config, calibration_size=40), seed)
 
     monkeypatch.setattr(mechanism.subspace, "calibration_set", short)
-    monkeypatch.setattr(mechanism, "RANKS", (30,))
     monkeypatch.setattr(mechanism, "generate", lambda *_, **__: GOLDEN[::4])
     model = tiny_gpt(TASK)
-    rows = list(mechanism.measure_base(model, TASK, PROBLEMS, GOLDEN))
+    rows = list(mechanism.measure_base(model, TASK, PROBLEMS, GOLDEN, ranks=(30,)))
     kinds = [row["subspace"] for row in rows]
     each = 3 * model.config.n_layer + 1  # every layer with k, v and kv, and the paper's pair
     assert [kinds.count(kind) for kind in ("none", "aligned", "full", "unmarked")] == [1, each, each, each]

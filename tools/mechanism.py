@@ -44,6 +44,7 @@ NUISANCES = ("check", "merge", "wrong", "stop")
 @dataclass(frozen=True)
 class Config:
     base: str = option("", "a checkpoint of your own; without one, the bases of the studies")
+    ranks: tuple[str, ...] = option(tuple(map(str, RANKS)), "ranks to measure it at, percent")
     readme: bool = option(False, "put the table into the READMEs")
 
 
@@ -137,7 +138,9 @@ def share_inside(x: Tensor, P: Tensor) -> float:
     return ((x @ P).square().sum(dim=-1) / x.square().sum(dim=-1)).mean().item()
 
 
-def measure_base(model: GPT, task: Task, problems: list[Problem], solutions: list[list[int]]) -> Iterator[dict]:
+def measure_base(
+    model: GPT, task: Task, problems: list[Problem], solutions: list[list[int]], ranks: tuple[int, ...] = RANKS
+) -> Iterator[dict]:
     """A row for the base itself, and one for every place and subspace."""
     golden = make_probe(task, problems, solutions)
     written = generate(model, golden.prompts[::4], task.max_response, task.stop, generator=seeded("mechanism"))
@@ -155,7 +158,7 @@ def measure_base(model: GPT, task: Task, problems: list[Problem], solutions: lis
     subspaces = [(name, 0) for name in gradients] + [("random", draw) for draw in range(DRAWS)]
     layers = range(1, model.config.n_layer + 1)
     wheres = [*itertools.product(map(str, layers), PROJECT), ("paper", "kv")]
-    for (spec, kinds), rank in tqdm([*itertools.product(wheres, RANKS)], unit="place"):
+    for (spec, kinds), rank in tqdm([*itertools.product(wheres, ranks)], unit="place"):
         chosen = [(layer, kind) for layer in subspace.target_layers(spec, len(layers)) for kind in kinds]
         for name, draw in subspaces:
             settings = SubspaceConfig(rank=f"{rank}%", subspace="random" if name == "random" else "gradient")
@@ -183,7 +186,8 @@ def main() -> None:
     S = sum(len(task.decisive(task.pieces(solution))) for solution in solutions) / len(solutions)
     if config.base:
         model = files.load_checkpoint(config.base)[0].eval()
-        rows = [{"base": config.base} | row for row in measure_base(model, task, problems, solutions)]
+        found = measure_base(model, task, problems, solutions, tuple(map(int, config.ranks)))
+        rows = [{"base": config.base} | row for row in found]
         print(places.mechanism_table(places.with_golden(rows, S)))
         return
     held = files.read_json(path) if path.exists() else {"bases": {}, "columns": [], "rows": []}
