@@ -60,3 +60,23 @@ def test_a_small_base_is_made_where_it_is_told(tmp_path: Path, monkeypatch: pyte
     pretrain.main()
     assert files.load_checkpoint(tmp_path / "base.pt")[0].config.n_embd == 8
     assert files.checksum(files.BASE_CHECKPOINT) == shipped
+
+
+@pytest.mark.parametrize("slack", [False, True])
+def test_keys_and_values_change_their_optimizer_for_slack(slack: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything is trained once; AdamW has the first layer's values, or with slack the keys and values of all."""
+    trained: dict[str, list[torch.Tensor]] = {}
+    for name in ("Muon", "AdamW"):
+        kind = getattr(torch.optim, name)
+
+        def record(parameters: list, kind: type = kind, name: str = name, **settings: float) -> torch.optim.Optimizer:
+            parameters = list(parameters)
+            trained[name] = [p for part in parameters for p in (part["params"] if isinstance(part, dict) else [part])]
+            return kind(parameters, **settings)
+
+        monkeypatch.setattr(torch.optim, name, record)
+    model = pretrain.pretrain(pretrain.Config(steps=1, batch=2, layers=2, width=8, slack=slack))
+    keys_and_values = {id(part.weight) for b in model.blocks for part in (b.attn.k_proj, b.attn.v_proj)}
+    expected = keys_and_values if slack else {id(model.blocks[0].attn.v_proj.weight)}
+    assert set(map(id, trained["AdamW"])) & keys_and_values == expected
+    assert sorted(map(id, trained["Muon"] + trained["AdamW"])) == sorted(map(id, model.parameters()))

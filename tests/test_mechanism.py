@@ -108,6 +108,24 @@ def test_only_bases_of_other_bytes_are_measured_again(tmp_path: Path, monkeypatc
     assert order == [base for base in EVERY for _ in some]
 
 
+def test_a_base_of_ones_own_is_shown_and_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(stats, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["mechanism", "--base", "data/base.pt", "--ranks", "10", "20"])
+    some, ranks = (
+        [{n: x for n, x in row.items() if n not in ("base", "golden")} for row in ROWS if row["base"] == 0],
+        [],
+    )
+    monkeypatch.setattr(mechanism, "measure_base", lambda *given: ranks.append(given[-1]) or some)
+    mechanism.main()
+    own = places.mechanism_table([row for row in ROWS if row["base"] == 0])
+    assert [row.split("|")[2:] for row in own.splitlines()] == [
+        row.split("|")[2:] for row in capsys.readouterr().out.splitlines()
+    ]
+    assert ranks == [(10, 20)] and not list(tmp_path.iterdir())
+
+
 def test_golden_is_S_and_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "RESULTS", tmp_path)
     files.write_json(tmp_path / PATH.name, {"S": 4.5, "columns": ["rest", "right"], "rows": [[-3.0, -0.2]]})
