@@ -133,39 +133,32 @@ def parse_reflection(text: str) -> Reflection:
     flags = re.DOTALL | re.IGNORECASE  # as the released code reads them
     quote = re.search(r"<error_quote>(.+?)</error_quote>", text, flags)
     idea = re.search(r"<explanation>(.+?)</explanation>", text, flags)
-    return Reflection(quote[1] if quote else None, idea[1].strip() or None if idea else None)
-
-
-def spoil(reflection: Reflection, tokens: list[str], idea: str | None, quote: bool, rng: random.Random) -> Reflection:
-    """A reflection that misleads on purpose, to separate the causes of a gain.
-
-    idea replaces e where it is given. With quote=True, q becomes as long a piece of the rollout as it was, anywhere.
-    """
-    q, e = reflection.quote, reflection.idea if idea is None else idea
-    if quote and tokens:
-        start = rng.randrange(len(tokens))
-        q = "".join(tokens[start:])[: max(1, len(q or ""))]
-    return Reflection(q, e)
+    return Reflection(quote and quote[1], (idea and idea[1].strip()) or None)
 
 
 def spoil_some(
     read: list[Reflection],
     rollouts: list[Rollout],
     task: Task,
-    ideas: float,
+    idea_share: float,
     kind: str,
-    quotes: float,
+    quote_share: float,
     rng: random.Random,
 ) -> list[Reflection]:
-    """The reflections, a share of whose ideas (kind 'false', or 'other': of another problem) and quotes mislead."""
+    """The reflections, some of which mislead on purpose, to separate the causes of a gain.
+
+    A spoiled idea is false, or (kind 'other') that of another problem. A spoiled quote of a wrong rollout is a random
+    piece of it, as long as the quote was.
+    """
     spoiled = []
     for rollout, reflection in zip(rollouts, read, strict=True):
-        idea = None
-        if rng.random() < ideas and reflection.idea is not None:
+        q, e, tokens = reflection.quote, reflection.idea, task.pieces(rollout.tokens)
+        if rng.random() < idea_share and e is not None:
             others = [r.idea for r, o in zip(read, rollouts, strict=True) if r.idea and o.problem != rollout.problem]
-            idea = false_idea(reflection.idea, rng) if kind == "false" else rng.choice(others or [None])
-        quote = rng.random() < quotes and not rollout.verdict.correct
-        spoiled.append(spoil(reflection, task.pieces(rollout.tokens), idea, quote, rng))
+            e = false_idea(e, rng) if kind == "false" else rng.choice(others or [e])
+        if rng.random() < quote_share and not rollout.verdict.correct and tokens:
+            q = "".join(tokens[rng.randrange(len(tokens)) :])[: max(1, len(q or ""))]
+        spoiled.append(Reflection(q, e))
     return spoiled
 
 
@@ -200,8 +193,8 @@ def token_at(character: int, tokens: list[str]) -> int:
 def locate_span(quote: str | None, tokens: list[str]) -> tuple[int, int] | None:
     """The tokens [k, end) that hold the quote's first occurrence, None where y- does not contain it.
 
-    tokens are the texts of the rollout's tokens. A quote that begins inside a token is located at that token. One that
-    does not occur as it is, is looked for without the white space around it, as in the released code.
+    tokens are the texts of the rollout's tokens. A quote that begins inside a token is located at that token. If
+    it is absent, it is looked for without the white space around it, as in the released code.
     """
     text = "".join(tokens)
     for form in (quote or "", (quote or "").strip()):

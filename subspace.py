@@ -280,8 +280,8 @@ def fold(model: GPT, projectors: dict[Place, Tensor]) -> None:
 class Config(SubspaceConfig):
     task: str = option("arithmetic", "what the calibration set and the prompt are from")
     domain: str = option("exam", "domain of the calibration set and the prompts")
-    temperature: float = option(0.0, "sampling temperature of the answers; 0 is greedy", minimum=0)
-    seed: int = option(0, "seed of calibration set, prompts and sampling", None, (), 0, 2**63 - 1)
+    temperature: float = option(1.0, "sampling temperature of the answers; 0 is greedy", minimum=0)
+    seed: int = option(0, "seed of calibration set, prompts and sampling", minimum=0, maximum=2**63 - 1)
     base: str = option("data/base.pt", "checkpoint of the model")
     threads: int = option(1, "CPU threads; more than one pays for larger models", minimum=1)
 

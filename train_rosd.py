@@ -117,14 +117,14 @@ class Config(RunConfig):
     micro_batch: int = option(64, "rollouts per backward pass; the gradient stays the same", minimum=1)
     temperature: float = option(1.0, "sampling temperature of the rollouts", "1", minimum=0)
     reflect_temperature: float = option(0.0, "temperature of the reflector; 0 is greedy", "not stated", minimum=0)
-    alpha: float = option(0.5, "divergence: 0 forward KL, 0.5 Jensen-Shannon, 1 reverse KL", "0.5", (), 0, 1)
+    alpha: float = option(0.5, "divergence: 0 forward KL, 0.5 Jensen-Shannon, 1 reverse", "0.5", minimum=0, maximum=1)
     top_k: int = option(100, "likeliest tokens of the student to compare; the rest is one bucket", "100", minimum=1)
     ratio_clip: float = option(2.0, "upper clip of the token importance ratio", "2.0", minimum=1)
-    clip_low: float = option(0.2, "GRPO: lower clip of the ratio", "0.2", (), 0, 1)
+    clip_low: float = option(0.2, "GRPO: lower clip of the ratio", "0.2", minimum=0, maximum=1)
     clip_high: float = option(0.28, "GRPO: upper clip of the ratio", "0.28", minimum=0)
-    spoil_idea: float = option(0.0, "share of the reflections whose idea misleads", "0", (), 0, 1)
+    spoil_idea: float = option(0.0, "share of the reflections whose idea misleads", "0", minimum=0, maximum=1)
     spoil_kind: str = option("false", "how: a false result, or an idea of another problem", None, ("false", "other"))
-    spoil_quote: float = option(0.0, "share of the reflections that quote a random place", "0", (), 0, 1)
+    spoil_quote: float = option(0.0, "share of the reflections that quote a random place", "0", minimum=0, maximum=1)
     eval_every: int = option(0, "steps between short tests, for learning curves; 0 tests never", minimum=0)
 
 

@@ -45,7 +45,7 @@ class RunConfig:
     shots: int = option(0, "worked examples in the prompts of a task in words", minimum=0)
     max_response: int | None = option(None, "tokens of a response to a task in words; unset: the task's", minimum=1)
     domain: str = option("", "domain to train on; unset: the task's first, for SPD on arithmetic exam")
-    seed: int = option(0, "seed of everything random, test problems included", None, (), 0, 2**63 - 1)
+    seed: int = option(0, "seed of everything random, test problems included", minimum=0, maximum=2**63 - 1)
     base: str = option("data/base.pt", "checkpoint to start from, or the folder of a Hugging Face model")
     out: str = option("out", "folder for runs")
     baseline: bool = option(True, "also train what the method is compared with, for the table")
@@ -58,7 +58,7 @@ class RunConfig:
     lora_rank: int = option(8, "--finetune lora: rank r of the adapters", "SPD 8", minimum=1)
     lora_alpha: float = option(8.0, "--finetune lora: alpha; adapters are scaled by alpha / r", "SPD 8")
     device: str = option("auto", "cpu, cuda, mps or auto")
-    threads: int = option(1, "CPU threads; more than one pays for larger models", None, (), 1, 1024)
+    threads: int = option(1, "CPU threads; more than one pays for larger models", minimum=1, maximum=1024)
     bf16: bool = option(False, "bfloat16 autocast while training, for GPUs")
     compile: bool = option(False, "torch.compile the blocks, for GPUs")
 

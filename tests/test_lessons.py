@@ -17,7 +17,7 @@ from reflect import (
     choose_peers,
     false_idea,
     pair_up,
-    spoil,
+    spoil_some,
 )
 from train_rosd import Config, Lesson, make_lessons, settle
 
@@ -157,10 +157,10 @@ def test_a_false_idea_has_another_result_and_nothing_else_changed() -> None:
 
 
 def test_a_spoiled_quote_is_a_piece_of_the_rollout_as_long_as_the_quote_was() -> None:
-    tokens, quotes = list("abcdefgh"), set()
+    wrong, quotes = make_rollout("bcdbdc"), set()
     for seed in range(50):
-        read = spoil(Reflection("cd", "e"), tokens, None, True, random.Random(seed))
-        assert read.idea == "e" and read.quote in "abcdefgh" and 1 <= len(read.quote) <= 2
+        (read,) = spoil_some([Reflection("cd", "e")], [wrong], Letters(), 0.0, "false", 1.0, random.Random(seed))
+        assert read.idea == "e" and read.quote in "bcdbdc<end>" and 1 <= len(read.quote) <= 2
         quotes.add(read.quote)
     assert len(quotes) > 5
 
