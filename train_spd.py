@@ -57,7 +57,7 @@ class Config(SubspaceConfig, RunConfig):
     prompts: int = option(2000, "training prompts, one completion each", minimum=1)
     rounds: int = option(1, "times to calibrate, generate and fine-tune", "1", minimum=1)
     finetune: str = option("lora", "what is trained", "lora", ("lora", "full"))
-    lora_dropout: float = option(0.05, "dropout before the updates", "0.05", minimum=0, maximum=0.99)
+    lora_dropout: float = option(0.05, "dropout before the adapters", "0.05", minimum=0, maximum=0.99)
     completion_only: bool = option(True, "take the loss on the completion alone, as the pretraining did", "no")
     epochs: int = option(5, "passes over the completions; 0 stops at the generation", "5", minimum=0)
     batch: int = option(64, "completions an update", minimum=1)

@@ -106,6 +106,8 @@ STUDIES = {
             "GRPO": "--method grpo",
             "GRPO, 3 passes": "--method grpo --updates 3",
             "span mask, 3 passes": "--mask span --updates 3",
+            "span mask, 6 passes": "--mask span --updates 6",
+            "span mask, 3 passes, reverse KL": "--mask span --updates 3 --alpha 1",
             "span mask, forward KL": "--mask span --alpha 0",
             "span mask, EMA 0.05, the student reflects": "--mask span --ema 0.05 --reflector student",
             "span mask, learning rate x3": "--mask span --learning-rate 0.003",
