@@ -21,7 +21,7 @@ class Study:
     script: str
     variants: dict[str, str]  # name -> flags
     flags: str = "--domain mix"
-    bases: tuple[int, ...] = BASES
+    bases: tuple[int | str, ...] = BASES  # a string is a Hugging Face folder
     seeds: tuple[int, ...] = SEEDS
     curve: tuple[str, ...] = ("accuracy",)  # columns of metrics.jsonl to keep; home and away are the short tests'
     reference: str = "first"  # what variants are compared with: the first of their training domain, or the base
@@ -50,6 +50,10 @@ TEXTS = {  # what the base writes under projection: at the best place of each ba
         ("aligned, calibrated without the mark", "{unmarked}"),
     )
 }
+
+SMOLLM2 = ("smollm2",)  # the folder that `python -m tools.smollm2 smollm2` makes
+REAL = "--task gym:chain_sum:max_digits=1,products --shots 1 --max-response 40 --learning-rate 5e-4"
+REAL += " --eval-problems 400 --eval-samples 1 --eval-temperature 0 --eval-batch 32"
 
 STUDIES = {
     "rosd": Study(
@@ -146,6 +150,19 @@ STUDIES = {
     ),
     "spd-text": Study("train_spd.py", TEXTS, GENERATION, curve=(), reference="base"),
     "spd-fresh": Study("train_spd.py", TEXTS, GENERATION, FRESH, seeds=(0,), curve=(), reference="base"),
+    "real-rosd": Study("train_rosd.py", THREE, f"{REAL} --finetune lora --steps 20 --batch 4 --group 4", SMOLLM2),
+    "real-spd-runs": Study(
+        "train_spd.py",
+        {
+            "SPD": "",
+            "SPD, random subspace": "--subspace random",
+            "PSR": "--method psr",
+            "SSD": "--method ssd --temperature 0.6",
+        },
+        f"{REAL} --prompts 200 --calibration-size 50 --epochs 2 --batch 8 --layers paper --project kv --rank 75%",
+        SMOLLM2,
+        curve=(),
+    ),
 }
 
 
@@ -153,7 +170,7 @@ def planned(study: Study) -> int:
     return len(study.variants) * len(study.bases) * len(study.seeds)
 
 
-def flags_of(study: Study, variant: str, base: int) -> str:
+def flags_of(study: Study, variant: str, base: int | str) -> str:
     """The flags of a run, its places filled in."""
 
     def place(found: re.Match) -> str:

@@ -48,7 +48,7 @@ class Job:
 
     script: str
     variant: str
-    base: int
+    base: int | str
     seed: int
     flags: str
     checksum: str  # of the base
@@ -59,16 +59,20 @@ class Job:
         return self.script, self.flags, self.checksum, self.seed
 
 
-def base_path(seed: int) -> str:
-    return "data/base.pt" if seed == 0 else f"results/bases/seed{seed}.pt"
+def base_path(base: int | str) -> str:
+    """The checkpoint of a pretraining seed, or the folder that is named."""
+    if isinstance(base, str):
+        return base
+    return "data/base.pt" if base == 0 else f"results/bases/seed{base}.pt"
 
 
-def base_checksum(seed: int) -> str:
+def base_checksum(base: int | str) -> str:
+    path = base_path(base)
     try:
-        return files.checksum(base_path(seed))
+        return files.checksum(path)
     except UserError as error:
-        command = f"python pretrain.py --seed {seed} --out {base_path(seed)}"
-        raise UserError(f"there is no base of pretraining seed {seed}; `{command}` makes it") from error
+        command = f"tools.smollm2 {path}" if isinstance(base, str) else f"pretrain --seed {base} --out {path}"
+        raise UserError(f"there is no base {path}; `python -m {command}` makes it") from error
 
 
 def plan(study: Study) -> list[Job]:
