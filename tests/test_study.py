@@ -204,6 +204,8 @@ def test_seeds_are_in_the_outer_loop(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_missing_base_is_told_with_the_command_that_makes_it() -> None:
     with pytest.raises(UserError, match=r"pretrain.py --seed 99 --out results/bases/seed99.pt"):
         study.base_checksum(99)
+    with pytest.raises(UserError, match=r"python -m tools.smollm2 nowhere"):
+        study.base_checksum("nowhere")
 
 
 @pytest.fixture

@@ -71,8 +71,8 @@ def base_checksum(base: int | str) -> str:
     try:
         return files.checksum(path)
     except UserError as error:
-        command = f"tools.smollm2 {path}" if isinstance(base, str) else f"pretrain --seed {base} --out {path}"
-        raise UserError(f"there is no base {path}; `python -m {command}` makes it") from error
+        command = f"-m tools.smollm2 {path}" if isinstance(base, str) else f"pretrain.py --seed {base} --out {path}"
+        raise UserError(f"there is no base {path}; `python {command}` makes it") from error
 
 
 def plan(study: Study) -> list[Job]:
