@@ -58,7 +58,12 @@ REAL += " --eval-problems 400 --eval-samples 1 --eval-temperature 0 --eval-batch
 STUDIES = {
     "rosd": Study(
         "train_rosd.py",
-        METHODS | {"GRPO as released": "--method grpo --preset released", "ROSD as released": "--preset released"},
+        METHODS
+        | {
+            "GRPO as released": "--method grpo --preset released",
+            "ROSD as released": "--preset released",
+            "OPSD as released": "--method opsd --preset released",
+        },
     ),
     "rosd-add": Study("train_rosd.py", METHODS, flags="--domain add", seeds=(0,)),
     "rosd-domains": Study(
