@@ -36,6 +36,8 @@ DRAWS = 3  # random subspaces at the aligned loss's place; their best place is t
 class Config:
     base: str = option("", "folder of a Hugging Face model; without one, the table of what is there")
     task: str = option("gym:chain_sum:max_digits=1", "what the problems are from; its first domain is taken")
+    shots: int = option(0, "worked examples in the prompts", minimum=0)
+    max_response: int | None = option(None, "tokens of a response; unset: the task's", minimum=1)
     every: int = option(3, "search every so many layers, and the paper's pair", minimum=1)
     ranks: tuple[str, ...] = option(("50%", "75%"), "ranks to search")
     calibration_size: int = option(100, "calibration examples, N_cal", "20 to 500", minimum=1)
