@@ -17,6 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hub.weights import check_shapes, read_folder
 
@@ -49,24 +50,30 @@ Rope = tuple[Tensor, Tensor]  # cos and sin
 
 
 class KVCache:
-    """One layer's keys and values, with room for `max_length` positions of which the first `length` are filled."""
+    """One layer's keys and values of all that has been read, (B, n_kv_head, S, head_dim) each."""
 
-    def __init__(self, config: GPTConfig, batch: int, max_length: int, like: Tensor) -> None:
-        # keys lie transposed in memory: the product with one query is then twice as fast
-        self.keys = like.new_empty(batch, config.n_kv_head, config.head_dim, max_length)
-        self.values = like.new_empty(batch, config.n_kv_head, max_length, config.head_dim)
-        self.length = 0
+    def __init__(self) -> None:
+        self.k, self.v, self.length, self.reserved = None, None, 0, False
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v (B, n_kv_head, T, head_dim) after what is there; return all (B, n_kv_head, S, head_dim)."""
+        """Put k and v (B, n_kv_head, T, head_dim) behind what is there -> all of it, (B, n_kv_head, S, head_dim)."""
         start, self.length = self.length, self.length + k.size(2)
-        self.keys[:, :, :, start : self.length] = k.transpose(2, 3)
-        self.values[:, :, start : self.length] = v
-        return self.keys[:, :, :, : self.length].transpose(2, 3), self.values[:, :, : self.length]
+        if self.reserved:
+            self.k[:, :, :, start : self.length], self.v[:, :, start : self.length] = k.transpose(2, 3), v
+            return self.k[:, :, :, : self.length].transpose(2, 3), self.v[:, :, : self.length]
+        if start:
+            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
+        self.k, self.v = k, v
+        return k, v
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows of the batch."""
-        self.keys, self.values = self.keys[rows], self.values[rows]
+        self.k, self.v = self.k.index_select(0, rows), self.v.index_select(0, rows)
+
+    def reserve(self, room: int) -> None:
+        """Make room for so many more positions, to be filled in place: faster, and without gradients."""
+        self.k = F.pad(self.k.transpose(2, 3), (0, room))  # transposed: the product with one query is twice as fast
+        self.v, self.reserved = F.pad(self.v, (0, 0, 0, room)), True
 
 
 Caches = list[KVCache]  # one per layer
@@ -118,7 +125,7 @@ class Attention(nn.Module):
             y = (scores.softmax(dim=-1) @ v).reshape(B, 1, -1)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-            y = y.transpose(1, 2).reshape(B, T, -1)
+            y = y.transpose(1, 2).flatten(2)
         return self.o_proj(y)
 
 
@@ -196,9 +203,6 @@ class GPT(nn.Module):
         if length > self.config.block_size:
             raise ValueError(f"a sequence of {length} tokens does not fit in block_size = {self.config.block_size}")
 
-    def make_caches(self, batch: int, max_length: int) -> Caches:
-        return [KVCache(self.config, batch, max_length, like=self.embed.weight) for _ in self.blocks]
-
     def hidden(
         self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, caches: Caches | None = None
     ) -> Tensor:
@@ -229,20 +233,36 @@ class GPT(nn.Module):
         return self.logits(self.hidden(tokens, positions, mask, caches))
 
 
+def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Caches]:
+    """Hidden state after each prompt (B, n_embd), its length (B, 1), what is not padding (B, P), and the caches."""
+    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=model.device)
+    rows = [torch.tensor(prompt) for prompt in prompts]
+    tokens = pad_sequence(rows, batch_first=True).to(model.device)  # (B, P); causal attention never sees the padding
+    real = torch.arange(tokens.size(1), device=model.device) < lengths
+    caches = [KVCache() for _ in model.blocks]
+    hidden = model.hidden(tokens, caches=caches)  # (B, P, n_embd)
+    return hidden[torch.arange(len(lengths), device=model.device), lengths[:, 0] - 1], lengths, real, caches
+
+
 def response_hidden(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
     """The hidden states that predict every token of every response -> (B, longest response, n_embd).
 
-    Rows are padded on the right, where causal attention never looks; values beyond a row's response are arbitrary.
-    Raises ValueError if the longest prompt and response together exceed block_size.
+    A prompt that several rows share is read once; then its responses are read behind it. Values beyond a row's
+    response are arbitrary. Raises ValueError if the longest prompt and response together exceed block_size.
     """
-    lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    tokens = torch.zeros(len(prompts), max(lengths), dtype=torch.long)
-    for row, prompt, response, length in zip(tokens, prompts, responses, lengths, strict=True):
-        row[:length] = torch.tensor(prompt + response)
-    first = torch.tensor([len(prompt) - 1 for prompt in prompts])  # the position that predicts response token 0
-    at = (first[:, None] + torch.arange(max(map(len, responses)))).clamp(max=max(lengths) - 1)  # (B, T)
-    hidden = model.hidden(tokens.to(model.device))
-    return hidden.gather(1, at.to(model.device).unsqueeze(-1).expand(-1, -1, hidden.size(-1)))  # (B, T, n_embd)
+    model.check_length(max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)))
+    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    rows = torch.tensor([numbers[tuple(prompt)] for prompt in prompts], device=model.device)  # (B,)
+    last, lengths, real, caches = read_prompts(model, list(map(list, numbers)))
+    first = last.index_select(0, rows)[:, None]  # (B, 1, n_embd): it predicts response token 0
+    before = pad_sequence([torch.tensor(response[:-1], dtype=torch.long) for response in responses], batch_first=True)
+    T = before.size(1)  # of the tokens that predict the next one
+    for cache in caches:
+        cache.select(rows)
+    causal = torch.ones(T, T, dtype=torch.bool, device=model.device).tril().expand(len(rows), -1, -1)
+    mask = torch.cat((real[rows, None].expand(-1, T, -1), causal), dim=2)[:, None]  # (B, 1, T, P + T)
+    positions = lengths[rows] + torch.arange(T, device=model.device)
+    return torch.cat((first, model.hidden(before.to(model.device), positions, mask, caches)), dim=1)
 
 
 def response_logprobs(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
@@ -271,16 +291,9 @@ def next_token_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, t
 
 @torch.inference_mode()
 def sample(
-    model: GPT,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    stop: int | tuple[int, ...],
-    samples: int = 1,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> tuple[list[list[int]], list[list[float]]]:
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: int | tuple[int, ...], samples: int = 1,
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None,
+) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
     """Sample responses, `samples` per prompt, side by side -> their tokens, and the log-probability of each token.
 
     A response ends with its first stop token. Log-probabilities are those of the sampling distribution: after
@@ -291,31 +304,21 @@ def sample(
     """
     if not prompts:
         return [], []
-    device, longest = model.device, max(map(len, prompts))
-    model.check_length(longest + max_new_tokens)
+    device, total = model.device, len(prompts) * samples
+    model.check_length(max(map(len, prompts)) + max_new_tokens)
     stops = torch.tensor([stop] if isinstance(stop, int) else stop, device=device)
-    tokens = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts], device=device)
-    real = torch.arange(longest) >= longest - torch.tensor([len(prompt) for prompt in prompts])[:, None]
-    real = real.to(device)  # (prompts, longest): False on the padding
-    positions = (real.cumsum(dim=1) - 1).clamp(min=0)
-    mask = None
-    if not real.all():
-        causal = torch.ones(longest, longest, dtype=torch.bool, device=device).tril()
-        itself = torch.eye(longest, dtype=torch.bool, device=device)  # a row of the mask must not be empty
-        mask = ((real[:, None] & causal) | itself)[:, None]  # (prompts, 1, longest, longest)
-    caches = model.make_caches(len(prompts), longest + max_new_tokens)  # a prompt is read once for all its samples
-    logits = model.logits(model.hidden(tokens, positions, mask, caches)[:, -1])  # (prompts, V)
-
-    total = len(prompts) * samples
     uniform = torch.rand(max_new_tokens, total, generator=generator).to(device)
     responses = torch.zeros(total, max_new_tokens, dtype=torch.long, device=device)
     chances = torch.ones(total, max_new_tokens, device=device)
     lengths = torch.ones_like(responses[:, 0])
+    last, positions, real, caches = read_prompts(model, prompts)  # once for all samples of a prompt
+    padded = not real.all()
     rows = torch.arange(total, device=device)  # the responses in the batch; all tensors below are about these
     parent, unfinished = rows // samples, torch.ones_like(rows, dtype=torch.bool)
-    logits, position, real = logits[parent], positions[parent, -1:], real[parent]
+    logits, positions, real = model.logits(last)[parent], positions[parent], real[parent]  # (rows, V), (rows, 1)
     for cache in caches:
         cache.select(parent)
+        cache.reserve(max_new_tokens)
     for t in range(max_new_tokens):
         probs = next_token_probs(logits, temperature, top_k, top_p)  # (rows, V)
         cdf = probs.cumsum(dim=-1)
@@ -328,13 +331,12 @@ def sample(
             break
         lengths[rows] += unfinished
         if len(alive) < 0.8 * len(rows):  # finished rows leave the batch
-            rows, token, position, real, unfinished = (x[alive] for x in (rows, token, position, real, unfinished))
+            rows, token, positions, real, unfinished = (x[alive] for x in (rows, token, positions, real, unfinished))
             for cache in caches:
                 cache.select(alive)
-        position = position + 1
-        if mask is not None:
-            real = F.pad(real, (0, 1), value=True)
-        logits = model(token[:, None], position, None if mask is None else real[:, None, None], caches)[:, -1]
+        real = F.pad(real, (0, 1), value=True)
+        logits = model(token[:, None], positions, real[:, None, None] if padded else None, caches)[:, -1]
+        positions = positions + 1
     written = list(zip(responses.tolist(), chances.log().tolist(), lengths.tolist(), strict=True))
     return [tokens[:end] for tokens, _, end in written], [logps[:end] for _, logps, end in written]
 

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 import losses
+import reflect
 from data import Task
 from evaluate import comparison, evaluate_run, quick_test
 from harness import parallel
@@ -40,18 +41,7 @@ from harness.run import Run, RunConfig, find_task, run_name
 from harness.side_by_side import train_all
 from lora import adapters_off, make_trainable, merge_lora
 from model import GPT, response_hidden
-from reflect import (
-    Reflection,
-    Rollout,
-    error_mask,
-    locate_span,
-    pair_up,
-    parse_reflection,
-    reflect,
-    sample_rollouts,
-    spoil_some,
-    true_position,
-)
+from reflect import Reflection, Rollout
 
 # ---------------------------------------------------------------------------------------------- settings
 
@@ -153,6 +143,7 @@ class Lesson:
     start: int  # k
     end: int
     advantage: float = 0.0  # of GRPO
+    times: int = 1  # how many equal ones it stands for
 
 
 def reflect_on(
@@ -163,10 +154,10 @@ def reflect_on(
     peers = [peer.text if peer else rollout.problem.solution for rollout, peer in pairs]
     sampling = (config.reflect_temperature, run.generator("reflect", step), config.eval_batch)
     with nullcontext() if config.reflector == "student" else adapters_off(reflector):
-        texts = reflect(reflector, task, rollouts, peers, config.told_answer, *sampling)
-    read = list(map(parse_reflection, texts))
+        texts = reflect.reflect(reflector, task, rollouts, peers, config.told_answer, *sampling)
+    read = list(map(reflect.parse_reflection, texts))
     doses = (config.spoil_idea, config.spoil_kind, config.spoil_quote)
-    return spoil_some(read, rollouts, task, *doses, run.random("spoil", step))
+    return reflect.spoil_some(read, rollouts, task, *doses, run.random("spoil", step))
 
 
 def make_lessons(
@@ -179,7 +170,7 @@ def make_lessons(
         advantages = losses.group_advantage(rewards).flatten().tolist()
         return [Lesson(r, "", 0, len(r.tokens), a) for r, a in zip(rollouts, advantages, strict=True) if a != 0], logged
 
-    pairs = pair_up(rollouts, config.group, config.peer, config.context, config.solved == "drop")
+    pairs = reflect.pair_up(rollouts, config.group, config.peer, config.context, config.solved == "drop")
     reflecting = config.context in ("reflection", "both") or config.mask in ("suffix", "span")
     reflections = [Reflection(None, None)] * len(pairs)
     if reflecting and pairs:
@@ -187,7 +178,7 @@ def make_lessons(
     lessons = []
     for (rollout, peer), reflection in zip(pairs, reflections, strict=True):
         tokens = task.pieces(rollout.tokens)
-        quoted, oracle = locate_span(reflection.quote, tokens), true_position(rollout, tokens)
+        quoted, oracle = reflect.locate_span(reflection.quote, tokens), reflect.true_position(rollout, tokens)
         if reflecting and not rollout.verdict.correct:
             logged["quote_match"].append(quoted is not None)
             logged["quote_accuracy"] += [quoted is not None and quoted[0] == oracle] if rollout.verdict.error else []
@@ -216,12 +207,22 @@ def held_by_teacher(rollout: Rollout, peer: Rollout | None, reflection: Reflecti
 # ---------------------------------------------------------------------------------------------- loss and update
 
 
+def merge_equal(lessons: list[Lesson]) -> list[Lesson]:
+    """Equal lessons as one that counts for all: a group often samples the same response more than once."""
+    equal: dict[tuple, list[Lesson]] = {}
+    for x in lessons:
+        key = (x.rollout.problem, tuple(x.rollout.tokens), x.teacher_prompt, x.start, x.end, x.advantage)
+        equal.setdefault(key, []).append(x)
+    return [dataclasses.replace(same[0], times=len(same)) for same in equal.values()]
+
+
 def lesson_loss(student: GPT, teacher: GPT, lessons: list[Lesson], task: Task, config: Config, count: Tensor) -> Tensor:
     """The loss of these lessons, as their part of a batch with `count` unmasked tokens."""
     device, responses = student.device, [lesson.rollout.tokens for lesson in lessons]
     prompts = [task.encode(task.student_prompt(lesson.rollout.problem)) for lesson in lessons]
     hidden = response_hidden(student, prompts, responses)  # (B, T, n_embd)
-    mask = error_mask([x.start for x in lessons], [x.end for x in lessons], list(map(len, responses))).to(device)  # m_t
+    mask = reflect.error_mask([x.start for x in lessons], [x.end for x in lessons], list(map(len, responses)))  # m_t
+    mask = (mask * torch.tensor([[lesson.times] for lesson in lessons])).to(device)
     y = losses.pad(responses).to(device)  # (B, T)
     old_logp = losses.pad([lesson.rollout.logprobs for lesson in lessons]).to(device)  # (B, T), when y was sampled
     if config.context == "none":  # GRPO's target is the advantage, (B, T)
@@ -259,7 +260,7 @@ def update(
             continue
         optimizer.zero_grad()
         loss = torch.zeros((), device=student.device)
-        part = sorted(part, key=lambda lesson: len(lesson.teacher_prompt) + len(lesson.rollout.tokens))
+        part = sorted(merge_equal(part), key=lambda lesson: len(lesson.teacher_prompt) + len(lesson.rollout.tokens))
         for j in range(0, len(part), config.micro_batch):
             with torch.autocast(student.device.type, torch.bfloat16, enabled=config.bf16):
                 share = lesson_loss(student, teacher, part[j : j + config.micro_batch], task, config, count)
@@ -303,7 +304,7 @@ def train(config: Config) -> dict:
         for step in run.steps(config.steps):
             problems = parallel.share(task.problems(config.domain, config.batch, run.random("problems", step)))
             sampling = (config.group, run.generator("rollout", step), config.temperature)
-            rollouts = sample_rollouts(student, task, problems, *sampling)
+            rollouts = reflect.sample_rollouts(student, task, problems, *sampling)
             reflector = student if config.reflector == "student" else run.base
             lessons, logged = make_lessons(rollouts, reflector, task, config, step, run)
             with run.keeping_bad_batch(lessons):

@@ -9,6 +9,7 @@ from torch import Tensor
 from model import (
     GPT,
     GPTConfig,
+    KVCache,
     RMSNorm,
     generate,
     response_logprobs,
@@ -154,7 +155,7 @@ def read_in_chunks(model: GPT, rows: list[Tensor], chunks: list[int]) -> list[Te
     column = torch.arange(width)
     positions = (column - padding).clamp(min=0)
     may_look = (column >= padding)[:, None, :] & (column[:, None] >= column) | torch.eye(width, dtype=torch.bool)
-    caches = model.make_caches(len(rows), width)
+    caches = [KVCache() for _ in model.blocks]
     logits = []
     for start, end in itertools.pairwise([0, *itertools.accumulate(chunks)]):
         mask = may_look[:, None, start:end, :end]
@@ -173,7 +174,7 @@ def test_cache_and_padding_leave_logits_unchanged(n_kv_head: int, chunks: list[i
 
 def test_cache_without_mask_leaves_logits_unchanged() -> None:
     model, tokens = random_model(), random_tokens(3, 9)
-    caches = model.make_caches(3, 9)
+    caches = [KVCache() for _ in model.blocks]
     logits = [model(tokens[:, :5], caches=caches)]
     for t in range(5, 9):
         logits.append(model(tokens[:, t : t + 1], torch.full((3, 1), t), caches=caches))

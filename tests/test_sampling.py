@@ -112,10 +112,10 @@ def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, read = random_model(seed=1), 0
     hidden = model.hidden
 
-    def counting(tokens: Tensor, *args: object) -> Tensor:
+    def counting(tokens: Tensor, *args: object, **kwargs: object) -> Tensor:
         nonlocal read
         read += tokens.size(0)
-        return hidden(tokens, *args)
+        return hidden(tokens, *args, **kwargs)
 
     monkeypatch.setattr(model, "hidden", counting)
     responses = generate(model, [[1, 2]], 50, STOP, samples=100, generator=seeded(0))

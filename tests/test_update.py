@@ -1,6 +1,7 @@
 """The loss of a batch and its updates, checked token by token and by hand."""
 
 import random
+from itertools import chain
 
 import pytest
 import torch
@@ -150,6 +151,23 @@ def test_gradient_of_logits_in_chunks_is_that_of_all_at_once(
     assert max(seen) == positions  # as many as allowed, and once more in the backward pass; none at a masked position
     passes = 2 if flags.get("method") == "grpo" else 4
     assert sum(seen) == passes * sum(lesson.end - lesson.start for lesson in lessons)
+
+
+@pytest.mark.parametrize("flags", [{}, {"method": "grpo", "minibatches": 2}, {"micro_batch": 2}], ids=str)
+def test_equal_lessons_are_computed_once_and_count_each_time(flags: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, two, three, four = lessons_of(4)
+    lessons, rows, original = [one, two, two, two, three, four, three], [], train_rosd.lesson_loss
+    monkeypatch.setattr(train_rosd, "merge_equal", list)
+    whole_loss, whole, *_ = updates_of(lessons, **flags)
+    monkeypatch.undo()
+    monkeypatch.setattr(
+        train_rosd, "lesson_loss", lambda s, t, part, *rest: rows.extend(part) or original(s, t, part, *rest)
+    )
+    loss, merged, *_ = updates_of(lessons, **flags)
+    assert len(rows) == (5 if "minibatches" in flags else 4) and sum(lesson.times for lesson in rows) == 7
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    for ours, theirs in zip(chain(*merged.seen), chain(*whole.seen), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_next_token_loss_in_chunks_is_that_of_all_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
