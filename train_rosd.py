@@ -82,8 +82,9 @@ class Config(RunConfig):
         None, "which correct rollout of the group is y*; unset: the preset's", "shortest", ("shortest", "first")
     )
     reflector: str | None = option(
-        None, "who reflects: the base or the current student; unset: the preset's", "base", ("base", "student")
-    )
+        None, "who reflects: the base, the current student, or an oracle that knows the truth; unset: the preset's",
+        "base", ("base", "student", "oracle"),
+    )  # fmt: skip
     told_answer: bool | None = option(None, "tell the reflector the right answer; unset: the preset's", "not stated")
     solved: str | None = option(
         None, "groups without a wrong rollout: keep or drop; unset: the preset's", "keep", ("keep", "drop")
@@ -153,8 +154,11 @@ def reflect_on(
     rollouts = [rollout for rollout, _ in pairs]
     peers = [peer.text if peer else rollout.problem.solution for rollout, peer in pairs]
     sampling = (config.reflect_temperature, run.generator("reflect", step), config.eval_batch)
-    with nullcontext() if config.reflector == "student" else adapters_off(reflector):
-        texts = reflect.reflect(reflector, task, rollouts, peers, config.told_answer, *sampling)
+    if config.reflector == "oracle":
+        texts = [task.true_reflection(rollout.problem, rollout.text) for rollout in rollouts]
+    else:
+        with nullcontext() if config.reflector == "student" else adapters_off(reflector):
+            texts = reflect.reflect(reflector, task, rollouts, peers, config.told_answer, *sampling)
     read = list(map(reflect.parse_reflection, texts))
     doses = (config.spoil_idea, config.spoil_kind, config.spoil_quote)
     return reflect.spoil_some(read, rollouts, task, *doses, run.random("spoil", step))
@@ -172,10 +176,8 @@ def make_lessons(
 
     pairs = reflect.pair_up(rollouts, config.group, config.peer, config.context, config.solved == "drop")
     reflecting = config.context in ("reflection", "both") or config.mask in ("suffix", "span")
-    reflections = [Reflection(None, None)] * len(pairs)
-    if reflecting and pairs:
-        reflections = reflect_on(pairs, reflector, task, config, step, run)
-    lessons = []
+    without = [Reflection(None, None)] * len(pairs)
+    reflections, lessons = reflect_on(pairs, reflector, task, config, step, run) if reflecting else without, []
     for (rollout, peer), reflection in zip(pairs, reflections, strict=True):
         tokens = task.pieces(rollout.tokens)
         quoted, oracle = reflect.locate_span(reflection.quote, tokens), reflect.true_position(rollout, tokens)
@@ -183,11 +185,9 @@ def make_lessons(
             logged["quote_match"].append(quoted is not None)
             logged["quote_accuracy"] += [quoted is not None and quoted[0] == oracle] if rollout.verdict.error else []
             logged["error_position"].append((quoted or (0, 0))[0] / len(tokens))
-        start, end = 0, len(tokens)
-        if not rollout.verdict.correct:
-            k, quote_end = quoted or (start, end)  # k = Locate(q, y-), 0 if not found
-            masks = {"whole": (start, end), "suffix": (k, end), "span": (k, quote_end), "oracle": (oracle, end)}
-            start, end = masks[config.mask]
+        end, (k, quote_end) = len(tokens), quoted or (0, len(tokens))  # k = Locate(q, y-), 0 if not found
+        masks = {"whole": (0, end), "suffix": (k, end), "span": (k, quote_end), "oracle": (oracle, end)}
+        start, end = masks["whole" if rollout.verdict.correct else config.mask]
         if held := held_by_teacher(rollout, peer, reflection, config):
             lessons.append(Lesson(rollout, task.teacher_prompt(rollout.problem, **held), start, end))
     return lessons, logged

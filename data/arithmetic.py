@@ -3,7 +3,7 @@
 import random
 from typing import ClassVar
 
-from data import chains, prompts, tokenizer
+from data import chains, documents, prompts, tokenizer
 from data.task import Problem, Task, Verdict
 
 
@@ -42,6 +42,9 @@ class Arithmetic(Task):
     def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, told_answer: bool) -> str:
         answer = chains.true_values(problem.question)[-1] if told_answer else None
         return prompts.reflect_prompt(problem.question, attempt, peer, answer)
+
+    def true_reflection(self, problem: Problem, response: str) -> str:
+        return documents.reflection(problem.question, response)
 
     encode = staticmethod(tokenizer.encode)
     decode = staticmethod(tokenizer.decode)

@@ -74,6 +74,10 @@ class Task(ABC):
     def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, told_answer: bool) -> str:
         """A wrong attempt beside a correct peer, or a correct attempt alone, perhaps with the right final answer."""
 
+    @abstractmethod
+    def true_reflection(self, problem: Problem, response: str) -> str:
+        """What a reflector who knows the truth would write: the error quote of a wrong response, and the idea."""
+
     # ------------------------------------------------------------------------------------------ tokens
 
     @abstractmethod

@@ -119,6 +119,15 @@ class Words(Task):
         ]
         return self.chat(reflection_request(problem.question, attempt, peer, answer), examples)
 
+    def true_reflection(self, problem: WordProblem, response: str) -> str:
+        """Quotes where a wrong response first writes the result that it ends with; the idea is the right result."""
+        idea = f"<explanation>The result is {problem.answer}.</explanation>"
+        given = final_answer(response, problem.answer)
+        if given is None or self.source.right(problem, given):
+            return idea
+        place = re.search(rf"(=|{MARK})\s*{re.escape(given)}(?!\d)", response)
+        return f"<error_quote>{place[0] if place else given}</error_quote>{idea}"
+
     def examples(self, problem: WordProblem) -> list[tuple[str, str]]:
         """Training problems of the same domain with their solutions, never the problem itself."""
         others = [other for other in self.shown.get(problem.domain, ()) if other.question != problem.question]

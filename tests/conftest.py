@@ -66,6 +66,9 @@ class Letters(Task):
     def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, told_answer: bool) -> str:
         return f"{problem.question}{problem.solution if told_answer else ''}~{attempt}~{peer or ''}?"
 
+    def true_reflection(self, problem: Problem, response: str) -> str:
+        return f"<explanation>{problem.solution}</explanation>"
+
     def encode(self, text: str) -> list[int]:
         words = self.FORM.findall(text)
         if "".join(words) != text:

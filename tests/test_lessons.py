@@ -9,6 +9,7 @@ from conftest import ROSD, Letters, make_rollout
 
 import train_rosd
 from data import Problem, Verdict
+from data.arithmetic import Arithmetic
 from harness.cli import parse_config
 from harness.run import Run, run_name
 from losses import group_advantage
@@ -17,6 +18,7 @@ from reflect import (
     choose_peers,
     false_idea,
     pair_up,
+    parse_reflection,
     spoil_some,
 )
 from train_rosd import Config, Lesson, make_lessons, settle
@@ -142,6 +144,17 @@ def test_reflector(who: str, base: str, tmp_path: Path, monkeypatch: pytest.Monk
         parse_config(Config, "", [*ROSD, "--base", base, "--out", str(tmp_path / "o"), "--reflector", who])
     )
     assert seen == [who] * 2
+
+
+def test_the_oracle_knows_the_truth_and_asks_no_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    lessons, _ = lessons_of(run, ["bc", "a"], [], monkeypatch, reflector="oracle")
+    assert [lesson.teacher_prompt for lesson in lessons] == ["a0a~?"] * 2
+
+
+def test_the_oracle_of_arithmetic_quotes_the_first_error_and_names_the_true_step() -> None:
+    problem = Problem("3+8-5*2", "3+8=1;1-5=6;6*2=2;#2")
+    written = parse_reflection(Arithmetic().true_reflection(problem, "3+8=1;1-5=7;7*2=4;#4"))
+    assert written == Reflection("1-5=7", "1-5=6")
 
 
 # ---------------------------------------------------------------------------------------------- misleading on purpose

@@ -55,6 +55,24 @@ def test_worked_examples_are_training_problems_of_the_domain_and_never_the_probl
     assert quote is not None and locate(quote, list(reflection)) is not None
 
 
+@pytest.mark.parametrize(
+    ("response", "quote"),
+    [
+        ("48 / 2 = 24, 48 + 24 = 73. So 73.", "= 73"),
+        ("The answer is 7.", "The answer is 7"),
+        ("27 or so, that is 7", "7"),
+        ("48 + 24 = 72", None),
+        ("No idea", None),
+    ],
+)
+def test_the_oracle_quotes_the_wrong_result_and_names_the_right_one(
+    task: Task, response: str, quote: str | None
+) -> None:
+    read = parse_reflection(task.true_reflection(find(task, "eggs", "Ann"), response))
+    assert (read.quote, read.idea) == (quote, "The result is 72.")
+    assert quote is None or locate(quote, list(response)) is not None
+
+
 def test_what_a_model_wrote_cannot_pass_for_special_tokens(task: Task) -> None:
     problem = find(task, "eggs", "Ann")
     plain, odd = (task.encode(task.reflector_prompt(problem, text, None, False)) for text in ("a", "a<|im_end|>\ufffd"))
