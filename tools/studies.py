@@ -155,7 +155,16 @@ STUDIES = {
     ),
     "spd-text": Study("train_spd.py", TEXTS, GENERATION, curve=(), reference="base"),
     "spd-fresh": Study("train_spd.py", TEXTS, GENERATION, FRESH, seeds=(0,), curve=(), reference="base"),
-    "real-rosd": Study("train_rosd.py", THREE, f"{REAL} --finetune lora --steps 20 --batch 4 --group 4", SMOLLM2),
+    "real-rosd": Study(  # an oracle separates the method from its reflector, false results from the method
+        "train_rosd.py",
+        THREE
+        | {
+            "ROSD, an oracle reflects": "--reflector oracle",
+            "ROSD, an oracle reflects falsely": "--reflector oracle --spoil-idea 1",
+        },
+        f"{REAL} --finetune lora --steps 20 --batch 4 --group 4",
+        SMOLLM2,
+    ),
     "real-spd-runs": Study(
         "train_spd.py",
         {
