@@ -54,6 +54,7 @@ TEXTS = {  # what the base writes under projection: at the best place of each ba
 SMOLLM2 = ("smollm2",)  # the folder that `python -m tools.smollm2 smollm2` makes
 REAL = "--task gym:chain_sum:max_digits=1,products --shots 1 --max-response 40 --learning-rate 5e-4"
 REAL += " --eval-problems 400 --eval-samples 1 --eval-temperature 0 --eval-batch 32"
+RULE = "--layers 6 --project v --rank 50%"  # where tools/real_spd.py places the aligned subspace for these sums
 
 STUDIES = {
     "rosd": Study(
@@ -168,12 +169,15 @@ STUDIES = {
     "real-spd-runs": Study(
         "train_spd.py",
         {
-            "SPD": "",
-            "SPD, random subspace": "--subspace random",
+            "SPD": RULE,
+            "SPD, random subspace": f"{RULE} --subspace random",  # another draw with every seed
+            "SPD, full-sequence loss": f"{RULE} --loss full",
+            "SPD, the paper's place": "--layers paper --project kv --rank 50%",
             "PSR": "--method psr",
-            "SSD": "--method ssd --temperature 0.6",
+            "SSD, T = 0.6": "--method ssd --temperature 0.6",
+            "SSD, greedy": "--method ssd",  # SPD without the projection
         },
-        f"{REAL} --prompts 200 --calibration-size 50 --epochs 2 --batch 8 --layers paper --project kv --rank 75%",
+        f"{REAL} --prompts 200 --calibration-size 100 --epochs 2 --batch 8",
         SMOLLM2,
         curve=(),
     ),
