@@ -234,14 +234,24 @@ class GPT(nn.Module):
 
 
 def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Caches]:
-    """Hidden state after each prompt (B, n_embd), its length (B, 1), what is not padding (B, P), and the caches."""
-    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=model.device)
-    rows = [torch.tensor(prompt) for prompt in prompts]
-    tokens = pad_sequence(rows, batch_first=True).to(model.device)  # (B, P); causal attention never sees the padding
-    real = torch.arange(tokens.size(1), device=model.device) < lengths
-    caches = [KVCache() for _ in model.blocks]
-    hidden = model.hidden(tokens, caches=caches)  # (B, P, n_embd)
-    return hidden[torch.arange(len(lengths), device=model.device), lengths[:, 0] - 1], lengths, real, caches
+    """Hidden state after each prompt (B, n_embd), its length (B, 1), what is not padding (B, P), and the caches.
+
+    Padding is on the right, where causal attention never looks. What all prompts begin with is read once.
+    """
+    caches, device, mask = [KVCache() for _ in model.blocks], model.device, None
+    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
+    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)  # (B, P)
+    position = torch.arange(tokens.size(1), device=device)
+    same = min(int((tokens == tokens[0]).all(dim=0).cumprod(dim=0).sum()), int(lengths.min()) - 1)
+    same *= same >= 16  # less does not pay for a pass of its own
+    if same:
+        model.hidden(tokens[:1, :same], caches=caches)
+        for cache in caches:
+            cache.select(torch.zeros_like(lengths[:, 0]))
+        mask = (position <= position[same:, None])[None, None]  # (1, 1, P - same, P)
+    hidden = model.hidden(tokens[:, same:], position[None, same:], mask, caches)  # (B, P - same, n_embd)
+    after = hidden[torch.arange(len(prompts), device=device), lengths[:, 0] - 1 - same]
+    return after, lengths, position < lengths, caches
 
 
 def response_hidden(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:

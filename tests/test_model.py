@@ -192,6 +192,20 @@ def test_response_logprobs_are_those_of_each_row_alone() -> None:
         torch.testing.assert_close(row[: len(response)], expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("common", [0, 15, 16, 25])
+def test_what_prompts_share_is_read_once_and_changes_nothing(common: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, read, hidden = random_model(), [], GPT.hidden
+    start = random_tokens(common, seed=3).tolist()
+    prompts = [start + end for end in ([1], [2, 3], [2, 3], [4, 5, 6])]
+    responses = [[7, 8], [9], [3, 3, 3], [1]]
+    alone = [response_logprobs(model, [x], [y])[0] for x, y in zip(prompts, responses, strict=True)]
+    monkeypatch.setattr(GPT, "hidden", lambda gpt, x, *a, **k: read.append(x.shape) or hidden(gpt, x, *a, **k))
+    together = response_logprobs(model, prompts, responses)
+    assert read == [*[(1, common)] * (common >= 16), (3, 3 + common * (common < 16)), (4, 2)]
+    for row, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(row[: len(expected)], expected, atol=1e-5, rtol=0)
+
+
 def test_rows_of_response_logprobs_do_not_influence_one_another() -> None:
     model, row = random_model(), ([1, 2, 3], [4, 5, 6])
     prompts, responses = zip(row, ([7] * 9, [8] * 4), ([9], [10] * 15), strict=True)
