@@ -7,13 +7,11 @@ from data.answers import MARK
 
 STUDENT = "{question}"
 
+# A model of 135M parameters follows this form after a worked example, and hardly any longer one.
 IDEA = """\
 {question}
 
-Somebody who has looked at attempts at this problem tells you what matters in it:
-{idea}
-
-Heed this advice without mentioning it."""
+Hint: {idea}"""
 
 SOLUTION = """\
 {question}

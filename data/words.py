@@ -125,7 +125,7 @@ class Words(Task):
         given = final_answer(response, problem.answer)
         if given is None or self.source.right(problem, given):
             return idea
-        place = re.search(rf"(=|{MARK})\s*{re.escape(given)}(?!\d)", response)
+        place = re.search(rf"=\s*{re.escape(given)}(?!\d)", response)
         return f"<error_quote>{place[0] if place else given}</error_quote>{idea}"
 
     def examples(self, problem: WordProblem) -> list[tuple[str, str]]:

@@ -59,7 +59,7 @@ def test_worked_examples_are_training_problems_of_the_domain_and_never_the_probl
     ("response", "quote"),
     [
         ("48 / 2 = 24, 48 + 24 = 73. So 73.", "= 73"),
-        ("The answer is 7.", "The answer is 7"),
+        ("The answer is 7.", "7"),
         ("27 or so, that is 7", "7"),
         ("48 + 24 = 72", None),
         ("No idea", None),

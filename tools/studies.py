@@ -161,6 +161,7 @@ STUDIES = {
         THREE
         | {
             "ROSD, an oracle reflects": "--reflector oracle",
+            "ROSD, an oracle reflects, whole mask": "--reflector oracle --mask whole",
             "ROSD, an oracle reflects falsely": "--reflector oracle --spoil-idea 1",
         },
         f"{REAL} --finetune lora --steps 20 --batch 4 --group 4",
