@@ -309,9 +309,9 @@ def test_real_runs_leave_what_the_study_collects(script: str, tmp_path: Path, mo
     monkeypatch.setattr(sys, "argv", command[1:])
     importlib.import_module(script[:-3]).main()
     run = study.compact(job, small, folder)
-    assert set(stats.of_run(run)) >= {"in domain", "elsewhere", "unfinished"} and set(stats.of_base(run))
+    assert set(stats.figures(run, "after")) >= {"in domain", "elsewhere", "unfinished"} and set(stats.figures(run, "before"))
     assert len(json.dumps(run)) < 1500 and run["base_checksum"] == files.checksum("data/base.pt")
     if script == "train_rosd.py":
         assert (run["updates"], run["rollouts"], len(run["curve"]["accuracy"])) == (2, 8, 2)
     else:
-        assert set(run["own"]) == set(run["generation"]) and "gain" in stats.of_run(run)
+        assert set(run["own"]) == set(run["generation"]) and "gain" in stats.figures(run, "after")

@@ -12,7 +12,6 @@ results/spd-mechanism.json has a line a place; a base that it holds, by its chec
 """
 
 import itertools
-import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -170,13 +169,6 @@ def measure_base(
                 yield row | measure(model, golden, own)
 
 
-def write_results(rows: list[dict], **head: object) -> None:
-    short = [[float(f"{x:.3g}") if isinstance(x, float) else x for x in row.values()] for row in rows]
-    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in short)
-    text = json.dumps(head | {"columns": list(rows[0])})[:-1]
-    files.write_text(stats.RESULTS / f"{NAME}.json", f'{text}, "rows": [\n{lines}\n]}}\n')
-
-
 def main() -> None:
     config = parse_config(Config, __doc__)
     torch.set_num_threads(1)
@@ -199,7 +191,9 @@ def main() -> None:
             model = files.load_checkpoint(base_path(base))[0].eval()
             rows += [{"base": base} | row for row in measure_base(model, task, problems, solutions)]
             known[str(base)] = checksums[str(base)]
-            write_results(sorted(rows, key=lambda row: row["base"]), bases=known, S=S)
+            rows.sort(key=lambda row: row["base"])
+            short = [[float(f"{x:.3g}") if isinstance(x, float) else x for x in row.values()] for row in rows]
+            stats.write_results(NAME, {"bases": known, "S": S, "columns": list(rows[0])}, "rows", short)
     rows = places.mechanism_rows()
     print(places.mechanism_table(rows))
     if config.readme:

@@ -79,7 +79,7 @@ def curve(runs: list[dict], column: str, per_step: str = "") -> dict[float, stat
         values, key = run["curve"][column], (run["base"], run["seed"])
         each = run[per_step] / len(run["curve"]["accuracy"]) if per_step else 1
         if column in ("home", "away"):
-            before = stats.figures(run["before"], run["domain"])
+            before = stats.figures(run, "before")
             values = [before["in domain" if column == "home" else "elsewhere"], *values]
         for step, value in enumerate(values):
             if value is not None:

@@ -113,15 +113,11 @@ def finished(study: Study, jobs: list[Job], known: dict[tuple, dict]) -> dict[Jo
 
 
 def write_results(name: str, study: Study, jobs: list[Job], done: dict[Job, dict]) -> dict:
-    """Write results/<study>.json, one line a run, variant by variant -> its content."""
+    """Write results/<study>.json, variant by variant -> its content."""
     order = {variant: i for i, variant in enumerate(study.variants)}
     runs = [done[job] for job in sorted(done, key=lambda job: (order[job.variant], jobs.index(job)))]
-    content = {"study": name, "script": study.script, "reference": study.reference, "planned": planned(study)}
-    lines = [json.dumps(files.plain(run), separators=(",", ":"), allow_nan=False) for run in runs]
-    head = json.dumps(content, indent=1)[:-2]
-    files.make_folder(stats.RESULTS)
-    files.write_text(stats.RESULTS / f"{name}.json", f'{head},\n "runs": [\n' + ",\n".join(lines) + "\n ]\n}\n")
-    return content | {"runs": runs}
+    head = {"study": name, "script": study.script, "reference": study.reference, "planned": planned(study)}
+    return stats.write_results(name, head, "runs", runs)
 
 
 def compact(job: Job, study: Study, folder: Path) -> dict[str, Any]:
@@ -139,12 +135,12 @@ def compact(job: Job, study: Study, folder: Path) -> dict[str, Any]:
         run["own"] = compact_scores(result["own"])[home]
         run["generation"] = compact_scores(result["generation"][-1])[home]
     run["curve"] = {column: curve_column(rows, column, home) for column in study.curve}
-    return rounded(run)
+    return json.loads(json.dumps(run), parse_float=lambda digits: round(float(digits), 4))
 
 
 def compact_scores(scores: dict[str, dict] | None) -> dict[str, dict] | None:
-    sizes = ("problems", "samples")
-    return scores and {d: {name: x for name, x in score.items() if name not in sizes} for d, score in scores.items()}
+    counts = ("problems", "samples")
+    return scores and {d: {name: x for name, x in score.items() if name not in counts} for d, score in scores.items()}
 
 
 def curve_column(rows: list[dict], column: str, home: str) -> list[float | None]:
@@ -158,14 +154,6 @@ def curve_column(rows: list[dict], column: str, home: str) -> list[float | None]
         else:
             values.append(row.get(column))
     return values if any(value is not None for value in values) else []
-
-
-def rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return round(value, 4) if isinstance(value, float) else value
 
 
 # ---------------------------------------------------------------------------------------------- running
