@@ -309,7 +309,9 @@ def test_real_runs_leave_what_the_study_collects(script: str, tmp_path: Path, mo
     monkeypatch.setattr(sys, "argv", command[1:])
     importlib.import_module(script[:-3]).main()
     run = study.compact(job, small, folder)
-    assert set(stats.figures(run, "after")) >= {"in domain", "elsewhere", "unfinished"} and set(stats.figures(run, "before"))
+    assert set(stats.figures(run, "after")) >= {"in domain", "elsewhere", "unfinished"} and set(
+        stats.figures(run, "before")
+    )
     assert len(json.dumps(run)) < 1500 and run["base_checksum"] == files.checksum("data/base.pt")
     if script == "train_rosd.py":
         assert (run["updates"], run["rollouts"], len(run["curve"]["accuracy"])) == (2, 8, 2)
