@@ -15,7 +15,6 @@ import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -172,7 +171,7 @@ def measure_base(
 def main() -> None:
     config = parse_config(Config, __doc__)
     torch.set_num_threads(1)
-    path, task = stats.RESULTS / f"{NAME}.json", load_task("arithmetic")
+    task = load_task("arithmetic")
     problems = task.problems(DOMAIN, PROBLEMS, random.Random("mechanism"))
     solutions = [[*task.encode(problem.solution), task.end()] for problem in problems]
     S = sum(len(task.decisive(task.pieces(solution))) for solution in solutions) / len(solutions)
@@ -182,10 +181,10 @@ def main() -> None:
         rows = [{"base": config.base} | row for row in found]
         print(places.mechanism_table(places.with_golden(rows, S)))
         return
+    path, checksums = stats.RESULTS / f"{NAME}.json", {str(base): base_checksum(base) for base in (*BASES, *FRESH)}
     held = files.read_json(path) if path.exists() else {"bases": {}, "columns": [], "rows": []}
-    checksums = {str(base): base_checksum(base) for base in (*BASES, *FRESH)}
     known = {base: sum for base, sum in held["bases"].items() if checksums.get(base) == sum}
-    rows = [row for row in map(dict, map(partial(zip, held["columns"]), held["rows"])) if str(row["base"]) in known]
+    rows = [row for row in places.rows_of(held) if str(row["base"]) in known]
     for base in (*BASES, *FRESH):
         if str(base) not in known:
             model = files.load_checkpoint(base_path(base))[0].eval()

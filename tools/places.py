@@ -16,7 +16,12 @@ CALIBRATION = {  # domains of the calibration set, by the name of the subspace
 def mechanism_rows() -> list[dict]:
     """What tools/mechanism.py measured of the bases of the studies."""
     held = read_results("spd-mechanism", "mechanism")
-    return with_golden([dict(zip(held["columns"], row, strict=True)) for row in held["rows"]], held["S"])
+    return with_golden(rows_of(held), held["S"])
+
+
+def rows_of(held: dict) -> list[dict]:
+    """The rows of results/spd-mechanism.json, whose columns are named once."""
+    return [dict(zip(held["columns"], row, strict=True)) for row in held["rows"]]
 
 
 def with_golden(rows: list[dict], S: float) -> list[dict]:
@@ -24,22 +29,18 @@ def with_golden(rows: list[dict], S: float) -> list[dict]:
     return [row | {"golden": row["rest"] + S * row["right"]} for row in rows]
 
 
-def places(rows: list[dict], base: int | str, subspace: str) -> list[dict]:
-    """One row a place (layers, keys or values, rank) of a base, its measures averaged over the random draws."""
-    found: dict[tuple, list[dict]] = {}
+def best_place(rows: list[dict], base: int | str, subspace: str) -> dict:
+    """The rule of the studies: where golden solutions of training problems are likeliest under projection.
+
+    The measures of a place (layers, keys or values, rank) are averaged over the draws of a random subspace.
+    """
+    draws: dict[str, list[dict]] = {}
     for row in rows:
         if (row["base"], row["subspace"]) == (base, subspace):
-            found.setdefault((row["layers"], row["project"], row["rank"]), []).append(row)
+            draws.setdefault(place_name(row), []).append(row)
+    best = max(draws.values(), key=lambda found: np.mean([row["golden"] for row in found]))
     names = ("base", "layers", "project", "rank", "subspace", "draw")
-    return [
-        {name: x if name in names else float(np.mean([row[name] for row in draws])) for name, x in draws[0].items()}
-        for draws in found.values()
-    ]
-
-
-def best_place(rows: list[dict], base: int | str, subspace: str) -> dict:
-    """The rule of the studies: where golden solutions of training problems are likeliest under projection."""
-    return max(places(rows, base, subspace), key=lambda row: row["golden"])
+    return {name: x if name in names else float(np.mean([row[name] for row in best])) for name, x in best[0].items()}
 
 
 def place_name(row: dict) -> str:

@@ -1,6 +1,6 @@
 """Draw pictures from the files in results/: what the tables of the studies cannot show.
 
-    python -m tools.plots              every picture whose study has run
+    python -m tools.plots              every picture
     python -m tools.plots curves       this one
 
 Needs `pip install -e '.[plots]'`. Grey text on no background is legible on light and on dark pages. The colours are
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from harness import files
 from harness.cli import option, parse_config, run_script
@@ -61,11 +63,10 @@ def line(axis: Any, points: dict[float, stats.Values], label: str, style: tuple[
     """The mean over runs at every x, in percent, and its 95 % interval as a band."""
     x = sorted(points)
     found = [stats.estimate(points[each]) for each in x]
-    mean, half = [100 * e.mean for e in found], [100 * (e.half or 0) for e in found]
+    mean, half = 100 * np.array([(each.mean, each.half or 0) for each in found]).T
     colour, marker = style
     axis.plot(x, mean, color=colour, marker=marker, markersize=4, markevery=max(1, len(x) // 10), label=label)
-    low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
-    axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
 
 
 def curve(runs: list[dict], column: str, per_step: str = "") -> dict[float, stats.Values]:
@@ -177,12 +178,7 @@ class Config:
 def main() -> None:
     config = parse_config(Config, __doc__)
     for name in [config.picture] if config.picture else PICTURES:
-        try:
-            PICTURES[name]()
-        except UserError as error:
-            if config.picture:
-                raise
-            print(f"{name} is not drawn: {error}")
+        PICTURES[name]()
 
 
 if __name__ == "__main__":

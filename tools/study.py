@@ -173,8 +173,8 @@ def run_study(name: str, study: Study, config: Config, deadline: float) -> dict:
     done = finished(study, jobs, known_runs())
     results = write_results(name, study, jobs, done)
     out = files.make_folder(Path(config.out).resolve() / name)
-    unique = {job.key: job for job in reversed(jobs) if job not in done}  # two variants may be the same on a base
-    waiting = [(job, *command_of(job, out)) for job in reversed(unique.values())]
+    unique = {job.key: job for job in jobs if job not in done}  # two variants may be the same on a base
+    waiting = [(job, *command_of(job, out)) for job in unique.values()]
     running: list[tuple[subprocess.Popen, Job, Path]] = []
     failed: list[str] = []
     with tqdm(total=len(jobs), initial=len(done), desc=name, unit="run") as progress:
