@@ -1,12 +1,20 @@
 """The benchmark: both sides do the same work."""
 
+import sys
 from pathlib import Path
 
 import pytest
 from test_hub import write_model
 from test_hub_tokenizer import write_tokenizer
 
-from tools import peers
+from harness.errors import UserError
+from tools import bench, peers
+
+
+def test_without_a_folder_the_flag_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["bench"])
+    with pytest.raises(UserError, match="--real"):
+        bench.main()
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ another machine, too. Delete the files to measure everything anew.
 """
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -80,9 +81,7 @@ def plan(study: Study) -> list[Job]:
     checksums = {base: base_checksum(base) for base in study.bases}
     return [
         Job(study.script, variant, base, seed, flags_of(study, variant, base), checksums[base])
-        for seed in study.seeds
-        for base in study.bases
-        for variant in study.variants
+        for seed, base, variant in itertools.product(study.seeds, study.bases, study.variants)
     ]
 
 
@@ -113,9 +112,8 @@ def finished(study: Study, jobs: list[Job], known: dict[tuple, dict]) -> dict[Jo
 
 
 def write_results(name: str, study: Study, jobs: list[Job], done: dict[Job, dict]) -> dict:
-    """Write results/<study>.json, variant by variant -> its content."""
-    order = {variant: i for i, variant in enumerate(study.variants)}
-    runs = [done[job] for job in sorted(done, key=lambda job: (order[job.variant], jobs.index(job)))]
+    """Write the finished runs to results/<study>.json, variant by variant -> its content."""
+    runs = [done[job] for variant in study.variants for job in jobs if job.variant == variant and job in done]
     head = {"study": name, "script": study.script, "reference": study.reference, "planned": planned(study)}
     return stats.write_results(name, head, "runs", runs)
 

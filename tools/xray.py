@@ -142,12 +142,6 @@ def rosd_page(base: GPT, task: Task, students: dict[str, GPT], group: list[Rollo
     return render("rosd", question=peer.problem.question, views=views, answers=answers)
 
 
-def trained_students(config: Config) -> dict[str, GPT]:
-    """The students of `python train_rosd.py` on this domain, with seed 0, by method."""
-    paths = {name: Path(config.runs, f"{name.lower()}-seed0", "model.pt") for name in ("ROSD", "SDPO")}
-    return {name: files.load_checkpoint(path)[0] for name, path in paths.items() if path.exists()}
-
-
 # ---------------------------------------------------------------------------------------------- SPD
 
 
@@ -203,7 +197,9 @@ def main() -> None:
     files.make_folder(path.resolve().parent)
     if config.page == "rosd":
         _, peer, group = reflect.example(model, task, config.domain, config.seed)
-        page = rosd_page(model, task, trained_students(config), group, peer)
+        paths = {name: Path(config.runs, f"{name.lower()}-seed0", "model.pt") for name in ("ROSD", "SDPO")}
+        students = {name: files.load_checkpoint(path)[0] for name, path in paths.items() if path.exists()}
+        page = rosd_page(model, task, students, group, peer)
     else:
         page = spd_page(model, task, config)
     files.write_text(path, page)
