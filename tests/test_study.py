@@ -180,9 +180,7 @@ def test_places_are_those_of_the_base_and_of_the_subspace(tmp_path: Path, monkey
         [0, "paper", "kv", 50, "random", 0, -4, -0.1], [0, "paper", "kv", 50, "random", 1, -4, -0.1],
     ]  # fmt: skip
     files.write_json(tmp_path / "spd-mechanism.json", {"S": 4, "columns": columns, "rows": rows})
-    declared = Study(
-        "train_spd.py", {"A": "{aligned} --loss full", "R": "{random}", "M": "{aligned|unmarked}", "B": "--seed 3"}
-    )
+    declared = Study({"A": "{aligned} --loss full", "R": "{random}", "M": "{aligned|unmarked}", "B": "--seed 3"})
     declared = dataclasses.replace(declared, flags="--a b")
     exam, mix = "--calibration-domain exam", "--calibration-domain mix add sub mul long"
     assert flags_of(declared, "A", 0) == f"--a b --layers 1 --project k --rank 35% {exam} --loss full"
@@ -195,7 +193,7 @@ def test_places_are_those_of_the_base_and_of_the_subspace(tmp_path: Path, monkey
 
 def test_seeds_are_in_the_outer_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "base_checksum", str)
-    jobs = study.plan(Study("train_rosd.py", {"A": "", "B": "--mask span"}, bases=(0, 1), seeds=(0, 1)))
+    jobs = study.plan(Study({"A": "", "B": "--mask span"}, bases=(0, 1), seeds=(0, 1)))
     assert [(job.seed, job.base, job.variant) for job in jobs[:5]] == [
         (0, 0, "A"), (0, 0, "B"), (0, 1, "A"), (0, 1, "B"), (1, 0, "A"),
     ]  # fmt: skip
@@ -241,7 +239,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
 
     monkeypatch.setattr(study.subprocess, "Popen", Instant)
     shop.config = study.Config(out=str(tmp_path / "runs"), processes=1)
-    shop.study = Study("train_rosd.py", {"A": "", "B": "--mask span"}, bases=(0, 1), seeds=(0, 1))
+    shop.study = Study({"A": "", "B": "--mask span"}, bases=(0, 1), seeds=(0, 1))
     shop.run = lambda declared=shop.study, name="x", deadline=float("inf"): study.run_study(
         name, declared, shop.config, deadline
     )
@@ -303,7 +301,7 @@ def test_a_failed_run_is_told_with_its_log_and_stops_no_other(workshop: SimpleNa
 
 @pytest.mark.parametrize("script", TINY)
 def test_real_runs_leave_what_the_study_collects(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = Study(script, {"A": ""}, flags=TINY[script], bases=(0,), seeds=(0,))
+    small = Study({"A": ""}, TINY[script], bases=(0,), seeds=(0,), script=script)
     job = study.plan(small)[0]
     command, folder = study.command_of(job, tmp_path)
     monkeypatch.setattr(sys, "argv", command[1:])

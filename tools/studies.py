@@ -18,13 +18,13 @@ REFLECTOR = ("quote_match", "quote_accuracy", "error_position")
 
 @dataclass(frozen=True)
 class Study:
-    script: str
     variants: dict[str, str]  # name -> flags
     flags: str = "--domain mix"
     bases: tuple[int | str, ...] = BASES  # a string is a Hugging Face folder
     seeds: tuple[int, ...] = SEEDS
     curve: tuple[str, ...] = ("accuracy",)  # columns of metrics.jsonl to keep; home and away are the short tests'
     reference: str = "first"  # what variants are compared with: the first of their training domain, or the base
+    script: str = "train_rosd.py"
 
 
 METHODS = {
@@ -35,9 +35,8 @@ METHODS = {
     "GRPO": "--method grpo",
 }
 THREE = {name: METHODS[name] for name in ("ROSD", "SDPO", "GRPO")}
+RELEASED = {f"{name} as released": f"{METHODS[name]} --preset released".strip() for name in ("GRPO", "ROSD", "OPSD")}
 GENERATION = "--domain exam --epochs 0 --prompts 1"  # of SPD: only what the base writes, before any training
-
-
 TEXTS = {  # what the base writes under projection: at the best place of each base, by the rule of tools/mechanism.py
     f"{name}{title}": f"{flags} {temperature}".strip()
     for title, temperature in ((", greedy", ""), (", T = 1", "--temperature 1"))
@@ -56,18 +55,9 @@ REAL = "--task gym:chain_sum:max_digits=1,products --shots 1 --max-response 40 -
 REAL += " --eval-problems 400 --eval-samples 1 --eval-temperature 0 --eval-batch 32"
 
 STUDIES = {
-    "rosd": Study(
-        "train_rosd.py",
-        METHODS
-        | {
-            "GRPO as released": "--method grpo --preset released",
-            "ROSD as released": "--preset released",
-            "OPSD as released": "--method opsd --preset released",
-        },
-    ),
-    "rosd-add": Study("train_rosd.py", METHODS, flags="--domain add", seeds=(0,)),
+    "rosd": Study(METHODS | RELEASED),
+    "rosd-add": Study(METHODS, flags="--domain add", seeds=(0,)),
     "rosd-domains": Study(
-        "train_rosd.py",
         {
             f"{name} on {domain}": f"--domain {domain} {flags}".strip()
             for domain in ("sub", "mul", "long")
@@ -77,14 +67,12 @@ STUDIES = {
         seeds=(0,),
     ),
     "teacher": Study(
-        "train_rosd.py",
         {"frozen": ""}
         | {f"EMA {rate}": f"--ema {rate}" for rate in (0.02, 0.05, 0.1, 0.2)}
         | {"span mask, frozen": "--mask span", "span mask, EMA 0.05": "--mask span --ema 0.05"},
         seeds=(0,),
     ),
     "ablations": Study(
-        "train_rosd.py",
         {"ROSD": ""}
         | {f"{mask} mask": f"--mask {mask}" for mask in ("whole", "span", "oracle")}
         | {"without reflection": "--context peer"}
@@ -97,7 +85,6 @@ STUDIES = {
         curve=(),
     ),
     "collapse": Study(
-        "train_rosd.py",
         {
             "suffix mask, frozen": "",
             "span mask, frozen": "--mask span",
@@ -110,7 +97,6 @@ STUDIES = {
         curve=("accuracy", "home", "away", "merged", "checked", "unfinished"),
     ),
     "moonshot": Study(  # can a reflection do as well as a reward, from as many rollouts?
-        "train_rosd.py",
         {
             "GRPO": "--method grpo",
             "GRPO, 3 passes": "--method grpo --updates 3",
@@ -125,17 +111,13 @@ STUDIES = {
         curve=(),
     ),
     "curves": Study(
-        "train_rosd.py",
-        THREE | {"GRPO as released": "--method grpo --preset released"},
+        THREE | {"GRPO as released": RELEASED["GRPO as released"]},
         flags="--domain mix --eval-every 4",
         seeds=(0,),
         curve=("accuracy", "home", "away", *REFLECTOR),
     ),
-    "evaluation": Study(
-        "train_rosd.py", THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95", seeds=(0,)
-    ),
+    "evaluation": Study(THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95", seeds=(0,)),
     "spd": Study(
-        "train_spd.py",
         {
             "SPD": "{aligned|unmarked}",
             "PSR": "--method psr",
@@ -152,12 +134,12 @@ STUDIES = {
         flags="--domain exam",
         seeds=(0,),
         curve=(),
+        script="train_spd.py",
     ),
-    "spd-text": Study("train_spd.py", TEXTS, GENERATION, curve=(), reference="base"),
-    "spd-fresh": Study("train_spd.py", TEXTS, GENERATION, FRESH, seeds=(0,), curve=(), reference="base"),
-    "real-rosd": Study("train_rosd.py", THREE, f"{REAL} --finetune lora --steps 20 --batch 4 --group 4", SMOLLM2),
+    "spd-text": Study(TEXTS, GENERATION, curve=(), reference="base", script="train_spd.py"),
+    "spd-fresh": Study(TEXTS, GENERATION, FRESH, seeds=(0,), curve=(), reference="base", script="train_spd.py"),
+    "real-rosd": Study(THREE, f"{REAL} --finetune lora --steps 20 --batch 4 --group 4", SMOLLM2),
     "real-spd-runs": Study(
-        "train_spd.py",
         {
             "SPD": "",
             "SPD, random subspace": "--subspace random",
@@ -167,6 +149,7 @@ STUDIES = {
         f"{REAL} --prompts 200 --calibration-size 50 --epochs 2 --batch 8 --layers paper --project kv --rank 75%",
         SMOLLM2,
         curve=(),
+        script="train_spd.py",
     ),
 }
 
