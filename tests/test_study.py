@@ -240,9 +240,7 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
     monkeypatch.setattr(study.subprocess, "Popen", Instant)
     shop.config = study.Config(out=str(tmp_path / "runs"), processes=1)
     shop.study = Study({"A": "", "B": "--mask span"}, bases=(0, 1), seeds=(0, 1))
-    shop.run = lambda declared=shop.study, name="x", deadline=float("inf"): study.run_study(
-        name, declared, shop.config, deadline
-    )
+    shop.run = lambda declared=shop.study, name="x": study.run_study(name, declared, shop.config)
     shop.file = lambda name="x": files.read_json(stats.RESULTS / f"{name}.json")
     return shop
 
@@ -287,8 +285,10 @@ def test_studies_share_runs_whose_curves_suffice(workshop: SimpleNamespace) -> N
     assert more["runs"][0]["curve"] == {"accuracy": [0.1235, 0.5], "home": [None, 0.4], "quote_match": []}
 
 
-def test_no_run_starts_after_the_budget(workshop: SimpleNamespace) -> None:
-    assert workshop.run(deadline=0.0)["runs"] == [] and workshop.started == []
+def test_before_the_first_run_the_table_says_so(workshop: SimpleNamespace) -> None:
+    workshop.stop_after = 0
+    with pytest.raises(KeyboardInterrupt):
+        workshop.run()
     assert stats.table(workshop.file()) == "No run is finished."
 
 

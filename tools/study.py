@@ -4,7 +4,7 @@
     python -m tools.study rosd                runs what is missing, writes results/rosd.json, prints the table
     python -m tools.study rosd --readme       also puts the table between its markers in the READMEs
     python -m tools.study rosd --show         prints the table of what is there and runs nothing
-    python -m tools.study all --budget 60     every study; no run starts after an hour
+    python -m tools.study all                 every study
 
 results/<study>.json is written after every finished run and is meant to be committed. A run with the same flags, seed
 and base (by its checksum) that any of these files holds is not run again, so that a study goes on where it stopped, on
@@ -38,7 +38,6 @@ class Config:
     study: str = option("", "which study; without one they are listed", choices=("", "all", *STUDIES), positional=True)
     out: str = option("out/studies", "folder for the runs")
     processes: int = option(os.cpu_count() or 1, "runs side by side, one thread each", minimum=1)
-    budget: float = option(0.0, "minutes after which no further run starts; 0 for no limit", minimum=0)
     show: bool = option(False, "run nothing")
     readme: bool = option(False, "put the table into the READMEs")
 
@@ -165,7 +164,7 @@ def command_of(job: Job, out: Path) -> tuple[list[str], Path]:
     return [sys.executable, job.script, *flags], out / run_name(settings)
 
 
-def run_study(name: str, study: Study, config: Config, deadline: float) -> dict:
+def run_study(name: str, study: Study, config: Config) -> dict:
     """Run what is missing, `processes` at a time -> the content of the results file."""
     jobs = plan(study)
     done = finished(study, jobs, known_runs())
@@ -177,8 +176,8 @@ def run_study(name: str, study: Study, config: Config, deadline: float) -> dict:
     failed: list[str] = []
     with tqdm(total=len(jobs), initial=len(done), desc=name, unit="run") as progress:
         try:
-            while running or (waiting and time.time() < deadline):
-                while waiting and len(running) < config.processes and time.time() < deadline:
+            while running or waiting:
+                while waiting and len(running) < config.processes:
                     job, command, folder = waiting.pop(0)
                     with folder.with_name(folder.name + ".log").open("w", encoding="utf-8") as log:
                         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=files.ROOT)
@@ -209,9 +208,8 @@ def main() -> None:
         for name, study in STUDIES.items():
             print(f"{name:13s} {planned(study):3d} runs of {study.script}: {'; '.join(study.variants)}")
         return
-    deadline = time.time() + 60 * config.budget if config.budget else float("inf")
     for name in STUDIES if config.study == "all" else [config.study]:
-        results = stats.read_results(name) if config.show else run_study(name, STUDIES[name], config, deadline)
+        results = stats.read_results(name) if config.show else run_study(name, STUDIES[name], config)
         print(f"\n{name}\n{stats.table(results)}\n")
         if config.readme and not stats.fill_readme(name, partial(stats.table, results)):
             print(f"No README has a line <!-- table {name} -->; put one there with <!-- end --> below it.")
