@@ -19,9 +19,9 @@ import numpy as np
 from harness import files
 from harness.cli import option, parse_config, run_script
 from harness.errors import UserError
-from tools import places, stats
+from tools import stats
 from tools.stats import by_variant, read_results
-from tools.studies import BASES
+from tools.studies import BASES, best_place, mechanism_rows, place_name
 
 STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]
 GREY = "#7f868d"
@@ -141,17 +141,17 @@ SUBSPACES = {
 
 def mechanism() -> None:
     """Correctness kept against checks removed: a point a place and draw, as large as golden solutions are likely."""
-    rows = places.mechanism_rows()
+    rows = mechanism_rows()
     kinds = [*zip(SUBSPACES, STYLES, strict=False)]
     with picture("spd-mechanism", "What projecting keys or values does to the decisions of five bases", 2, 3) as axes:
         for axis, base in zip(axes.flat, BASES, strict=False):
-            plain = places.best_place(rows, base, "none")
+            plain = best_place(rows, base, "none")
             axis.axhline(0, color=GREY, linewidth=1)
             axis.axvline(100, color=GREY, linewidth=1)
             for ring, (subspace, (colour, marker)) in itertools.product((False, True), kinds[::-1]):
-                best = places.place_name(places.best_place(rows, base, subspace))
+                best = place_name(best_place(rows, base, subspace))
                 shown = [row for row in rows if (row["base"], row["subspace"]) == (base, subspace)]
-                shown = [row for row in shown if not ring or places.place_name(row) == best]
+                shown = [row for row in shown if not ring or place_name(row) == best]
                 x = [100 * math.exp(row["right"] - plain["right"]) for row in shown]
                 y = [100 * (1 - row["check"] / plain["check"]) for row in shown]
                 style = {"facecolors": "none", "edgecolors": colour} if ring else {"color": colour, "alpha": 0.5}

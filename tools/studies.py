@@ -8,11 +8,19 @@ them is the best place of this subspace on the base of the run, by the rule of t
 import re
 from dataclasses import dataclass
 
-from tools import places
+import numpy as np
+
+from tools.stats import read_results
 
 BASES = (0, 1, 2, 3, 4)  # pretraining seeds: 0 is data/base.pt, the others are results/bases/seed<N>.pt
 FRESH = (5, 6)  # pretrained when the rule for the places of SPD stood, to confirm it
 SEEDS = (0, 1, 2)
+CALIBRATION = {  # domains of the calibration set, by the name of the subspace
+    "aligned": ("exam",),
+    "unmarked": ("mix", "add", "sub", "mul", "long"),  # the same problems without the mark
+    "full": ("exam",),
+    "random": ("exam",),
+}
 REFLECTOR = ("quote_match", "quote_accuracy", "error_position")
 
 
@@ -162,9 +170,46 @@ def flags_of(study: Study, variant: str, base: int | str) -> str:
     """The flags of a run, its places filled in."""
 
     def place(found: re.Match) -> str:
-        rows = places.mechanism_rows()
-        best = max((places.best_place(rows, base, name) for name in found[1].split("|")), key=lambda row: row["golden"])
+        rows = mechanism_rows()
+        best = max((best_place(rows, base, name) for name in found[1].split("|")), key=lambda row: row["golden"])
         where = f"--layers {best['layers']} --project {best['project']} --rank {best['rank']}%"
-        return f"{where} --calibration-domain {' '.join(places.CALIBRATION[best['subspace']])}"
+        return f"{where} --calibration-domain {' '.join(CALIBRATION[best['subspace']])}"
 
     return re.sub(r"\{([\w|]+)\}", place, f"{study.flags} {study.variants[variant]}".strip())
+
+
+# ---------------------------------------------------------------------------------------------- the place of SPD
+
+
+def mechanism_rows() -> list[dict]:
+    """What tools/mechanism.py measured of the bases of the studies."""
+    held = read_results("spd-mechanism", "mechanism")
+    return with_golden(rows_of(held), held["S"])
+
+
+def rows_of(held: dict) -> list[dict]:
+    """The rows of results/spd-mechanism.json, whose columns are named once."""
+    return [dict(zip(held["columns"], row, strict=True)) for row in held["rows"]]
+
+
+def with_golden(rows: list[dict], S: float) -> list[dict]:
+    """Rows with `golden`: the mean log-probability of golden solutions, of their tokens at S and of the rest."""
+    return [row | {"golden": row["rest"] + S * row["right"]} for row in rows]
+
+
+def best_place(rows: list[dict], base: int | str, subspace: str) -> dict:
+    """The rule of the studies: where golden solutions of training problems are likeliest under projection.
+
+    The measures of a place (layers, keys or values, rank) are averaged over the draws of a random subspace.
+    """
+    draws: dict[str, list[dict]] = {}
+    for row in rows:
+        if (row["base"], row["subspace"]) == (base, subspace):
+            draws.setdefault(place_name(row), []).append(row)
+    best = max(draws.values(), key=lambda found: np.mean([row["golden"] for row in found]))
+    names = ("base", "layers", "project", "rank", "subspace", "draw")
+    return {name: x if name in names else float(np.mean([row[name] for row in best])) for name, x in best[0].items()}
+
+
+def place_name(row: dict) -> str:
+    return f"layer {row['layers']} {row['project']} {row['rank']}%" if row["project"] else "not projected"
