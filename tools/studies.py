@@ -1,8 +1,8 @@
 """The studies as data: which script runs with which flags, from which bases, with which seeds.
 
 A study's `flags` are those of every run; a variant's flags come after them, and the last one counts. {aligned} among
-them is the best place of this subspace on the base of the run, by the rule of tools/mechanism.py, and
-{aligned|unmarked} is the better place of two.
+them is the best place of this subspace on the base of the run (`best_place`), and {aligned|unmarked} is the better
+place of two. They are chosen from results/spd-mechanism.json, which tools/mechanism.py writes.
 """
 
 import re
@@ -45,7 +45,7 @@ METHODS = {
 THREE = {name: METHODS[name] for name in ("ROSD", "SDPO", "GRPO")}
 RELEASED = {f"{name} as released": f"{METHODS[name]} --preset released".strip() for name in ("GRPO", "ROSD", "OPSD")}
 GENERATION = "--domain exam --epochs 0 --prompts 1"  # of SPD: only what the base writes, before any training
-TEXTS = {  # what the base writes under projection: at the best place of each base, by the rule of tools/mechanism.py
+TEXTS = {  # what the base writes under projection, at the best place of each base
     f"{name}{title}": f"{flags} {temperature}".strip()
     for title, temperature in ((", greedy", ""), (", T = 1", "--temperature 1"))
     for name, flags in (
