@@ -21,7 +21,6 @@ CALIBRATION = {  # domains of the calibration set, by the name of the subspace
     "full": ("exam",),
     "random": ("exam",),
 }
-REFLECTOR = ("quote_match", "quote_accuracy", "error_position")
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ STUDIES = {
         THREE | {"GRPO as released": RELEASED["GRPO as released"]},
         flags="--domain mix --eval-every 4",
         seeds=(0,),
-        curve=("accuracy", "home", "away", *REFLECTOR),
+        curve=("accuracy", "home", "away", "quote_match", "quote_accuracy", "error_position"),
     ),
     "evaluation": Study(THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95", seeds=(0,)),
     "spd": Study(
