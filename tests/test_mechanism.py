@@ -14,16 +14,16 @@ from harness import files
 from harness.cli import run_script
 from model import response_logprobs
 from subspace import Example, SubspaceConfig, project_kv
-from tools import mechanism, places, stats
+from tools import mechanism, stats
 from tools.mechanism import decisions, make_probe, mark_vectors, measure, share_inside
-from tools.studies import BASES, FRESH
+from tools.studies import BASES, FRESH, mechanism_rows
 
 EVERY = (*BASES, *FRESH)
 TASK = load_task("arithmetic")
 PROBLEMS = TASK.problems("exam", 3, random.Random(0))
 GOLDEN = [[*TASK.encode(problem.solution), TASK.end()] for problem in PROBLEMS]
 PATH = stats.RESULTS / "spd-mechanism.json"
-ROWS = places.mechanism_rows()
+ROWS = mechanism_rows()
 
 
 def asked(question: str, text: str) -> dict[str, list]:
@@ -103,7 +103,7 @@ def test_only_bases_of_other_bytes_are_measured_again(tmp_path: Path, monkeypatc
     sums[2] = "new"
     run_script(mechanism.main)
     assert measured == [*EVERY, 2]
-    held, order = files.read_json(tmp_path / PATH.name), [row["base"] for row in places.mechanism_rows()]
+    held, order = files.read_json(tmp_path / PATH.name), [row["base"] for row in mechanism_rows()]
     assert held["bases"] == {str(base): sum for base, sum in sums.items()}
     assert order == [base for base in EVERY for _ in some]
 
@@ -119,7 +119,7 @@ def test_a_base_of_ones_own_is_shown_and_not_kept(
     )
     monkeypatch.setattr(mechanism, "measure_base", lambda *given: ranks.append(given[-1]) or some)
     mechanism.main()
-    own = places.mechanism_table([row for row in ROWS if row["base"] == 0])
+    own = mechanism.mechanism_table([row for row in ROWS if row["base"] == 0])
     assert [row.split("|")[2:] for row in own.splitlines()] == [
         row.split("|")[2:] for row in capsys.readouterr().out.splitlines()
     ]
@@ -129,7 +129,7 @@ def test_a_base_of_ones_own_is_shown_and_not_kept(
 def test_golden_is_S_and_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "RESULTS", tmp_path)
     files.write_json(tmp_path / PATH.name, {"S": 4.5, "columns": ["rest", "right"], "rows": [[-3.0, -0.2]]})
-    assert places.mechanism_rows()[0]["golden"] == pytest.approx(-3.9)
+    assert mechanism_rows()[0]["golden"] == pytest.approx(-3.9)
 
 
 def test_projections_in_the_corner_are_counted_base_by_base() -> None:
@@ -143,14 +143,14 @@ def test_projections_in_the_corner_are_counted_base_by_base() -> None:
         row(1, "aligned", -1.0, 0.39, 0.9),
     ]
     rows += [row(0, "full", -0.4, 0.7, 0.8), row(0, "random", -0.6, 0.1, 0.1)]
-    note = places.corner_note(rows)
+    note = mechanism.corner_note(rows)
     assert "2 of 3 aligned, 0 of 1 full, 0 of 1 random" in note and "at most 30 %" in note
 
 
 def test_the_committed_file_is_of_these_bases_and_the_page_shows_it() -> None:
     held = files.read_json(PATH)
     assert held["bases"] == {str(base): mechanism.base_checksum(base) for base in EVERY}
-    assert places.mechanism_table(ROWS) in files.read_text(stats.RESULTS / "README.md")
+    assert mechanism.mechanism_table(ROWS) in files.read_text(stats.RESULTS / "README.md")
     assert PATH.stat().st_size < 400_000
 
 

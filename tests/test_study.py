@@ -180,9 +180,7 @@ def test_places_are_those_of_the_base_and_of_the_subspace(tmp_path: Path, monkey
         [0, "paper", "kv", 50, "random", 0, -4, -0.1], [0, "paper", "kv", 50, "random", 1, -4, -0.1],
     ]  # fmt: skip
     files.write_json(tmp_path / "spd-mechanism.json", {"S": 4, "columns": columns, "rows": rows})
-    declared = Study(
-        "train_spd.py", {"A": "{aligned} --loss full", "R": "{random}", "M": "{aligned|unmarked}", "B": "--seed 3"}
-    )
+    declared = Study({"A": "{aligned} --loss full", "R": "{random}", "M": "{aligned|unmarked}", "B": "--seed 3"})
     declared = dataclasses.replace(declared, flags="--a b")
     exam, mix = "--calibration-domain exam", "--calibration-domain mix add sub mul long"
     assert flags_of(declared, "A", 0) == f"--a b --layers 1 --project k --rank 35% {exam} --loss full"
@@ -195,7 +193,7 @@ def test_places_are_those_of_the_base_and_of_the_subspace(tmp_path: Path, monkey
 
 def test_seeds_are_in_the_outer_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(study, "base_checksum", str)
-    jobs = study.plan(Study("train_rosd.py", {"A": "", "B": "--mask span"}, bases=(0, 1), seeds=(0, 1)))
+    jobs = study.plan(Study({"A": "", "B": "--mask span"}, bases=(0, 1), seeds=(0, 1)))
     assert [(job.seed, job.base, job.variant) for job in jobs[:5]] == [
         (0, 0, "A"), (0, 0, "B"), (0, 1, "A"), (0, 1, "B"), (1, 0, "A"),
     ]  # fmt: skip
@@ -241,10 +239,8 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
 
     monkeypatch.setattr(study.subprocess, "Popen", Instant)
     shop.config = study.Config(out=str(tmp_path / "runs"), processes=1)
-    shop.study = Study("train_rosd.py", {"A": "", "B": "--mask span"}, bases=(0, 1), seeds=(0, 1))
-    shop.run = lambda declared=shop.study, name="x", deadline=float("inf"): study.run_study(
-        name, declared, shop.config, deadline
-    )
+    shop.study = Study({"A": "", "B": "--mask span"}, bases=(0, 1), seeds=(0, 1))
+    shop.run = lambda declared=shop.study, name="x": study.run_study(name, declared, shop.config)
     shop.file = lambda name="x": files.read_json(stats.RESULTS / f"{name}.json")
     return shop
 
@@ -289,8 +285,10 @@ def test_studies_share_runs_whose_curves_suffice(workshop: SimpleNamespace) -> N
     assert more["runs"][0]["curve"] == {"accuracy": [0.1235, 0.5], "home": [None, 0.4], "quote_match": []}
 
 
-def test_no_run_starts_after_the_budget(workshop: SimpleNamespace) -> None:
-    assert workshop.run(deadline=0.0)["runs"] == [] and workshop.started == []
+def test_before_the_first_run_the_table_says_so(workshop: SimpleNamespace) -> None:
+    workshop.stop_after = 0
+    with pytest.raises(KeyboardInterrupt):
+        workshop.run()
     assert stats.table(workshop.file()) == "No run is finished."
 
 
@@ -303,15 +301,17 @@ def test_a_failed_run_is_told_with_its_log_and_stops_no_other(workshop: SimpleNa
 
 @pytest.mark.parametrize("script", TINY)
 def test_real_runs_leave_what_the_study_collects(script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small = Study(script, {"A": ""}, flags=TINY[script], bases=(0,), seeds=(0,))
+    small = Study({"A": ""}, TINY[script], bases=(0,), seeds=(0,), script=script)
     job = study.plan(small)[0]
     command, folder = study.command_of(job, tmp_path)
     monkeypatch.setattr(sys, "argv", command[1:])
     importlib.import_module(script[:-3]).main()
     run = study.compact(job, small, folder)
-    assert set(stats.of_run(run)) >= {"in domain", "elsewhere", "unfinished"} and set(stats.of_base(run))
+    assert set(stats.figures(run, "after")) >= {"in domain", "elsewhere", "unfinished"} and set(
+        stats.figures(run, "before")
+    )
     assert len(json.dumps(run)) < 1500 and run["base_checksum"] == files.checksum("data/base.pt")
     if script == "train_rosd.py":
         assert (run["updates"], run["rollouts"], len(run["curve"]["accuracy"])) == (2, 8, 2)
     else:
-        assert set(run["own"]) == set(run["generation"]) and "gain" in stats.of_run(run)
+        assert set(run["own"]) == set(run["generation"]) and "gain" in stats.figures(run, "after")

@@ -8,14 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from markupsafe import escape
 
 from data import Task, load_task
 from harness import files
 from losses import divergence
 from model import GPT, response_logprobs
 from reflect import Rollout, choose_peers, locate, parse_reflection, reflect, sample_rollouts
-from tools import strips, xray
-from tools.strips import Token
+from tools import xray
+from tools.xray import Strip, Token
 
 VOID = {"meta", "input", "br"}
 
@@ -84,7 +85,7 @@ def test_after_training_the_page_shows_both_students(task: Task, model: GPT, rol
 
 def test_tokens_carry_mask_divergence_and_both_distributions(task: Task, model: GPT, rollout: Rollout) -> None:
     prompt = task.teacher_prompt(rollout.problem, solution=rollout.text)
-    tokens = xray.Reading(prompt, "", 6, 9).tokens(rollout, task, model, model)
+    tokens = xray.taught_tokens(task, rollout, model, model, xray.Reading(prompt, "", 6, 9))
     with torch.no_grad():
         student = response_logprobs(model, [task.encode(task.student_prompt(rollout.problem))], [rollout.tokens])
         teacher = response_logprobs(model, [task.encode(prompt)], [rollout.tokens])
@@ -110,7 +111,7 @@ def test_rosd_reads_from_the_quote_on_and_sdpo_reads_everything(task: Task, mode
     read, quote = xray.readings(model, task, wrong, peer), parse_reflection(written).quote
     k = locate(quote, task.pieces(wrong.tokens))
     assert read["SDPO"].prompt == task.teacher_prompt(wrong.problem, solution=peer.text) and read["SDPO"].start == 0
-    assert written in read["ROSD"].note and read["ROSD"].start == (k or 0)
+    assert escape(written) in read["ROSD"].note and read["ROSD"].start == (k or 0)
     if k is not None:
         assert "".join(task.pieces(wrong.tokens)[k : read["ROSD"].quote_end]) == quote
 
@@ -124,5 +125,6 @@ def test_what_the_projector_takes_away_is_a_share(task: Task, model: GPT, rollou
 
 
 def test_text_is_escaped() -> None:
-    shown = strips.strip("label <i>", [Token("<b>"), Token("&", heat=1.0)])
+    row = Strip("label <i>", [Token("<b>"), Token("&", heat=1.0)])
+    shown = xray.render("spd", question="", spectra=[row], removed={}, answers={})
     assert "<b>" not in shown and "<i>" not in shown and "&amp;" in shown

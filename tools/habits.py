@@ -55,15 +55,13 @@ def check_probabilities(model: GPT, task: Task, problems: int) -> dict[str, floa
 def measured(config: Config, task: Task) -> Iterator[dict]:
     """A row for every base and every finished run of the study."""
     study, out = STUDIES["collapse"], Path(config.out).resolve() / "collapse"
-    for base in study.bases:
-        model = files.load_checkpoint(base_path(base))[0].eval()
-        yield {"variant": "base", "base": base} | check_probabilities(model, task, config.problems)
-    for job in plan(study):
-        path = command_of(job, out)[1] / "model.pt"
-        if not path.exists():
+    models = [("base", base, Path(base_path(base))) for base in study.bases]
+    models += [(job.variant, job.base, command_of(job, out)[1] / "model.pt") for job in plan(study)]
+    for variant, base, path in models:
+        if variant != "base" and not path.exists():
             raise UserError(f"there is no {path}; run `python -m tools.study collapse` first")
         model = files.load_checkpoint(path)[0].eval()
-        yield {"variant": job.variant, "base": job.base} | check_probabilities(model, task, config.problems)
+        yield {"variant": variant, "base": base} | check_probabilities(model, task, config.problems)
 
 
 def table(rows: list[dict], *_: object) -> str:

@@ -12,26 +12,26 @@ results/spd-mechanism.json has a line a place; a base that it holds, by its chec
 """
 
 import itertools
-import json
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import subspace
 from data import Problem, Task, load_task
 from data.chains import CHECK_MARK, STEP, calculate, operations
 from harness import files
-from harness.cli import option, parse_config, run_script
+from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import seeded
 from model import GPT, generate, response_logprobs
 from subspace import Place, SubspaceConfig, hooked, project_kv
-from tools import places, stats
-from tools.studies import BASES, FRESH
+from tools import stats
+from tools.studies import BASES, CALIBRATION, FRESH, best_place, mechanism_rows, place_name, rows_of, with_golden
 from tools.study import base_checksum, base_path
 
 NAME, DOMAIN, PROBLEMS = "spd-mechanism", "exam", 200  # a quarter of the problems with a text of the base's own
@@ -111,7 +111,7 @@ def measure(model: GPT, golden: Probe, own: Probe) -> dict[str, float]:
         logp = response_logprobs(model, probe.prompts, probe.texts)  # (B, T, V)
         taken = {name: (logp[r, t].exp() * v).sum(dim=-1) for name, (r, t, v) in probe.decisions.items()}  # (N,)
         if probe is golden:
-            y = torch.nn.utils.rnn.pad_sequence(list(map(torch.tensor, probe.texts)), True, -1)  # (B, T)
+            y = pad_sequence(list(map(torch.tensor, probe.texts)), True, -1)  # (B, T)
             each = logp.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(y < 0, 0).sum(dim=1)  # (B,)
             measures["rest"] = (each.sum() - taken["right"].log().sum()).item() / len(each)
         measures[kind + "right"] = taken["right"].log().mean().item()
@@ -124,7 +124,7 @@ def mark_vectors(model: GPT, prompts: list[list[int]], sites: list[Place]) -> di
     """Keys and values of the exam's mark, the last token but one of a prompt: place -> (prompts, d)."""
     seen: dict[Place, Tensor] = {}
     with hooked(model, sites, "linear", lambda place, output: seen.update({place: output})):
-        response_logprobs(model, prompts, [[0]] * len(prompts))
+        model.hidden(pad_sequence(list(map(torch.tensor, prompts)), batch_first=True))
     rows, at = torch.arange(len(prompts)), torch.tensor([len(prompt) - 2 for prompt in prompts])
     return {place: output[rows, at] for place, output in seen.items()}
 
@@ -152,7 +152,7 @@ def measure_base(
     gradients = {}
     for name in ("aligned", "full", "unmarked"):
         settings = SubspaceConfig(loss="full" if name == "full" else "aligned")
-        examples = subspace.calibration_set(task, places.CALIBRATION[name], settings, seed=0)
+        examples = subspace.calibration_set(task, CALIBRATION[name], settings, seed=0)
         G = subspace.capability_gradients(model.requires_grad_(True), examples, sites)
         gradients[name] = {place: subspace.condense(rows) for place, rows in G.items()}
     subspaces = [(name, 0) for name in gradients] + [("random", draw) for draw in range(DRAWS)]
@@ -170,17 +170,39 @@ def measure_base(
                 yield row | measure(model, golden, own)
 
 
-def write_results(rows: list[dict], **head: object) -> None:
-    short = [[float(f"{x:.3g}") if isinstance(x, float) else x for x in row.values()] for row in rows]
-    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in short)
-    text = json.dumps(head | {"columns": list(rows[0])})[:-1]
-    files.write_text(stats.RESULTS / f"{NAME}.json", f'{text}, "rows": [\n{lines}\n]}}\n')
+def mechanism_table(rows: list[dict]) -> str:
+    """What happens to the decisions of every base, unprojected and at the best place of every subspace."""
+    header = ["base", "subspace", "best place", "log p", "right, kept", "check", "check, own", "merge", "mark inside"]
+    lines = []
+    for base in sorted({row["base"] for row in rows}):
+        plain = best_place(rows, base, "none")
+        for name in ("none", *CALIBRATION):
+            row = best_place(rows, base, name)
+            kept = math.exp(row["right"] - plain["right"])
+            values = kept, row["check"], row["own check"], row["merge"], row["mark"]
+            cells = [f"{row['golden']:.1f}", *(f"{100 * value:.0f}" for value in values)]
+            lines.append([str(base), name, place_name(row), *cells])
+    return f"{markdown_table(header, lines)}\n\n{corner_note(rows)}"
+
+
+def corner_note(rows: list[dict]) -> str:
+    """How many projections keep right digits and remove checks, and what they have in common."""
+    plain = {row["base"]: row for row in rows if row["subspace"] == "none"}
+    counts, marks = [], [0.0]
+    for name, subspaces in {"aligned": ("aligned", "unmarked"), "full": ("full",), "random": ("random",)}.items():
+        tried = [row for row in rows if row["subspace"] in subspaces]
+        kept = [row for row in tried if row["right"] > plain[row["base"]]["right"] + math.log(0.9)]
+        found = [row for row in kept if row["check"] < plain[row["base"]]["check"] / 2]
+        counts.append(f"{len(found)} of {len(tried)} {name}")
+        marks += [row["mark"] for row in found]
+    text = f"At least 90 % of the right digits kept and half of the checks removed: {', '.join(counts)} projections. "
+    return f"{text}In all of them at most {100 * max(marks):.0f} % of the mark is inside."
 
 
 def main() -> None:
     config = parse_config(Config, __doc__)
     torch.set_num_threads(1)
-    path, task = stats.RESULTS / f"{NAME}.json", load_task("arithmetic")
+    task = load_task("arithmetic")
     problems = task.problems(DOMAIN, PROBLEMS, random.Random("mechanism"))
     solutions = [[*task.encode(problem.solution), task.end()] for problem in problems]
     S = sum(len(task.decisive(task.pieces(solution))) for solution in solutions) / len(solutions)
@@ -188,22 +210,24 @@ def main() -> None:
         model = files.load_checkpoint(config.base)[0].eval()
         found = measure_base(model, task, problems, solutions, tuple(map(int, config.ranks)))
         rows = [{"base": config.base} | row for row in found]
-        print(places.mechanism_table(places.with_golden(rows, S)))
+        print(mechanism_table(with_golden(rows, S)))
         return
+    path, checksums = stats.RESULTS / f"{NAME}.json", {str(base): base_checksum(base) for base in (*BASES, *FRESH)}
     held = files.read_json(path) if path.exists() else {"bases": {}, "columns": [], "rows": []}
-    checksums = {str(base): base_checksum(base) for base in (*BASES, *FRESH)}
     known = {base: sum for base, sum in held["bases"].items() if checksums.get(base) == sum}
-    rows = [row for row in map(dict, map(partial(zip, held["columns"]), held["rows"])) if str(row["base"]) in known]
+    rows = [row for row in rows_of(held) if str(row["base"]) in known]
     for base in (*BASES, *FRESH):
         if str(base) not in known:
             model = files.load_checkpoint(base_path(base))[0].eval()
             rows += [{"base": base} | row for row in measure_base(model, task, problems, solutions)]
             known[str(base)] = checksums[str(base)]
-            write_results(sorted(rows, key=lambda row: row["base"]), bases=known, S=S)
-    rows = places.mechanism_rows()
-    print(places.mechanism_table(rows))
+            rows.sort(key=lambda row: row["base"])
+            short = [[float(f"{x:.3g}") if isinstance(x, float) else x for x in row.values()] for row in rows]
+            stats.write_results(NAME, {"bases": known, "S": S, "columns": list(rows[0])}, "rows", short)
+    rows = mechanism_rows()
+    print(mechanism_table(rows))
     if config.readme:
-        stats.fill_readme(NAME, lambda *_: places.mechanism_table(rows))
+        stats.fill_readme(NAME, lambda *_: mechanism_table(rows))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Draw pictures from the files in results/: what the tables of the studies cannot show.
 
-    python -m tools.plots              every picture whose study has run
+    python -m tools.plots              every picture
     python -m tools.plots curves       this one
 
 Needs `pip install -e '.[plots]'`. Grey text on no background is legible on light and on dark pages. The colours are
@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from harness import files
 from harness.cli import option, parse_config, run_script
 from harness.errors import UserError
-from tools import places, stats
+from tools import stats
 from tools.stats import by_variant, read_results
-from tools.studies import BASES
+from tools.studies import BASES, best_place, mechanism_rows, place_name
 
 STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]
 GREY = "#7f868d"
@@ -61,11 +63,10 @@ def line(axis: Any, points: dict[float, stats.Values], label: str, style: tuple[
     """The mean over runs at every x, in percent, and its 95 % interval as a band."""
     x = sorted(points)
     found = [stats.estimate(points[each]) for each in x]
-    mean, half = [100 * e.mean for e in found], [100 * (e.half or 0) for e in found]
+    mean, half = 100 * np.array([(each.mean, each.half or 0) for each in found]).T
     colour, marker = style
     axis.plot(x, mean, color=colour, marker=marker, markersize=4, markevery=max(1, len(x) // 10), label=label)
-    low, high = ([m + sign * h for m, h in zip(mean, half, strict=True)] for sign in (-1, 1))
-    axis.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0)
+    axis.fill_between(x, mean - half, mean + half, color=colour, alpha=0.2, linewidth=0)
 
 
 def curve(runs: list[dict], column: str, per_step: str = "") -> dict[float, stats.Values]:
@@ -79,7 +80,7 @@ def curve(runs: list[dict], column: str, per_step: str = "") -> dict[float, stat
         values, key = run["curve"][column], (run["base"], run["seed"])
         each = run[per_step] / len(run["curve"]["accuracy"]) if per_step else 1
         if column in ("home", "away"):
-            before = stats.figures(run["before"], run["domain"])
+            before = stats.figures(run, "before")
             values = [before["in domain" if column == "home" else "elsewhere"], *values]
         for step, value in enumerate(values):
             if value is not None:
@@ -140,17 +141,17 @@ SUBSPACES = {
 
 def mechanism() -> None:
     """Correctness kept against checks removed: a point a place and draw, as large as golden solutions are likely."""
-    rows = places.mechanism_rows()
+    rows = mechanism_rows()
     kinds = [*zip(SUBSPACES, STYLES, strict=False)]
     with picture("spd-mechanism", "What projecting keys or values does to the decisions of five bases", 2, 3) as axes:
         for axis, base in zip(axes.flat, BASES, strict=False):
-            plain = places.best_place(rows, base, "none")
+            plain = best_place(rows, base, "none")
             axis.axhline(0, color=GREY, linewidth=1)
             axis.axvline(100, color=GREY, linewidth=1)
             for ring, (subspace, (colour, marker)) in itertools.product((False, True), kinds[::-1]):
-                best = places.place_name(places.best_place(rows, base, subspace))
+                best = place_name(best_place(rows, base, subspace))
                 shown = [row for row in rows if (row["base"], row["subspace"]) == (base, subspace)]
-                shown = [row for row in shown if not ring or places.place_name(row) == best]
+                shown = [row for row in shown if not ring or place_name(row) == best]
                 x = [100 * math.exp(row["right"] - plain["right"]) for row in shown]
                 y = [100 * (1 - row["check"] / plain["check"]) for row in shown]
                 style = {"facecolors": "none", "edgecolors": colour} if ring else {"color": colour, "alpha": 0.5}
@@ -177,12 +178,7 @@ class Config:
 def main() -> None:
     config = parse_config(Config, __doc__)
     for name in [config.picture] if config.picture else PICTURES:
-        try:
-            PICTURES[name]()
-        except UserError as error:
-            if config.picture:
-                raise
-            print(f"{name} is not drawn: {error}")
+        PICTURES[name]()
 
 
 if __name__ == "__main__":

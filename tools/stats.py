@@ -9,6 +9,7 @@ another one run by run, on the same base and seed, and the interval is that of t
 (0.625, 0.95)
 """
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,8 +26,8 @@ Values = dict[tuple[int, int], float]  # (base, seed) -> value
 
 
 @lru_cache
-def t_quantile(degrees: int, level: float = 0.95) -> float:
-    """The t that Student's distribution exceeds in absolute value with probability 1 - level.
+def t_quantile(degrees: int) -> float:
+    """The t that Student's distribution exceeds in absolute value with probability 5 %.
 
     With t = sqrt(n) tan(angle) its density is proportional to cos(angle)^(n - 1).
 
@@ -36,7 +37,7 @@ def t_quantile(degrees: int, level: float = 0.95) -> float:
     angle = np.linspace(0, np.pi / 2, 200_001)
     density = np.cos(angle) ** (degrees - 1)
     below = np.concatenate(([0.0], np.cumsum(density[1:] + density[:-1])))  # the trapezoid rule
-    return float(np.sqrt(degrees) * np.tan(np.interp(level, below / below[-1], angle)))
+    return float(np.sqrt(degrees) * np.tan(np.interp(0.95, below / below[-1], angle)))
 
 
 @dataclass(frozen=True)
@@ -76,32 +77,36 @@ def read_results(name: str, command: str = "") -> dict:
     return files.read_json(path)
 
 
-def figures(scores: dict[str, dict] | None, home: str) -> dict[str, float]:
-    """The columns of one model's test: accuracy in and out of domain, habits, unfinished responses."""
-    if not scores:
-        return {}
-    away = {domain: score["mean"] for domain, score in scores.items() if domain != home}
-    mean_away = {"elsewhere": sum(away.values()) / len(away)} if away else {}
-    habits = {name: value for name, value in scores[home].items() if name != "mean"}
-    return {"in domain": scores[home]["mean"]} | mean_away | away | habits
+def write_results(name: str, head: dict, key: str, rows: list) -> dict:
+    """Write results/<name>.json, the head and one line for every row -> its content."""
+    lines = ",\n".join(json.dumps(files.plain(row), separators=(",", ":"), allow_nan=False) for row in rows)
+    text = json.dumps(files.plain(head), indent=1).removesuffix("\n}")
+    files.write_text(files.make_folder(RESULTS) / f"{name}.json", f'{text},\n "{key}": [\n{lines}\n ]\n}}\n')
+    return head | {key: rows}
 
 
-def of_base(run: dict) -> dict[str, float]:
-    """The columns of the model that a run started from; of SPD also the text that it writes by itself."""
-    return figures(run["before"], run["domain"]) | ({"text": run["own"]["mean"], "gain": 0.0} if "own" in run else {})
+def figures(run: dict, when: str) -> dict[str, float]:
+    """The columns of a run's model before or after training: accuracy in and out of domain, habits, unfinished ones.
+
+    Of SPD also the text that the base writes by itself, or that the student trains on, and its gain over the base's.
+    """
+    scores, home, found = run[when] or {}, run["domain"], {}
+    if scores:
+        away = {domain: score["mean"] for domain, score in scores.items() if domain != home}
+        found = {"in domain": scores[home]["mean"]}
+        found |= {"elsewhere": sum(away.values()) / len(away)} if away else {}
+        found |= away | {name: value for name, value in scores[home].items() if name != "mean"}
+    if "own" in run:
+        text = run["own" if when == "before" else "generation"]["mean"]
+        found |= {"text": text, "gain": text - run["own"]["mean"]}
+    return found
 
 
-def of_run(run: dict) -> dict[str, float]:
-    """The columns of a run; of SPD also the text that it trains on, and its gain over the base's own."""
-    own, written = (run.get(name, {}).get("mean", 0.0) for name in ("own", "generation"))
-    return figures(run["after"], run["domain"]) | ({"text": written, "gain": written - own} if "own" in run else {})
-
-
-def values_of(runs: list[dict], measure: Callable[[dict], dict[str, float]]) -> dict[str, Values]:
-    """column -> (base, seed) -> value in percent."""
+def values_of(runs: list[dict], when: str) -> dict[str, Values]:
+    """column -> (base, seed) -> value in percent, before or after training."""
     columns: dict[str, Values] = {}
     for run in runs:
-        for column, value in measure(run).items():
+        for column, value in figures(run, when).items():
             columns.setdefault(column, {})[run["base"], run["seed"]] = 100 * value
     return columns
 
@@ -113,39 +118,43 @@ def by_variant(results: dict) -> dict[str, list[dict]]:
     return variants
 
 
-def summarize(results: dict) -> dict[str, dict[str, tuple[Estimate, Estimate | None]]]:
-    """row -> column -> the mean, and the paired difference from the row's reference.
+def table(results: dict, differences: bool = False, columns: list[str] | None = None) -> str:
+    """Markdown of means, or of paired differences; with the flags where no columns are chosen; and how to read it.
 
-    Every training domain has a row for the base and one for every variant. The reference is the first variant of the
-    same training domain, or, in a study whose reference is 'base', what each run started from.
+    Every training domain has a row for the base and one for every variant. The reference of a row is the first variant
+    of the same training domain, or, in a study whose reference is 'base', what each run started from.
     """
+    if not results["runs"]:
+        return "No run is finished."
     homes = {run["domain"] for run in results["runs"]}
     rows: dict[str, tuple[dict[str, Values], dict[str, Values]]] = {}
     first: dict[str, dict[str, Values]] = {}
+    flags: dict[str, str] = {}
     for variant, runs in by_variant(results).items():
-        home, base, values = runs[0]["domain"], values_of(runs, of_base), values_of(runs, of_run)
+        home, base, values = runs[0]["domain"], values_of(runs, "before"), values_of(runs, "after")
         reference = base if results["reference"] == "base" else first.setdefault(home, values)
         rows.setdefault("base" if len(homes) == 1 else f"base, {home}", (base, reference))
-        rows[variant] = values, reference
-    return {
-        row: {name: (estimate(each), difference(each, reference.get(name, {}))) for name, each in columns.items()}
-        for row, (columns, reference) in rows.items()
-    }
+        rows[variant], flags[variant] = (values, reference), f"`{shared_flags(runs)}`"
+    seen = dict.fromkeys(name for values, _ in rows.values() for name in values)
+    order = dict.fromkeys(["in domain", "elsewhere", *(results["runs"][0]["after"] or {}), *seen])
+    names = columns or [name for name in order if name in seen]
+    header, lines = ["difference, points" if differences else "%", *names], []
+    for label, (values, reference) in rows.items():
+        cells = [cell(values[name], reference.get(name, {}), differences) if name in values else "" for name in names]
+        lines.append([label, *cells])
+    if not columns:
+        header, lines = [*header, "flags"], [[*line, flags.get(line[0], "")] for line in lines]
+    return f"{markdown_table(header, lines)}\n\n{note(results)}"
 
 
-def table(results: dict, differences: bool = False, columns: list[str] | None = None) -> str:
-    """Markdown of means, or of paired differences; with the flags where no columns are chosen; and how to read it."""
-    if not results["runs"]:
-        return "No run is finished."
-    summary = summarize(results)
-    flags = {variant: f"`{shared_flags(runs)}`" for variant, runs in by_variant(results).items()}
-    names = columns or ordered(summary, results)
-    rows = []
-    for label, row in summary.items():
-        cells = [show(*row[name], differences) if name in row else "" for name in names]
-        rows.append([label, *cells, *([] if columns else [flags.get(label, "")])])
-    header = ["difference, points" if differences else "%", *names, *([] if columns else ["flags"])]
-    return f"{markdown_table(header, rows)}\n\n{note(results)}"
+def cell(values: Values, reference: Values, differences: bool) -> str:
+    """E.g. '91.2 ± 1.3 *', or as a difference '+3.4 ± 0.5 *'."""
+    paired = difference(values, reference)
+    shown = paired if differences else estimate(values)
+    if shown is None:
+        return ""
+    text = f"{shown.mean:{'+' if differences else ''}.1f}" + ("" if shown.half is None else f" ± {shown.half:.1f}")
+    return text + (" *" if paired and paired.excludes_zero else "")
 
 
 def shared_flags(runs: list[dict]) -> str:
@@ -157,22 +166,6 @@ def shared_flags(runs: list[dict]) -> str:
     each = [re.findall(r"(--\S+)((?: (?!--)\S+)*)", run["flags"]) for run in runs]
     shown = [names[0][0] + (names[0][1] if len(set(names)) == 1 else " …") for names in zip(*each, strict=True)]
     return " ".join(shown)
-
-
-def ordered(summary: dict, results: dict) -> list[str]:
-    """In and out of domain, then the domains, then the rest as it comes."""
-    order = ["in domain", "elsewhere", *(results["runs"][0]["after"] or {})]
-    seen = list(dict.fromkeys(name for row in summary.values() for name in row))
-    return [name for name in order if name in seen] + [name for name in seen if name not in order]
-
-
-def show(value: Estimate, paired: Estimate | None, differences: bool) -> str:
-    """E.g. '91.2 ± 1.3 *', or as a difference '+3.4 ± 0.5 *'."""
-    shown = paired if differences else value
-    if shown is None:
-        return ""
-    text = f"{shown.mean:{'+' if differences else ''}.1f}" + ("" if shown.half is None else f" ± {shown.half:.1f}")
-    return text + (" *" if paired and paired.excludes_zero else "")
 
 
 def note(results: dict) -> str:

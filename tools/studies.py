@@ -1,30 +1,37 @@
 """The studies as data: which script runs with which flags, from which bases, with which seeds.
 
 A study's `flags` are those of every run; a variant's flags come after them, and the last one counts. {aligned} among
-them is the best place of this subspace on the base of the run, by the rule of tools/mechanism.py, and
-{aligned|unmarked} is the better place of two.
+them is the best place of this subspace on the base of the run (`best_place`), and {aligned|unmarked} is the better
+place of two. They are chosen from results/spd-mechanism.json, which tools/mechanism.py writes.
 """
 
 import re
 from dataclasses import dataclass
 
-from tools import places
+import numpy as np
+
+from tools.stats import read_results
 
 BASES = (0, 1, 2, 3, 4)  # pretraining seeds: 0 is data/base.pt, the others are results/bases/seed<N>.pt
 FRESH = (5, 6)  # pretrained when the rule for the places of SPD stood, to confirm it
 SEEDS = (0, 1, 2)
-REFLECTOR = ("quote_match", "quote_accuracy", "error_position")
+CALIBRATION = {  # domains of the calibration set, by the name of the subspace
+    "aligned": ("exam",),
+    "unmarked": ("mix", "add", "sub", "mul", "long"),  # the same problems without the mark
+    "full": ("exam",),
+    "random": ("exam",),
+}
 
 
 @dataclass(frozen=True)
 class Study:
-    script: str
     variants: dict[str, str]  # name -> flags
     flags: str = "--domain mix"
     bases: tuple[int | str, ...] = BASES  # a string is a Hugging Face folder
     seeds: tuple[int, ...] = SEEDS
     curve: tuple[str, ...] = ("accuracy",)  # columns of metrics.jsonl to keep; home and away are the short tests'
     reference: str = "first"  # what variants are compared with: the first of their training domain, or the base
+    script: str = "train_rosd.py"
 
 
 METHODS = {
@@ -35,10 +42,9 @@ METHODS = {
     "GRPO": "--method grpo",
 }
 THREE = {name: METHODS[name] for name in ("ROSD", "SDPO", "GRPO")}
+RELEASED = {f"{name} as released": f"{METHODS[name]} --preset released".strip() for name in ("GRPO", "ROSD", "OPSD")}
 GENERATION = "--domain exam --epochs 0 --prompts 1"  # of SPD: only what the base writes, before any training
-
-
-TEXTS = {  # what the base writes under projection: at the best place of each base, by the rule of tools/mechanism.py
+TEXTS = {  # what the base writes under projection, at the best place of each base
     f"{name}{title}": f"{flags} {temperature}".strip()
     for title, temperature in ((", greedy", ""), (", T = 1", "--temperature 1"))
     for name, flags in (
@@ -57,18 +63,9 @@ REAL += " --eval-problems 400 --eval-samples 1 --eval-temperature 0 --eval-batch
 RULE = "--layers 6 --project v --rank 50%"  # where tools/real_spd.py places the aligned subspace for these sums
 
 STUDIES = {
-    "rosd": Study(
-        "train_rosd.py",
-        METHODS
-        | {
-            "GRPO as released": "--method grpo --preset released",
-            "ROSD as released": "--preset released",
-            "OPSD as released": "--method opsd --preset released",
-        },
-    ),
-    "rosd-add": Study("train_rosd.py", METHODS, flags="--domain add", seeds=(0,)),
+    "rosd": Study(METHODS | RELEASED),
+    "rosd-add": Study(METHODS, flags="--domain add", seeds=(0,)),
     "rosd-domains": Study(
-        "train_rosd.py",
         {
             f"{name} on {domain}": f"--domain {domain} {flags}".strip()
             for domain in ("sub", "mul", "long")
@@ -78,14 +75,12 @@ STUDIES = {
         seeds=(0,),
     ),
     "teacher": Study(
-        "train_rosd.py",
         {"frozen": ""}
         | {f"EMA {rate}": f"--ema {rate}" for rate in (0.02, 0.05, 0.1, 0.2)}
         | {"span mask, frozen": "--mask span", "span mask, EMA 0.05": "--mask span --ema 0.05"},
         seeds=(0,),
     ),
     "ablations": Study(
-        "train_rosd.py",
         {"ROSD": ""}
         | {f"{mask} mask": f"--mask {mask}" for mask in ("whole", "span", "oracle")}
         | {"without reflection": "--context peer"}
@@ -98,7 +93,6 @@ STUDIES = {
         curve=(),
     ),
     "collapse": Study(
-        "train_rosd.py",
         {
             "suffix mask, frozen": "",
             "span mask, frozen": "--mask span",
@@ -111,7 +105,6 @@ STUDIES = {
         curve=("accuracy", "home", "away", "merged", "checked", "unfinished"),
     ),
     "moonshot": Study(  # can a reflection do as well as a reward, from as many rollouts?
-        "train_rosd.py",
         {
             "GRPO": "--method grpo",
             "GRPO, 3 passes": "--method grpo --updates 3",
@@ -126,17 +119,13 @@ STUDIES = {
         curve=(),
     ),
     "curves": Study(
-        "train_rosd.py",
-        THREE | {"GRPO as released": "--method grpo --preset released"},
+        THREE | {"GRPO as released": RELEASED["GRPO as released"]},
         flags="--domain mix --eval-every 4",
         seeds=(0,),
-        curve=("accuracy", "home", "away", *REFLECTOR),
+        curve=("accuracy", "home", "away", "quote_match", "quote_accuracy", "error_position"),
     ),
-    "evaluation": Study(
-        "train_rosd.py", THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95", seeds=(0,)
-    ),
+    "evaluation": Study(THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95", seeds=(0,)),
     "spd": Study(
-        "train_spd.py",
         {
             "SPD": "{aligned|unmarked}",
             "PSR": "--method psr",
@@ -153,11 +142,11 @@ STUDIES = {
         flags="--domain exam",
         seeds=(0,),
         curve=(),
+        script="train_spd.py",
     ),
-    "spd-text": Study("train_spd.py", TEXTS, GENERATION, curve=(), reference="base"),
-    "spd-fresh": Study("train_spd.py", TEXTS, GENERATION, FRESH, seeds=(0,), curve=(), reference="base"),
+    "spd-text": Study(TEXTS, GENERATION, curve=(), reference="base", script="train_spd.py"),
+    "spd-fresh": Study(TEXTS, GENERATION, FRESH, seeds=(0,), curve=(), reference="base", script="train_spd.py"),
     "real-rosd": Study(  # an oracle separates the method from its reflector, false results from the method
-        "train_rosd.py",
         THREE
         | {
             "ROSD, an oracle reflects": "--reflector oracle",
@@ -168,7 +157,6 @@ STUDIES = {
         SMOLLM2,
     ),
     "real-spd-runs": Study(
-        "train_spd.py",
         {
             "SPD": RULE,
             "SPD, random subspace": f"{RULE} --subspace random",  # another draw with every seed
@@ -181,6 +169,7 @@ STUDIES = {
         f"{REAL} --prompts 200 --calibration-size 100 --epochs 2 --batch 8",
         SMOLLM2,
         curve=(),
+        script="train_spd.py",
     ),
 }
 
@@ -193,9 +182,46 @@ def flags_of(study: Study, variant: str, base: int | str) -> str:
     """The flags of a run, its places filled in."""
 
     def place(found: re.Match) -> str:
-        rows = places.mechanism_rows()
-        best = max((places.best_place(rows, base, name) for name in found[1].split("|")), key=lambda row: row["golden"])
+        rows = mechanism_rows()
+        best = max((best_place(rows, base, name) for name in found[1].split("|")), key=lambda row: row["golden"])
         where = f"--layers {best['layers']} --project {best['project']} --rank {best['rank']}%"
-        return f"{where} --calibration-domain {' '.join(places.CALIBRATION[best['subspace']])}"
+        return f"{where} --calibration-domain {' '.join(CALIBRATION[best['subspace']])}"
 
     return re.sub(r"\{([\w|]+)\}", place, f"{study.flags} {study.variants[variant]}".strip())
+
+
+# ---------------------------------------------------------------------------------------------- the place of SPD
+
+
+def mechanism_rows() -> list[dict]:
+    """What tools/mechanism.py measured of the bases of the studies."""
+    held = read_results("spd-mechanism", "mechanism")
+    return with_golden(rows_of(held), held["S"])
+
+
+def rows_of(held: dict) -> list[dict]:
+    """The rows of results/spd-mechanism.json, whose columns are named once."""
+    return [dict(zip(held["columns"], row, strict=True)) for row in held["rows"]]
+
+
+def with_golden(rows: list[dict], S: float) -> list[dict]:
+    """Rows with `golden`: the mean log-probability of golden solutions, of their tokens at S and of the rest."""
+    return [row | {"golden": row["rest"] + S * row["right"]} for row in rows]
+
+
+def best_place(rows: list[dict], base: int | str, subspace: str) -> dict:
+    """The rule of the studies: where golden solutions of training problems are likeliest under projection.
+
+    The measures of a place (layers, keys or values, rank) are averaged over the draws of a random subspace.
+    """
+    draws: dict[str, list[dict]] = {}
+    for row in rows:
+        if (row["base"], row["subspace"]) == (base, subspace):
+            draws.setdefault(place_name(row), []).append(row)
+    best = max(draws.values(), key=lambda found: np.mean([row["golden"] for row in found]))
+    names = ("base", "layers", "project", "rank", "subspace", "draw")
+    return {name: x if name in names else float(np.mean([row[name] for row in best])) for name, x in best[0].items()}
+
+
+def place_name(row: dict) -> str:
+    return f"layer {row['layers']} {row['project']} {row['rank']}%" if row["project"] else "not projected"

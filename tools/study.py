@@ -4,7 +4,7 @@
     python -m tools.study rosd                runs what is missing, writes results/rosd.json, prints the table
     python -m tools.study rosd --readme       also puts the table between its markers in the READMEs
     python -m tools.study rosd --show         prints the table of what is there and runs nothing
-    python -m tools.study all --budget 60     every study; no run starts after an hour
+    python -m tools.study all                 every study
 
 results/<study>.json is written after every finished run and is meant to be committed. A run with the same flags, seed
 and base (by its checksum) that any of these files holds is not run again, so that a study goes on where it stopped, on
@@ -12,6 +12,7 @@ another machine, too. Delete the files to measure everything anew.
 """
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -37,7 +38,6 @@ class Config:
     study: str = option("", "which study; without one they are listed", choices=("", "all", *STUDIES), positional=True)
     out: str = option("out/studies", "folder for the runs")
     processes: int = option(os.cpu_count() or 1, "runs side by side, one thread each", minimum=1)
-    budget: float = option(0.0, "minutes after which no further run starts; 0 for no limit", minimum=0)
     show: bool = option(False, "run nothing")
     readme: bool = option(False, "put the table into the READMEs")
 
@@ -80,9 +80,7 @@ def plan(study: Study) -> list[Job]:
     checksums = {base: base_checksum(base) for base in study.bases}
     return [
         Job(study.script, variant, base, seed, flags_of(study, variant, base), checksums[base])
-        for seed in study.seeds
-        for base in study.bases
-        for variant in study.variants
+        for seed, base, variant in itertools.product(study.seeds, study.bases, study.variants)
     ]
 
 
@@ -113,15 +111,10 @@ def finished(study: Study, jobs: list[Job], known: dict[tuple, dict]) -> dict[Jo
 
 
 def write_results(name: str, study: Study, jobs: list[Job], done: dict[Job, dict]) -> dict:
-    """Write results/<study>.json, one line a run, variant by variant -> its content."""
-    order = {variant: i for i, variant in enumerate(study.variants)}
-    runs = [done[job] for job in sorted(done, key=lambda job: (order[job.variant], jobs.index(job)))]
-    content = {"study": name, "script": study.script, "reference": study.reference, "planned": planned(study)}
-    lines = [json.dumps(files.plain(run), separators=(",", ":"), allow_nan=False) for run in runs]
-    head = json.dumps(content, indent=1)[:-2]
-    files.make_folder(stats.RESULTS)
-    files.write_text(stats.RESULTS / f"{name}.json", f'{head},\n "runs": [\n' + ",\n".join(lines) + "\n ]\n}\n")
-    return content | {"runs": runs}
+    """Write the finished runs to results/<study>.json, variant by variant -> its content."""
+    runs = [done[job] for variant in study.variants for job in jobs if job.variant == variant and job in done]
+    head = {"study": name, "script": study.script, "reference": study.reference, "planned": planned(study)}
+    return stats.write_results(name, head, "runs", runs)
 
 
 def compact(job: Job, study: Study, folder: Path) -> dict[str, Any]:
@@ -139,12 +132,12 @@ def compact(job: Job, study: Study, folder: Path) -> dict[str, Any]:
         run["own"] = compact_scores(result["own"])[home]
         run["generation"] = compact_scores(result["generation"][-1])[home]
     run["curve"] = {column: curve_column(rows, column, home) for column in study.curve}
-    return rounded(run)
+    return json.loads(json.dumps(run), parse_float=lambda digits: round(float(digits), 4))
 
 
 def compact_scores(scores: dict[str, dict] | None) -> dict[str, dict] | None:
-    sizes = ("problems", "samples")
-    return scores and {d: {name: x for name, x in score.items() if name not in sizes} for d, score in scores.items()}
+    counts = ("problems", "samples")
+    return scores and {d: {name: x for name, x in score.items() if name not in counts} for d, score in scores.items()}
 
 
 def curve_column(rows: list[dict], column: str, home: str) -> list[float | None]:
@@ -160,14 +153,6 @@ def curve_column(rows: list[dict], column: str, home: str) -> list[float | None]
     return values if any(value is not None for value in values) else []
 
 
-def rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return round(value, 4) if isinstance(value, float) else value
-
-
 # ---------------------------------------------------------------------------------------------- running
 
 
@@ -179,20 +164,20 @@ def command_of(job: Job, out: Path) -> tuple[list[str], Path]:
     return [sys.executable, job.script, *flags], out / run_name(settings)
 
 
-def run_study(name: str, study: Study, config: Config, deadline: float) -> dict:
+def run_study(name: str, study: Study, config: Config) -> dict:
     """Run what is missing, `processes` at a time -> the content of the results file."""
     jobs = plan(study)
     done = finished(study, jobs, known_runs())
     results = write_results(name, study, jobs, done)
     out = files.make_folder(Path(config.out).resolve() / name)
-    unique = {job.key: job for job in reversed(jobs) if job not in done}  # two variants may be the same on a base
-    waiting = [(job, *command_of(job, out)) for job in reversed(unique.values())]
+    unique = {job.key: job for job in jobs if job not in done}  # two variants may be the same on a base
+    waiting = [(job, *command_of(job, out)) for job in unique.values()]
     running: list[tuple[subprocess.Popen, Job, Path]] = []
     failed: list[str] = []
     with tqdm(total=len(jobs), initial=len(done), desc=name, unit="run") as progress:
         try:
-            while running or (waiting and time.time() < deadline):
-                while waiting and len(running) < config.processes and time.time() < deadline:
+            while running or waiting:
+                while waiting and len(running) < config.processes:
                     job, command, folder = waiting.pop(0)
                     with folder.with_name(folder.name + ".log").open("w", encoding="utf-8") as log:
                         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=files.ROOT)
@@ -223,9 +208,8 @@ def main() -> None:
         for name, study in STUDIES.items():
             print(f"{name:13s} {planned(study):3d} runs of {study.script}: {'; '.join(study.variants)}")
         return
-    deadline = time.time() + 60 * config.budget if config.budget else float("inf")
     for name in STUDIES if config.study == "all" else [config.study]:
-        results = stats.read_results(name) if config.show else run_study(name, STUDIES[name], config, deadline)
+        results = stats.read_results(name) if config.show else run_study(name, STUDIES[name], config)
         print(f"\n{name}\n{stats.table(results)}\n")
         if config.readme and not stats.fill_readme(name, partial(stats.table, results)):
             print(f"No README has a line <!-- table {name} -->; put one there with <!-- end --> below it.")
