@@ -1,29 +1,241 @@
-"""Speed and memory on real weights, beside transformers, TRL and the RLHF book's loop (tools/peers.py).
+"""Speed and memory of a training step on real weights, beside TRL's trainers and a loop like that of the RLHF book.
 
-python -m tools.bench --real FOLDER    the table (needs `pip install trl peft`)
+    python -m tools.bench --real FOLDER      the table (needs `pip install trl peft`)
+
+Each contestant runs in a process of its own, in turns, on the CPU. All have the same weights in bfloat16, adapters of
+rank 8 on the attention, problems, groups, number of new tokens, and one update per step. Every other rollout counts as
+right, so that every method has something to learn from. Nobody checkpoints the blocks' activations, which costs memory
+and saves time. On a CPU, TRL's GRPO also scores the tokens of the prompts. The book's loop is re-created from its
+settings: a group at a time, the student itself as teacher, reverse KL over the 20 likeliest tokens, four rollouts at
+once in the update. Peak memory is that of the process, with the libraries that it imports.
 """
 
+import dataclasses
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 
-from harness.cli import option, parse_config, run_script
+from data import Verdict
+from data.requests import student_request
+from data.sources import WordProblem
+from data.words import Words
+from harness import files
+from harness.cli import markdown_table, option, parse_config, run_script
 from harness.errors import UserError
-from tools import peers
+from harness.run import find_task, peak_memory_mb, seeded
+from lora import TARGETS, make_trainable
+from model import sample
+from reflect import sample_rollouts
+from train_rosd import Config, make_lessons, settle, update
+
+TASK, BATCH, GROUP, NEW, RATE = "gym:chain_sum:max_digits=1", 4, 4, 48, 1e-4  # problems, rollouts each, their tokens
+SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+SAMPLING |= {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0}
+Step = Callable[[int], object]
 
 
 @dataclass(frozen=True)
-class Config:
-    repeats: int = option(5, "repetitions; the best one counts", minimum=1)
+class BenchConfig:
     real: str = option("", "folder of a Hugging Face model")
+    repeats: int = option(5, "repetitions; the best one counts", minimum=1)
     threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
 
 
+def open_task(folder: str) -> Words:
+    """The task, with responses that end only when they are full."""
+    task = find_task(Config(task=TASK, base=folder, max_response=NEW))
+    task.stop = (-1,)
+    return task
+
+
+def draw(task: Words, step: int) -> list[WordProblem]:
+    return task.problems(task.domains[0], BATCH, random.Random(step))
+
+
+def timed(run: Step, steps: int) -> list[float]:
+    seconds = []
+    for step in range(steps):
+        began = time.perf_counter()
+        run(step)
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+# ---------------------------------------------------------------------------------------------- ours
+
+
+def our_rollouts(folder: str, steps: int) -> list[float]:
+    task, model = open_task(folder), files.load_checkpoint(folder)[0].bfloat16()
+
+    def run(step: int) -> list[list[int]]:
+        prompts = [task.encode(task.student_prompt(problem)) for problem in draw(task, step)]
+        return sample(model, prompts, NEW, task.stop, GROUP, generator=seeded(step))[0]
+
+    return timed(run, steps)
+
+
+def our_step(method: str, folder: str, steps: int) -> list[float]:
+    task, config = open_task(folder), Config(method=method, finetune="lora", group=GROUP, learning_rate=RATE)
+    config, model = settle(config), files.load_checkpoint(folder)[0].bfloat16()
+    optimizer = torch.optim.AdamW(make_trainable(model, "lora", 8, 8.0), lr=RATE)
+
+    def run(step: int) -> None:
+        rollouts = sample_rollouts(model, task, draw(task, step), GROUP, seeded(step))
+        judged = [dataclasses.replace(r, verdict=Verdict(i % 2 == 1, True, None)) for i, r in enumerate(rollouts)]
+        lessons, _ = make_lessons(judged, model, task, config, step, None)
+        update(model, model, optimizer, lessons, task, config, step)
+
+    return timed(run, steps)
+
+
+# ---------------------------------------------------------------------------------------------- theirs
+
+
+def with_adapters(folder: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    return get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM"))
+
+
+def their_rollouts(folder: str, steps: int) -> list[float]:
+    from transformers import AutoModelForCausalLM
+
+    task, model = open_task(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+    def run(step: int) -> torch.Tensor:
+        prompts = [task.encode(task.student_prompt(problem)) for problem in draw(task, step)]
+        longest = max(map(len, prompts))
+        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
+        real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+        return model.generate(ids, attention_mask=real, num_return_sequences=GROUP, **SAMPLING)
+
+    return timed(run, steps)
+
+
+def trl_step(method: str, folder: str, steps: int) -> list[float]:
+    from datasets import Dataset
+    from transformers import TrainerCallback
+
+    kind: dict[str, Any] = {}
+    if method == "grpo":
+        from trl import GRPOConfig as Settings
+        from trl import GRPOTrainer as Trainer
+    else:
+        from trl.experimental.sdpo import SDPOConfig as Settings
+        from trl.experimental.sdpo import SDPOTrainer as Trainer
+
+        kind = {"distillation_mode": "topk_logits", "distillation_topk": 100, "distillation_add_tail": True}
+        kind |= {"distillation_alpha": 0.5, "teacher_model_kind": "base"}
+    task, seconds = open_task(folder), []
+    asked = [student_request(problem.question, task.ending) for step in range(steps) for problem in draw(task, step)]
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            seconds.append(-time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            seconds[-1] += time.perf_counter()
+
+    def every_other(completions: list, **_: Any) -> list[float]:
+        return [float(i % 2) for i in range(len(completions))]
+
+    with TemporaryDirectory() as out:
+        kind |= {"per_device_train_batch_size": BATCH * GROUP, "num_generations": GROUP, "max_completion_length": NEW}
+        kind |= {"generation_kwargs": {"min_new_tokens": NEW}, "gradient_checkpointing": False, "bf16": False}
+        silent = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
+        settings = Settings(output_dir=out, max_steps=steps, learning_rate=RATE, **kind, **silent)
+        rows = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in asked])
+        Trainer(with_adapters(folder), every_other, settings, rows, callbacks=[Clock()]).train()
+    return seconds
+
+
+def book_step(folder: str, steps: int) -> list[float]:
+    task, model = open_task(folder), with_adapters(folder)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
+
+    def logits_of(prompt: list[int], y: torch.Tensor) -> torch.Tensor:
+        ids = torch.cat((torch.tensor([prompt] * len(y)), y), dim=1)
+        return model(ids, use_cache=False, logits_to_keep=NEW + 1).logits[:, :-1]  # (4, NEW, V)
+
+    def with_tail(logits: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        kept = (logits.gather(-1, index) - logits.logsumexp(dim=-1, keepdim=True)).float()
+        rest = kept.logsumexp(dim=-1, keepdim=True).clamp(max=-1e-7)
+        return torch.cat((kept, torch.log(-torch.expm1(rest))), dim=-1)
+
+    def run(step: int) -> None:
+        optimizer.zero_grad()
+        for problem in draw(task, step):
+            prompt = task.encode(task.student_prompt(problem))
+            with torch.no_grad():
+                ids = torch.tensor([prompt])
+                written = model.generate(input_ids=ids, num_return_sequences=GROUP, **SAMPLING)[:, len(prompt) :]
+            told = task.encode(task.teacher_prompt(problem, solution=task.decode(written[1].tolist())))
+            for y in written.split(4):
+                student = logits_of(prompt, y)
+                index = student.topk(20, dim=-1).indices
+                with torch.no_grad():
+                    q = with_tail(logits_of(told, y), index)
+                p = with_tail(student, index)
+                ((p.exp() * (p - q)).sum() / (BATCH * written.numel())).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+
+    return timed(run, steps)
+
+
+# ---------------------------------------------------------------------------------------------- side by side
+
+CONTESTS: dict[str, dict[str, Callable[[str, int], list[float]]]] = {  # the first is ours
+    "rollouts": {"ours": our_rollouts, "transformers": their_rollouts},
+    "GRPO step": {"ours": partial(our_step, "grpo"), "TRL": partial(trl_step, "grpo")},
+    "SDPO step": {"ours": partial(our_step, "sdpo"), "TRL": partial(trl_step, "sdpo"), "RLHF book": book_step},
+}
+
+
+def contestant(contest: str, name: str, folder: str, threads: int, steps: int, answer: Any) -> None:
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # nothing is fetched, and nothing reported
+    torch.set_num_threads(threads)
+    answer.put((min(CONTESTS[contest][name](folder, 1 + steps)[1:]), peak_memory_mb() or float("nan")))
+
+
+def compare(folder: str, threads: int, repeats: int) -> str:
+    """The best step of each contestant over `repeats` processes of two steps each, after one to warm up."""
+    context, found = multiprocessing.get_context("spawn"), {}
+    for _ in range(repeats):
+        for contest, names in CONTESTS.items():
+            for name in names:
+                answer = context.Queue()
+                child = context.Process(target=contestant, args=(contest, name, folder, threads, 2, answer))
+                child.start()
+                child.join()
+                if child.exitcode:
+                    raise UserError(f"the {contest} of {name} failed, see above; it needs `pip install trl peft`")
+                seconds, peak = answer.get()
+                before = found.get((contest, name), (float("inf"), 0))
+                found[contest, name] = min(before[0], seconds), max(before[1], peak)
+    rows = []
+    for (contest, name), (seconds, peak) in found.items():
+        ratio = seconds / found[contest, "ours"][0]
+        rows.append([contest, name, f"{seconds:.2f} s", f"{peak:,.0f} MB", f"{ratio:.2f}x"])
+    header = [f"{BATCH} x {GROUP} rollouts of {NEW} tokens", "", "best time", "peak memory", "this / ours"]
+    return markdown_table(header, rows)
+
+
 def main() -> None:
-    config = parse_config(Config, __doc__)
+    config = parse_config(BenchConfig, __doc__)
     if not config.real:
         raise UserError("give the folder of a Hugging Face model with --real")
-    print(peers.compare(config.real, config.threads or torch.get_num_threads(), config.repeats))
+    print(compare(config.real, config.threads or torch.get_num_threads(), config.repeats))
 
 
 if __name__ == "__main__":
