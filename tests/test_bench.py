@@ -30,7 +30,7 @@ def test_our_step_on_real_weights_teaches_every_rollout_over_its_full_length(
     method: str, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lessons = []
-    monkeypatch.setattr(bench, "update", lambda *given: lessons.append(given[3]))
+    monkeypatch.setattr(bench.train_rosd, "update", lambda *given: lessons.append(given[3]))
     assert len(bench.our_step(method, folder, 2)) == 2
     for batch in lessons:
         assert [(x.start, x.end) for x in batch] == [(0, bench.NEW)] * bench.BATCH * bench.GROUP

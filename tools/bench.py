@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+import train_rosd
 from data import Verdict
 from data.requests import student_request
 from data.sources import WordProblem
@@ -34,7 +35,6 @@ from harness.run import find_task, peak_memory_mb, seeded
 from lora import TARGETS, make_trainable
 from model import sample
 from reflect import sample_rollouts
-from train_rosd import Config, make_lessons, settle, update
 
 TASK, BATCH, GROUP, NEW, RATE = "gym:chain_sum:max_digits=1", 4, 4, 48, 1e-4  # problems, rollouts each, their tokens
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
@@ -43,7 +43,7 @@ Step = Callable[[int], object]
 
 
 @dataclass(frozen=True)
-class BenchConfig:
+class Config:
     real: str = option("", "folder of a Hugging Face model")
     repeats: int = option(5, "repetitions; the best one counts", minimum=1)
     threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
@@ -51,7 +51,7 @@ class BenchConfig:
 
 def open_task(folder: str) -> Words:
     """The task, with responses that end only when they are full."""
-    task = find_task(Config(task=TASK, base=folder, max_response=NEW))
+    task = find_task(train_rosd.Config(task=TASK, base=folder, max_response=NEW))
     task.stop = (-1,)
     return task
 
@@ -83,15 +83,15 @@ def our_rollouts(folder: str, steps: int) -> list[float]:
 
 
 def our_step(method: str, folder: str, steps: int) -> list[float]:
-    task, config = open_task(folder), Config(method=method, finetune="lora", group=GROUP, learning_rate=RATE)
-    config, model = settle(config), files.load_checkpoint(folder)[0].bfloat16()
+    task, config = open_task(folder), train_rosd.Config(method=method, finetune="lora", group=GROUP, learning_rate=RATE)
+    config, model = train_rosd.settle(config), files.load_checkpoint(folder)[0].bfloat16()
     optimizer = torch.optim.AdamW(make_trainable(model, "lora", 8, 8.0), lr=RATE)
 
     def run(step: int) -> None:
         rollouts = sample_rollouts(model, task, draw(task, step), GROUP, seeded(step))
         judged = [dataclasses.replace(r, verdict=Verdict(i % 2 == 1, True, None)) for i, r in enumerate(rollouts)]
-        lessons, _ = make_lessons(judged, model, task, config, step, None)
-        update(model, model, optimizer, lessons, task, config, step)
+        lessons, _ = train_rosd.make_lessons(judged, model, task, config, step, None)
+        train_rosd.update(model, model, optimizer, lessons, task, config, step)
 
     return timed(run, steps)
 
@@ -232,7 +232,7 @@ def compare(folder: str, threads: int, repeats: int) -> str:
 
 
 def main() -> None:
-    config = parse_config(BenchConfig, __doc__)
+    config = parse_config(Config, __doc__)
     if not config.real:
         raise UserError("give the folder of a Hugging Face model with --real")
     print(compare(config.real, config.threads or torch.get_num_threads(), config.repeats))
