@@ -12,8 +12,9 @@ from typing import ClassVar
 
 from data.answers import MARK, MARKS, final_answer
 from data.requests import ENDING, REFLECTED, reflection_request, student_request, teacher_request
-from data.sources import Source, WordProblem
-from data.task import Task, TaskError, Verdict
+from data.sources import Gym, Lines, WordProblem
+from data.task import Task, Verdict
+from harness.errors import UserError
 from hub.tokenizer import END_OF_TURN, Tokenizer
 from hub.weights import read_shape
 
@@ -21,23 +22,17 @@ from hub.weights import read_shape
 class Words(Task):
     """Problems of a source, in the tokens of a Hugging Face folder.
 
-    shots worked examples stand before every request. max_response None takes what the source needs. Raises TaskError,
-    with one sentence, if the folder has no tokenizer or chat format that is supported, or if a problem is too long for
-    the model or has a character outside the vocabulary.
+    shots worked examples stand before every request. max_response None takes what the source needs.
     """
 
     habits: ClassVar = {"marked": "the answer stands after its mark", "terse": "nothing stands beside the answer"}
     max_reflection = 160
 
-    def __init__(self, source: Source, base: Path | str, shots: int = 0, max_response: int | None = None) -> None:
+    def __init__(self, source: Gym | Lines, base: Path | str, shots: int = 0, max_response: int | None = None) -> None:
         if not Path(base).is_dir():
-            raise TaskError(f"this task needs a Hugging Face model, and {base} is not its folder; give one with --base")
-        try:
-            self.tokenizer = Tokenizer(base)
-            self.tokenizer.chat([])
-            self.block_size = read_shape(Path(base), block_size=4096)["block_size"]  # as GPT.from_pretrained has it
-        except ValueError as error:
-            raise TaskError(str(error)) from error
+            raise UserError(f"this task needs a Hugging Face model, and {base} is not its folder; give one with --base")
+        self.tokenizer = Tokenizer(base)
+        self.block_size = read_shape(Path(base), block_size=4096)["block_size"]  # as GPT.from_pretrained has it
         self.source, self.domains, self.shots = source, source.domains, shots
         self.problems_checksum = source.checksum
         self.max_response = max_response or source.max_response
@@ -62,23 +57,21 @@ class Words(Task):
         return self.problems(domain, 1, rng, test)[0]
 
     def problems(self, domain: str, count: int, rng: random.Random, test: bool = False) -> list[WordProblem]:
-        if domain not in self.domains:
-            raise TaskError(f"there is no domain {domain!r} here; give one of {', '.join(self.domains)}")
         drawn = self.source.draw(domain, count, rng, test)
         for problem in drawn:
             self.check(problem)
         return drawn
 
     def check(self, problem: WordProblem) -> None:
-        """TaskError where a problem's prompts cannot be written or may not fit, whatever the model will have said."""
+        """UserError where a problem's prompts cannot be written or may not fit, whatever the model will have said."""
         try:
             longest = self.rest[problem.domain] + len(self.tokenizer.encode(f"{problem.question}\n{problem.solution}"))
         except ValueError as error:
-            raise TaskError(f"problem {problem.index} of {problem.domain}: {error}") from error
+            raise UserError(f"problem {problem.index} of {problem.domain}: {error}") from error
         if longest > self.block_size:
             what = f"problem {problem.index} of {problem.domain} with its responses and reflection may take {longest}"
             remedy = "leave it out, or give fewer --shots or a lower --max-response"
-            raise TaskError(f"{what} of the model's {self.block_size} tokens; {remedy}")
+            raise UserError(f"{what} of the model's {self.block_size} tokens; {remedy}")
 
     def verify(self, problem: WordProblem, response: str) -> Verdict:
         answer = final_answer(response, problem.answer)
@@ -133,15 +126,7 @@ class Words(Task):
     # ------------------------------------------------------------------------------------------ tokens
 
     def encode(self, text: str) -> list[int]:
-        try:
-            tokens = self.tokenizer.encode(text)
-        except ValueError as error:
-            raise TaskError(str(error)) from error
-        room = self.block_size - max(self.max_response, self.max_reflection)
-        if len(tokens) > room:
-            remedy = "give shorter problems, fewer --shots or a lower --max-response"
-            raise TaskError(f"a prompt has {len(tokens)} tokens, {room} leave room for the response; {remedy}")
-        return tokens
+        return self.tokenizer.encode(text)
 
     def decode(self, tokens: list[int]) -> str:
         return "".join(self.pieces(tokens))
@@ -157,9 +142,8 @@ class Words(Task):
             ended = ended or token in self.stop
             known = not ended and token in ranks  # padding rows of the embedding are no tokens
             texts.append(utf8.decode(encoding.decode_single_token_bytes(ranks[token])) if known else "")
-        rest = utf8.decode(b"", final=True)
-        if rest:
-            texts[-1] += rest
+        if texts:
+            texts[-1] += utf8.decode(b"", final=True)
         return texts
 
     def end(self) -> int:

@@ -200,7 +200,6 @@ def test_a_step_and_a_run_that_learned_from_nothing_say_so(
         (1, False, 2, "cuda", None),
         (0, True, 2, "mps", None),
         (0, False, 1, "toaster", None),
-        (0, False, 1, "meta", None),
     ],
 )
 def test_each_process_has_its_gpu_or_all_share_the_cpu(
