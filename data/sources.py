@@ -124,30 +124,22 @@ def read_setting(text: str) -> tuple[str, Any]:
 
 
 class Lines:
-    """Files of JSON lines with a question and an answer; the first is in domain, the others out of domain.
-
-    An answer may end as in GSM8K, '... #### 42'; what stands before is its work.
-    """
+    """A file of JSON lines with a question and an answer, which may end as in GSM8K: its work, then '#### 42'."""
 
     max_response = 256
     asks_for_ending = True
 
-    def __init__(self, paths: str) -> None:
-        self.problems: dict[str, list[WordProblem]] = {}
-        for path in map(Path, paths.split(",")):
-            if path.stem in self.problems:
-                raise UserError(f"two files are named {path.stem}; rename one of them")
-            self.problems[path.stem] = read_lines(path)
-        self.domains = tuple(self.problems)
-        self.checksum = f"{zlib.crc32(repr(self.listed()).encode()):08x}"
+    def __init__(self, path: str) -> None:
+        self.problems, self.domains = read_lines(Path(path)), (Path(path).stem,)
+        self.checksum = f"{zlib.crc32(repr(self.problems).encode()):08x}"
 
     def draw(self, domain: str, count: int, rng: random.Random, test: bool) -> list[WordProblem]:
         """Each problem once, before any comes again."""
-        pool = [problem for problem in self.problems[domain] if is_test(problem.question) == test]
+        pool = [problem for problem in self.problems if is_test(problem.question) == test]
         return [*pool * (count // len(pool)), *rng.sample(pool, count % len(pool))]
 
     def listed(self) -> list[WordProblem]:
-        return [problem for problems in self.problems.values() for problem in problems]
+        return self.problems
 
     def right(self, problem: WordProblem, answer: str) -> bool:
         return equal(answer, problem.answer)

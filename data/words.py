@@ -42,12 +42,6 @@ class Words(Task):
         if shots:  # one more than is shown: a problem is never an example of itself
             rng = random.Random("examples")
             self.shown = {domain: source.draw(domain, shots + 1, rng, False) for domain in self.domains}
-        self.rest = {}  # tokens of a domain's longest prompt without its problem, and of all that models add to it
-        for domain in self.domains:
-            blank = WordProblem("", "", "", domain, 0)
-            prompts = (self.student_prompt(blank), self.reflector_prompt(blank, "", "", True))
-            longest = max(len(self.tokenizer.encode(prompt)) for prompt in prompts)
-            self.rest[domain] = longest + 2 * self.max_response + self.max_reflection
         for problem in source.listed():
             self.check(problem)
 
@@ -64,9 +58,10 @@ class Words(Task):
 
     def check(self, problem: WordProblem) -> None:
         """UserError where a problem's prompts cannot be written or may not fit, whatever the model will have said."""
+        held = (self.teacher_prompt(problem, "", problem.solution), self.reflector_prompt(problem, "", "", True))
         try:
-            longest = self.rest[problem.domain] + len(self.tokenizer.encode(f"{problem.question}\n{problem.solution}"))
-        except ValueError as error:
+            longest = max(len(self.encode(prompt)) for prompt in held) + 2 * self.max_response + self.max_reflection
+        except UserError as error:
             raise UserError(f"problem {problem.index} of {problem.domain}: {error}") from error
         if longest > self.block_size:
             what = f"problem {problem.index} of {problem.domain} with its responses and reflection may take {longest}"

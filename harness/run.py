@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy
 import tiktoken
@@ -97,7 +97,7 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.began = time.time()
-        self.lock = lock_folder(self.folder) if parallel.FIRST else None
+        self.lock = files.lock_folder(self.folder) if parallel.FIRST else None
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -268,29 +268,6 @@ def find_task(config: Any, *domains: str) -> Task:
         if domain not in ("", *task.domains):
             raise UserError(f"{config.task} has no domain {domain!r}; give one of {', '.join(task.domains)}")
     return task
-
-
-def lock_folder(folder: Path) -> IO:
-    """An open file that no other process can lock until it is closed or this process ends, however it ends."""
-    try:
-        file = (folder / ".lock").open("a", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder with --out") from error
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.close()
-        raise UserError(f"another process is running in {folder}; wait for it, or give another --out") from error
-    except OSError:  # a file system without locks
-        pass
-    return file
 
 
 def provenance() -> dict[str, Any]:

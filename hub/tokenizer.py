@@ -86,19 +86,17 @@ class Tokenizer:
         """Ids -> text; bytes that are not UTF-8 become the replacement character, ids of no token nothing."""
         return self.encoding.decode([self.ranks[id] for id in ids if id in self.ranks])
 
-    def chat(self, messages: list[tuple[str, str]]) -> str:
-        """The prompt that asks for the assistant's answer to messages of (role, text), in the folder's chat format.
+    def chat(self, turns: list[tuple[str, str]]) -> str:
+        """The prompt that asks for the assistant's answer to turns of (role, text): ChatML or Llama 3's format.
 
-        The format is ChatML or Llama 3's, by the tokens that exist. Messages without a system message get the one that
-        the folder's ChatML template adds to them, if it adds any. A model that can think is told not to.
+        The system message that the folder's ChatML template adds comes first; a model that can think is told not to.
         """
         if "<|im_start|>" in self.added:
-            if self.system and (not messages or messages[0][0] != "system"):
-                messages = [("system", self.system), *messages]
-            asked = "".join(CHATML.format(role=role, text=text) for role, text in messages) + "<|im_start|>assistant\n"
+            turns = [("system", self.system), *turns] if self.system else turns
+            asked = "".join(CHATML.format(role=role, text=text) for role, text in turns) + "<|im_start|>assistant\n"
             return asked + "<think>\n\n</think>\n\n" * self.may_think
         if "<|start_header_id|>" in self.added:
-            asked = "".join(LLAMA3.format(role=role, text=text.strip()) for role, text in messages)
+            asked = "".join(LLAMA3.format(role=role, text=text.strip()) for role, text in turns)
             return f"<|begin_of_text|>{asked}<|start_header_id|>assistant<|end_header_id|>\n\n"
         raise UserError("the tokenizer has neither <|im_start|> nor <|start_header_id|>; choose a model made for chats")
 

@@ -15,7 +15,7 @@ from conftest import ROSD, both_scripts, sentence, train
 import train_rosd
 from harness.cli import run_script
 from harness.errors import UserError
-from harness.run import lock_folder
+from harness.files import lock_folder
 
 
 def full(*_: object, **__: object) -> None:

@@ -157,26 +157,26 @@ def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
 
 
 def test_chat_is_written_in_the_format_of_the_special_tokens(tmp_path: Path) -> None:
-    messages = [("system", "Be brief."), ("user", "2 + {2}?")]
-    chatml = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + {2}?<|im_end|>\n<|im_start|>assistant\n"
+    turns = [("user", "Hi."), ("assistant", "2 + {2}?")]
+    chatml = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n2 + {2}?<|im_end|>\n<|im_start|>assistant\n"
     expected = {
         "Qwen3": chatml + "<think>\n\n</think>\n\n",
         "Qwen2": chatml,
         "SmolLM2": chatml,
-        "Llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\n2 + {2}?<|eot_id|>"
+        "Llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi.<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n2 + {2}?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
     }
     for family, prompt in expected.items():
         write_tokenizer(tmp_path / family, family)
         tokenizer = Tokenizer(tmp_path / family)
-        assert tokenizer.chat(messages) == prompt
+        assert tokenizer.chat(turns) == prompt
         assert (tokenizer.chat([("user", " hi\n")]) == tokenizer.chat([("user", "hi")])) == (family == "Llama3")
         if family != "SmolLM2":  # whose small vocabulary lacks some of these characters
             assert tokenizer.decode(tokenizer.encode(prompt)) == prompt
     write_tokenizer(tmp_path / "GPT2", "GPT2")
     with pytest.raises(ValueError, match="neither"):
-        Tokenizer(tmp_path / "GPT2").chat(messages)
+        Tokenizer(tmp_path / "GPT2").chat(turns)
 
 
 @pytest.mark.parametrize(("template", "prefix"), [("{% if enable_thinking %}", True), ("{{ messages }}", False)])
@@ -200,17 +200,14 @@ TEMPLATES = {  # what the programs of these folders do with a chat, cut to what 
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
-@pytest.mark.parametrize("asked", [[("user", "hi")], [("system", "Be brief."), ("user", "hi")]], ids=str)
-def test_a_chat_without_a_system_message_gets_the_one_of_the_template(
-    tmp_path: Path, family: str, asked: list[tuple[str, str]]
-) -> None:
+def test_a_chat_gets_the_system_message_of_the_template(tmp_path: Path, family: str) -> None:
     jinja2 = pytest.importorskip("jinja2")
     write_tokenizer(tmp_path, family)
     turn = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}<|im_start|>assistant\n"
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES[family] + turn, encoding="utf-8")
-    messages = [{"role": role, "content": text} for role, text in asked]
+    messages = [{"role": "user", "content": "hi"}]
     template = jinja2.Environment(keep_trailing_newline=True).from_string(TEMPLATES[family] + turn)
-    assert Tokenizer(tmp_path).chat(asked) == template.render(messages=messages, off=int(asked[0][0] == "system"))
+    assert Tokenizer(tmp_path).chat([("user", "hi")]) == template.render(messages=messages, off=0)
 
 
 def test_stops_are_those_of_all_files_and_the_end_of_turn(tmp_path: Path) -> None:

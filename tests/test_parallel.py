@@ -16,7 +16,8 @@ import train_rosd
 import train_spd
 from harness import files, parallel
 from harness.cli import parse_config, run_script
-from harness.run import lock_folder, run_name
+from harness.files import lock_folder
+from harness.run import run_name
 from model import GPT
 from reflect import Rollout
 

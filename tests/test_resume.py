@@ -12,7 +12,8 @@ from conftest import Letters, Stop, both_scripts, file_of, settings, stop_at, st
 import train_rosd
 from harness import files
 from harness.errors import UserError
-from harness.run import Run, lock_folder, run_name
+from harness.files import lock_folder
+from harness.run import Run, run_name
 
 # ---------------------------------------------------------------------------------------------- resume
 

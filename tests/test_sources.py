@@ -106,7 +106,6 @@ def test_other_bad_input_is_told_in_one_sentence(folder: Path, tmp_path: Path, f
         ("eggs", folder, "there is no task 'eggs'"),
         ("gone.jsonl", folder, "gone.jsonl cannot be read"),
         (str(tmp_path / "latin.jsonl"), folder, "cannot be read"),
-        (f"{file},{file}", folder, "two files are named eggs"),
         (str(file), "data/base.pt", "give one with --base"),
         (str(file), tmp_path, r"tokenizer\.json is missing"),
     ):
