@@ -38,10 +38,8 @@ class Words(Task):
         self.max_response = max_response or source.max_response
         self.vocab_size, self.stop = self.tokenizer.vocab_size, self.tokenizer.stops
         self.ending = ENDING * source.asks_for_ending
-        self.shown: dict[str, list[WordProblem]] = {}
-        if shots:  # one more than is shown: a problem is never an example of itself
-            rng = random.Random("examples")
-            self.shown = {domain: source.draw(domain, shots + 1, rng, False) for domain in self.domains}
+        rng = random.Random("examples")  # one more than is shown: a problem is never an example of itself
+        self.shown = {domain: source.draw(domain, shots + 1, rng, False) for domain in self.domains}
         for problem in source.listed():
             self.check(problem)
 
@@ -109,7 +107,7 @@ class Words(Task):
 
     def examples(self, problem: WordProblem) -> list[tuple[str, str]]:
         """Training problems of the same domain with their solutions, never the problem itself."""
-        others = [other for other in self.shown.get(problem.domain, ()) if other.question != problem.question]
+        others = [other for other in self.shown[problem.domain] if other.question != problem.question]
         return [(student_request(other.question, self.ending), other.solution) for other in others[: self.shots]]
 
     def chat(self, request: str, examples: list[tuple[str, str]]) -> str:

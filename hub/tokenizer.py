@@ -18,9 +18,8 @@ printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 others = [byte for byte in range(256) if byte not in printable]
 byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same after every digit was cut out: white space before a digit is then at the end of its part.
-GPT2_SINGLE_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+# SmolLM2's, which is GPT-2's after every digit was cut out: white space before a digit is then at the end of its part.
+SINGLE_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 CHATML = "<|im_start|>{role}\n{text}<|im_end|>\n"
 # A system message that a template writes as it is: a quoted string of its program, which may hold escapes.
@@ -82,10 +81,6 @@ class Tokenizer:
             raise UserError(f"{text[:40]!r} holds a character outside the tokenizer's vocabulary; leave it out")
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Ids -> text; bytes that are not UTF-8 become the replacement character, ids of no token nothing."""
-        return self.encoding.decode([self.ranks[id] for id in ids if id in self.ranks])
-
     def chat(self, turns: list[tuple[str, str]]) -> str:
         """The prompt that asks for the assistant's answer to turns of (role, text): ChatML or Llama 3's format.
 
@@ -103,16 +98,13 @@ class Tokenizer:
 
 def split_pattern(folder: Path, pre_tokenizer: dict[str, Any] | None) -> str:
     """The regular expression of the pieces within which merges happen, from the pre-tokenizer."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    if steps[-1] and steps[-1]["type"] == "ByteLevel" and not steps[-1]["add_prefix_space"]:
+    steps = (pre_tokenizer or {}).get("pretokenizers", [{"type": None}])
+    if steps[-1]["type"] == "ByteLevel" and not steps[-1]["add_prefix_space"]:
         match [step["type"] for step in steps], steps[-1].get("use_regex", True):
-            case ["ByteLevel"], True:
-                return GPT2
             case ["Digits", "ByteLevel"], True if steps[0]["individual_digits"]:
-                return GPT2_SINGLE_DIGITS
+                return SINGLE_DIGITS
             case ["Split", "ByteLevel"], False if steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
-                if "Regex" in steps[0]["pattern"]:
-                    return steps[0]["pattern"]["Regex"]
+                return steps[0]["pattern"]["Regex"]
     raise UserError(f"the tokenizer in {folder} cuts text in a way that is not supported; choose another model")
 
 

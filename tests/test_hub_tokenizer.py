@@ -50,7 +50,7 @@ SPECIALS = {
     "Qwen2": ["<|endoftext|>", "<|im", "<|im_start|>", "<|im_end|>"],  # one begins another: the longest counts
     "SmolLM2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "Llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    "GPT2": ["<|endoftext|>"],
+    "plain": ["<|endoftext|>"],
 }
 NO_REGEX = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 BYTE_LEVEL = NO_REGEX | {"use_regex": True}
@@ -66,7 +66,7 @@ PRE_TOKENIZERS = {
     "Qwen2": split_by(QWEN2),
     "Llama3": split_by(LLAMA3),
     "SmolLM2": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
-    "GPT2": BYTE_LEVEL,
+    "plain": split_by(QWEN2),
 }
 
 
@@ -91,6 +91,10 @@ def write_tokenizer(folder: Path, family: str, **changes: Any) -> Any:
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
+def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return tokenizer.encoding.decode([tokenizer.ranks[id] for id in ids])
+
+
 @pytest.mark.parametrize("family", PRE_TOKENIZERS)
 def test_ids_equal_those_of_tokenizers_on_varied_texts(tmp_path: Path, family: str) -> None:
     theirs, rng = write_tokenizer(tmp_path, family), random.Random(0)
@@ -103,7 +107,7 @@ def test_ids_equal_those_of_tokenizers_on_varied_texts(tmp_path: Path, family: s
         if missing.isdisjoint(ours.special.sub("", text).encode()):
             expected = theirs.encode(text, add_special_tokens=False).ids
             assert ours.encode(text) == expected, repr(text)
-            assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=False)
+            assert decode(ours, expected) == theirs.decode(expected, skip_special_tokens=False)
             compared += 1
         else:
             with pytest.raises(ValueError, match="outside the tokenizer's vocabulary"):
@@ -122,7 +126,7 @@ def test_ids_need_not_follow_the_order_of_merges(tmp_path: Path) -> None:
     theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ours = Tokenizer(tmp_path)
     assert ours.encode(SAMPLE) == theirs.encode(SAMPLE).ids
-    assert ours.decode(ours.encode(SAMPLE)) == SAMPLE
+    assert decode(ours, ours.encode(SAMPLE)) == SAMPLE
 
 
 @pytest.mark.parametrize(
@@ -173,10 +177,10 @@ def test_chat_is_written_in_the_format_of_the_special_tokens(tmp_path: Path) -> 
         assert tokenizer.chat(turns) == prompt
         assert (tokenizer.chat([("user", " hi\n")]) == tokenizer.chat([("user", "hi")])) == (family == "Llama3")
         if family != "SmolLM2":  # whose small vocabulary lacks some of these characters
-            assert tokenizer.decode(tokenizer.encode(prompt)) == prompt
-    write_tokenizer(tmp_path / "GPT2", "GPT2")
+            assert decode(tokenizer, tokenizer.encode(prompt)) == prompt
+    write_tokenizer(tmp_path / "plain", "plain")
     with pytest.raises(ValueError, match="neither"):
-        Tokenizer(tmp_path / "GPT2").chat(turns)
+        Tokenizer(tmp_path / "plain").chat(turns)
 
 
 @pytest.mark.parametrize(("template", "prefix"), [("{% if enable_thinking %}", True), ("{{ messages }}", False)])
