@@ -79,8 +79,8 @@ class Run:
         torch.set_num_threads(config.threads)
         self.device = parallel.start(config.device)
         self.base = files.load_checkpoint(config.base)[0].to(self.device).requires_grad_(False).eval()
-        has, needed, padded = self.base.config.vocab_size, self.task.vocab_size, Path(config.base).is_dir()
-        if has < needed or (has > needed and not padded):  # the matrices of real models have rows of no token
+        has, needed = self.base.config.vocab_size, self.task.vocab_size
+        if has < needed:
             sizes = f"{has} tokens, the task {config.task} one of {needed}"
             raise UserError(f"{config.base} has a vocabulary of {sizes}; make it anew, or give another --base")
         self.origin = {"base_checksum": files.checksum(config.base), "problems_checksum": self.task.problems_checksum}

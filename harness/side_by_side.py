@@ -19,18 +19,14 @@ def train_all(train: Callable[[Any], dict], configs: list[Any]) -> list[dict]:
     processes = min(len(configs), os.cpu_count() or 1)
     if processes == 1 or parallel.WORLD > 1 or parallel.pick_device(configs[0].device).type != "cpu":
         return [train(config) for config in configs]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, initializer=leave_interrupts_to_the_parent) as pool:
+    context, ignore_interrupts = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(processes, context, initializer=signal.signal, initargs=ignore_interrupts) as pool:
         try:
             return list(pool.map(train, configs))
         except BaseException:  # Ctrl-C as well: what each run has saved is complete
             for child in multiprocessing.active_children():
                 child.terminate()
             raise
-
-
-def leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def position() -> int:

@@ -13,13 +13,12 @@ from harness.errors import UserError
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
 
-NAMES = {  # theirs: ours
-    "model.embed_tokens.": "embed.",
-    "model.layers.": "blocks.",
-    "model.norm.": "norm.",
-    ".self_attn.": ".attn.",
-    ".input_layernorm.": ".attn_norm.",
-    ".post_attention_layernorm.": ".mlp_norm.",
+PARTS = {  # of a tensor's name, theirs: ours
+    "embed_tokens": "embed",
+    "layers": "blocks",
+    "self_attn": "attn",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "mlp_norm",
 }
 
 
@@ -110,16 +109,13 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
 
 
 def our_name(name: str) -> str:
-    for theirs, ours in NAMES.items():
-        name = name.replace(theirs, ours)
-    return name
+    return ".".join(PARTS.get(part, part) for part in name.removeprefix("model.").split("."))
 
 
 def their_name(name: str) -> str:
-    for theirs, ours in NAMES.items():
-        if ours.startswith(".") or name.startswith(ours):
-            name = name.replace(ours, theirs)
-    return name
+    theirs = {ours: theirs for theirs, ours in PARTS.items()}
+    name = ".".join(theirs.get(part, part) for part in name.split("."))
+    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def check_shapes(folder: Path | str, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
