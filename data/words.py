@@ -15,7 +15,7 @@ from data.requests import ENDING, REFLECTED, reflection_request, student_request
 from data.sources import Gym, Lines, WordProblem
 from data.task import Task, Verdict
 from harness.errors import UserError
-from hub.tokenizer import END_OF_TURN, Tokenizer
+from hub.tokenizer import Tokenizer
 from hub.weights import read_shape
 
 
@@ -141,5 +141,4 @@ class Words(Task):
 
     def end(self) -> int:
         """The chat's end of turn: a folder may name other stop tokens as well."""
-        turns = [self.tokenizer.added[text] for text in END_OF_TURN if text in self.tokenizer.added]
-        return turns[0] if turns else self.stop[0]
+        return self.tokenizer.end

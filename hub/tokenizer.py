@@ -32,8 +32,7 @@ class Tokenizer:
     """Byte-level BPE of a folder with tokenizer.json; its ids equal those of `transformers` without added BOS.
 
     encoding is the tiktoken encoding: its ranks follow the order of merges, and ids[rank] is the id in the folder, or
-    -1 for a byte that the vocabulary lacks. stops (ascending ids) are the end-of-text tokens of the folder's config
-    files and the chat's end-of-turn token.
+    -1 for a byte that the vocabulary lacks. end is the token that ends a turn of the chat.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -47,6 +46,7 @@ class Tokenizer:
             f"a tokenizer of type {model['type']}": model["type"] != "BPE",
             f"the normalizer {normalizer['type']}": normalizer["type"] not in ("NFC", None),
             "special tokens that take in white space": any(t["lstrip"] or t["rstrip"] for t in raw["added_tokens"]),
+            "no chat format": not any(text in added for text in END_OF_TURN),
             "tokens that no merge makes": model["type"] == "BPE" and set(model["vocab"]) - {*texts, *added},
         }
         refuse(folder, refusals)
@@ -62,7 +62,8 @@ class Tokenizer:
         self.nfc = normalizer["type"] == "NFC"
         longest_first = sorted(map(re.escape, added), key=len, reverse=True)
         self.special = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
-        self.stops = stop_tokens(folder, added)
+        self.end = next(added[text] for text in END_OF_TURN if text in added)
+        self.stops = stop_tokens(folder, self.end)
         template = chat_template(folder)
         self.may_think = "<think>" in added and (template is None or "enable_thinking" in template)
         written = DEFAULT_SYSTEM.search(template or "")
@@ -86,14 +87,12 @@ class Tokenizer:
 
         The system message that the folder's ChatML template adds comes first; a model that can think is told not to.
         """
-        if "<|im_start|>" in self.added:
+        if "<|im_end|>" in self.added:
             turns = [("system", self.system), *turns] if self.system else turns
             asked = "".join(CHATML.format(role=role, text=text) for role, text in turns) + "<|im_start|>assistant\n"
             return asked + "<think>\n\n</think>\n\n" * self.may_think
-        if "<|start_header_id|>" in self.added:
-            asked = "".join(LLAMA3.format(role=role, text=text.strip()) for role, text in turns)
-            return f"<|begin_of_text|>{asked}<|start_header_id|>assistant<|end_header_id|>\n\n"
-        raise UserError("the tokenizer has neither <|im_start|> nor <|start_header_id|>; choose a model made for chats")
+        asked = "".join(LLAMA3.format(role=role, text=text.strip()) for role, text in turns)
+        return f"<|begin_of_text|>{asked}<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
 def split_pattern(folder: Path, pre_tokenizer: dict[str, Any] | None) -> str:
@@ -116,9 +115,9 @@ def chat_template(folder: Path) -> str | None:
     return read_json(settings).get("chat_template") if settings.is_file() else None
 
 
-def stop_tokens(folder: Path, added: dict[str, int]) -> tuple[int, ...]:
-    """The ids that end an answer, ascending."""
-    stops = {added[text] for text in END_OF_TURN if text in added}
+def stop_tokens(folder: Path, end: int) -> tuple[int, ...]:
+    """The ids that end an answer, ascending: the end of a turn and those of the folder's config files."""
+    stops = {end}
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             ids = read_json(folder / name).get("eos_token_id")

@@ -50,7 +50,6 @@ SPECIALS = {
     "Qwen2": ["<|endoftext|>", "<|im", "<|im_start|>", "<|im_end|>"],  # one begins another: the longest counts
     "SmolLM2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "Llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    "plain": ["<|endoftext|>"],
 }
 NO_REGEX = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 BYTE_LEVEL = NO_REGEX | {"use_regex": True}
@@ -66,7 +65,6 @@ PRE_TOKENIZERS = {
     "Qwen2": split_by(QWEN2),
     "Llama3": split_by(LLAMA3),
     "SmolLM2": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
-    "plain": split_by(QWEN2),
 }
 
 
@@ -135,6 +133,7 @@ def test_ids_need_not_follow_the_order_of_merges(tmp_path: Path) -> None:
         ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase"),
         ({"model": {"type": "Unigram", "vocab": []}}, "a tokenizer of type Unigram"),
         ({"model": {"type": "BPE", "vocab": {"abc": 0}, "merges": []}}, "tokens that no merge makes"),
+        ({"added_tokens": []}, "no chat format"),
         ({"pre_tokenizer": None}, "cuts text"),
         ({"pre_tokenizer": {"type": "Metaspace"}}, "cuts text"),
         ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "cuts text"),
@@ -178,9 +177,6 @@ def test_chat_is_written_in_the_format_of_the_special_tokens(tmp_path: Path) -> 
         assert (tokenizer.chat([("user", " hi\n")]) == tokenizer.chat([("user", "hi")])) == (family == "Llama3")
         if family != "SmolLM2":  # whose small vocabulary lacks some of these characters
             assert decode(tokenizer, tokenizer.encode(prompt)) == prompt
-    write_tokenizer(tmp_path / "plain", "plain")
-    with pytest.raises(ValueError, match="neither"):
-        Tokenizer(tmp_path / "plain").chat(turns)
 
 
 @pytest.mark.parametrize(("template", "prefix"), [("{% if enable_thinking %}", True), ("{{ messages }}", False)])
@@ -216,7 +212,7 @@ def test_a_chat_gets_the_system_message_of_the_template(tmp_path: Path, family: 
 
 def test_stops_are_those_of_all_files_and_the_end_of_turn(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, "Qwen2")
-    turn = Tokenizer(tmp_path).added["<|im_end|>"]
+    turn = Tokenizer(tmp_path).end
     assert Tokenizer(tmp_path).stops == (turn,)
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}), encoding="utf-8")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, turn]}), encoding="utf-8")
