@@ -18,7 +18,7 @@ CORE = ["reflect.py", "subspace.py", "evaluate.py", "train_rosd.py", "train_spd.
 IMPORTS = "from typing import ClassVar\nimport random\nimport re\n\nfrom data.task import Problem, Task, Verdict\n\n\n"
 LOADED = '    if spec == "letters":\n        from data.letters import Letters\n\n        return Letters()'
 ADDITIONS = [  # file, line after which to add, the added line
-    ("data/__init__.py", "    gym, lines", LOADED),
+    ("data/__init__.py", '    """The task that', LOADED),
     ("data/letters.py", "    domains = ", '    domains = ("one", "two", "three")'),
     ("train_rosd.py", '    "opsd": {"context"', '    "late": {"context": "gold", "mask": "suffix"},'),
     ("train_rosd.py", "    updates: int", '    patience: int = option(1, "a setting", minimum=1)'),
