@@ -1,10 +1,30 @@
-"""The synthetic task: chain arithmetic, whose verifier knows the true first error."""
+"""The synthetic task: chain arithmetic, whose verifier knows the true first error, and its prompts.
+
+One weight set plays every part; the parts are told apart by what stands before their text.
+"""
 
 import random
 from typing import ClassVar
 
-from data import chains, prompts, tokenizer
+from data import chains, tokenizer
 from data.task import Problem, Task, Verdict
+
+
+def prompt(problem: str, hint: str | None = None, solution: str | None = None) -> str:
+    """The student's prompt, which is the problem alone, or a teacher's, who holds a hint, a solution or both."""
+    held = {"<|hint|>": hint, "<|solution|>": solution}
+    told = "".join(tag + text for tag, text in held.items() if text is not None)
+    return f"<|user|>{problem}{told}<|assistant|>"
+
+
+def reflect_prompt(problem: str, attempt: str, peer: str | None = None, answer: int | None = None) -> str:
+    """The reflector's prompt: a wrong attempt comes with a correct peer, a correct one alone.
+
+    The right answer, where it is told, follows the problem: '3+8-5*2=2'.
+    """
+    told = "" if answer is None else f"={answer}"
+    held = "" if peer is None else f"<|solution|>{peer}"
+    return f"<|user|>{problem}{told}{held}<|attempt|>{attempt}<|assistant|>"
 
 
 class Arithmetic(Task):
@@ -34,14 +54,14 @@ class Arithmetic(Task):
         return [i for i, token in enumerate(solution) if rule == "full" or token in tuple("0123456789+-*")]
 
     def student_prompt(self, problem: Problem) -> str:
-        return prompts.prompt(problem.question)
+        return prompt(problem.question)
 
     def teacher_prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:
-        return prompts.prompt(problem.question, idea, solution)
+        return prompt(problem.question, idea, solution)
 
     def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, told_answer: bool) -> str:
         answer = chains.true_values(problem.question)[-1] if told_answer else None
-        return prompts.reflect_prompt(problem.question, attempt, peer, answer)
+        return reflect_prompt(problem.question, attempt, peer, answer)
 
     encode = staticmethod(tokenizer.encode)
     decode = staticmethod(tokenizer.decode)

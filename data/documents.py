@@ -7,9 +7,9 @@ be copied from what stands in the context.
 import random
 from dataclasses import replace
 
+from data.arithmetic import prompt, reflect_prompt
 from data.authors import CLUMSY, CONFIRMED, EXAMINED, HINTED, INFORMED, PLAIN
 from data.chains import CHECK_MARK, DOMAINS, disputed_steps, make_problem, operations, true_steps, true_values, verify
-from data.prompts import prompt, reflect_prompt
 
 MIXTURE = {"plain": 0.15, "exam": 0.05, "hint": 0.3, "solution": 0.1, "reflect": 0.4}
 CONFIRM_MARK = "#"  # before steps that were right

@@ -96,8 +96,10 @@ class Gym:
     def right(self, problem: WordProblem, answer: str) -> bool:
         """Whether an answer, without any words around it, is the problem's."""
         dataset = self.datasets[problem.domain]
-        if answer.strip() == problem.answer or HARMFUL.search(answer):
-            return answer.strip() == problem.answer
+        if answer.strip() == problem.answer:
+            return True
+        if HARMFUL.search(answer):
+            return False
         try:
             return dataset.score_answer(answer, dataset[problem.index]) >= 0.99
         except Exception:  # some datasets cannot read every text

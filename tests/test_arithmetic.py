@@ -5,13 +5,13 @@ import random
 import pytest
 
 from data import Problem, load_task
+from data.arithmetic import reflect_prompt
 from data.chains import (
     golden_solution,
 )
 from data.documents import (
     sample_document,
 )
-from data.prompts import reflect_prompt
 from data.tokenizer import END, SPECIAL_TOKENS, VOCAB_SIZE, decode, encode, pieces
 
 # ---------------------------------------------------------------------------------------------- task
