@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from errors import UserError
 from hub.weights import check_shapes, read_folder
 
 
@@ -47,6 +48,7 @@ class RMSNorm(nn.RMSNorm):
 
 
 Rope = tuple[Tensor, Tensor]  # cos and sin
+Caches = list["KVCache"]  # one per layer
 
 
 class KVCache:
@@ -74,9 +76,6 @@ class KVCache:
         """Make room for so many more positions, to be filled in place: faster, and without gradients."""
         self.k = F.pad(self.k.transpose(2, 3), (0, room))  # transposed: the product with one query is twice as fast
         self.v, self.reserved = F.pad(self.v, (0, 0, 0, room)), True
-
-
-Caches = list[KVCache]  # one per layer
 
 
 def rope_tables(config: GPTConfig) -> Rope:
@@ -164,22 +163,13 @@ class GPT(nn.Module):
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, table in zip(("cos", "sin"), rope_tables(config), strict=True):
             self.register_buffer(name, table, persistent=False)
-        self.apply(self._init_weights)
-
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear):
-            nn.init.normal_(module.weight, std=0.5 * module.in_features**-0.5)
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
+        for name, parameter in self.named_parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02 if name == "embed.weight" else 0.5 * parameter.size(1) ** -0.5)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, dtype: torch.dtype | None = None, block_size: int = 4096) -> "GPT":
-        """The model of a Hugging Face folder on this disk; hub/weights.py says what it takes and refuses.
-
-        dtype None keeps the dtype of the file. Raises ValueError with one sentence if the folder cannot be loaded.
-        """
+        """The model of a Hugging Face folder on this disk, in its own dtype or the given one; or UserError."""
         shape, weights = read_folder(folder, block_size)
         with torch.device("meta"):  # allocates and initializes nothing
             model = cls(GPTConfig(**shape))
@@ -199,9 +189,9 @@ class GPT(nn.Module):
             block.compile(dynamic=True)
 
     def check_length(self, length: int) -> None:
-        """Raise ValueError if a sequence of this length does not fit."""
+        """Raise UserError if a sequence of this length does not fit."""
         if length > self.config.block_size:
-            raise ValueError(f"a sequence of {length} tokens does not fit in block_size = {self.config.block_size}")
+            raise UserError(f"{length} tokens do not fit in block_size = {self.config.block_size}; give another --base")
 
     def hidden(
         self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, caches: Caches | None = None
@@ -210,7 +200,7 @@ class GPT(nn.Module):
 
         positions (B, T), below block_size, count from 0 by default. mask, True where a query may look, broadcasts to
         (B, heads, T, S) and is causal by default. caches hold the keys and values of all earlier positions; a call
-        that reads several tokens into filled ones must give the mask. Raises ValueError if T exceeds block_size.
+        that reads several tokens into filled ones must give the mask. Raises UserError if T exceeds block_size.
         """
         self.check_length(tokens.size(1))
         if positions is None:
@@ -234,16 +224,14 @@ class GPT(nn.Module):
 
 
 def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Caches]:
-    """Hidden state after each prompt (B, n_embd), its length (B, 1), what is not padding (B, P), and the caches.
-
-    Padding is on the right, where causal attention never looks. What all prompts begin with is read once.
-    """
+    """Hidden state after each prompt (B, n_embd), its length (B, 1), what is not padding (B, P), and the caches."""
     caches, device, mask = [KVCache() for _ in model.blocks], model.device, None
     lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
-    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)  # (B, P)
+    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
+    # (B, P), padded on the right, where causal attention never looks
     position = torch.arange(tokens.size(1), device=device)
     same = min(int((tokens == tokens[0]).all(dim=0).cumprod(dim=0).sum()), int(lengths.min()) - 1)
-    same *= same >= 16  # less does not pay for a pass of its own
+    same *= same >= 16  # tokens that all prompts begin with are read once, if they pay for a pass of their own
     if same:
         model.hidden(tokens[:1, :same], caches=caches)
         for cache in caches:
@@ -257,8 +245,8 @@ def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, 
 def response_hidden(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
     """The hidden states that predict every token of every response -> (B, longest response, n_embd).
 
-    A prompt that several rows share is read once; then its responses are read behind it. Values beyond a row's
-    response are arbitrary. Raises ValueError if the longest prompt and response together exceed block_size.
+    A prompt that several rows share is read once. Values beyond a row's response are arbitrary. Raises UserError if
+    the longest prompt and response together exceed block_size.
     """
     model.check_length(max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)))
     numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -307,7 +295,7 @@ def sample(
     """Sample responses, `samples` per prompt, side by side -> their tokens, and the log-probability of each token.
 
     A response ends with its first stop token. Log-probabilities are those of the sampling distribution: after
-    temperature, top_k and top_p. Raises ValueError if the longest prompt and max_new_tokens exceed block_size.
+    temperature, top_k and top_p. Raises UserError if the longest prompt and max_new_tokens exceed block_size.
 
     Each row inverts the cumulative distribution at uniform numbers of its own, so neither padding nor the other rows
     change what it samples. The generator is one of the CPU.

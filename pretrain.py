@@ -13,7 +13,6 @@ matrix over its full rank; AdamW with weight decay leaves room to spare, as in l
 import math
 import random
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,9 +25,9 @@ from data.arithmetic import Arithmetic
 from data.chains import BUDGET, STEP, true_steps
 from data.documents import confirmation, sample_document
 from data.tokenizer import END, VOCAB_SIZE, encode
+from errors import UserError
 from harness import files, parallel
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.errors import UserError
 from harness.run import seeded
 from model import GPT, GPTConfig, response_logprobs
 from reflect import choose_peers, parse_reflection, reflect, sample_rollouts
@@ -79,8 +78,7 @@ def pretrain(config: Config) -> GPT:
     decayed = [model.blocks[0].attn.v_proj.weight]
     if config.slack:
         decayed = [part.weight for block in model.blocks for part in (block.attn.k_proj, block.attn.v_proj)]
-    chosen = set(map(id, decayed))
-    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and id(p) not in chosen]
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and not any(p is other for other in decayed)]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
     groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.value_decay}]
     optimizers = [
@@ -129,47 +127,45 @@ def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> di
     """
     task, rng = Arithmetic(), random.Random(f"audit {domain} {seed}")
     problems = task.problems(domain, count, rng, test=True)
-    group = sample_rollouts(model, task, problems, 8, seeded("audit", domain, seed))
-    pairs = zip(group, choose_peers(group, 8), strict=True)
-    wrong = [(r, p.text) for r, p in pairs if p and r.verdict.error]
-    right = [r for r in group if r.verdict.correct and "merged" not in r.verdict.habits][:256]
+    rollouts = sample_rollouts(model, task, problems, 8, seeded("audit", domain, seed))
+    pairs = zip(rollouts, choose_peers(rollouts, 8), strict=True)
+    wrong = [(rollout, peer.text) for rollout, peer in pairs if peer and rollout.verdict.error]
+    right = [r for r in rollouts if r.verdict.correct and "merged" not in r.verdict.habits][:256]
     if not wrong or not right:
         return {}
-    read = list(map(parse_reflection, reflect(model, task, [r for r, _ in wrong], [peer for _, peer in wrong])))
-    quoted = [q.quote == r.text[slice(*r.verdict.error)] for q, (r, _) in zip(read, wrong, strict=True)]
-    confirmed = map(parse_reflection, reflect(model, task, right, [None] * len(right)))
-    exact = [c.idea == confirmation(r.problem.question) for c, r in zip(confirmed, right, strict=True)]
+    attempts, peers = map(list, zip(*wrong, strict=True))
+    reflections = list(map(parse_reflection, reflect(model, task, attempts, peers)))
+    confirmations = map(parse_reflection, reflect(model, task, right, [None] * len(right)))
 
-    tokens, at, true_digits, false_digits = [], [], [], []  # of each case: rollout, wrong digit's position, and digits
-    held: dict[str, list[str]] = defaultdict(list)  # what the teacher holds -> its prompt in each case
-    for reflection, (rollout, _) in zip(read, wrong, strict=True):
-        problem, (start, end) = rollout.problem, rollout.verdict.error
-        steps, line = true_steps(problem.question), rollout.text[start:end]
+    cases = []  # tokens of a rollout, its wrong digit's position, the right and another digit, the teacher's prompts
+    for reflection, attempt in zip(reflections, attempts, strict=True):
+        problem, (start, end) = attempt.problem, attempt.verdict.error
+        steps, line = true_steps(problem.question), attempt.text[start:end]
         true = next((step for step in steps if STEP.fullmatch(line) and step[:-1] == line[:-1]), None)
         if true is None:
             continue
-        other = rng.choice([step for step in steps if step != true] or ["#"])
-        false_digits.append(rng.choice([d for d in "0123456789" if d != true[-1]]))
-        true_digits.append(true[-1])
-        tokens.append(rollout.tokens)
-        at.append(end - 1)
-        hints = {"an irrelevant hint": other, "its own reflection": reflection.idea or "#", "the true step": true}
-        hints["the true step with a wrong digit"] = true[:-1] + false_digits[-1]
-        held["no hint"].append(task.student_prompt(problem))
-        for name, hint in hints.items():
-            held[name].append(task.teacher_prompt(problem, hint))
-        held["a reference solution"].append(task.teacher_prompt(problem, solution=problem.solution))
+        other_step = rng.choice([step for step in steps if step != true] or ["#"])
+        other_digit = rng.choice([digit for digit in "0123456789" if digit != true[-1]])
+        hints = {"an irrelevant hint": other_step, "its own reflection": reflection.idea or "#", "the true step": true}
+        hints["the true step with a wrong digit"] = true[:-1] + other_digit
+        prompts = {"no hint": task.student_prompt(problem)}
+        prompts |= {name: task.teacher_prompt(problem, hint) for name, hint in hints.items()}
+        prompts["a reference solution"] = task.teacher_prompt(problem, solution=problem.solution)
+        cases.append((attempt.tokens, end - 1, encode(true[-1])[0], encode(other_digit)[0], prompts))
 
-    found = {}
-    for name, prompts in held.items():
-        p = response_logprobs(model, list(map(encode, prompts)), tokens).exp()[torch.arange(len(at)), at]  # (cases, V)
-        found[name] = p.gather(1, torch.tensor(list(map(encode, true_digits)))).mean().item()
+    if not cases:
+        return {}
+    tokens, at, right_digits, other_digits, held = map(list, zip(*cases, strict=True))
+    found, each = {}, range(len(cases))
+    for name in held[0]:
+        p = response_logprobs(model, [encode(prompts[name]) for prompts in held], tokens).exp()  # (cases, T, V)
+        found[name] = p[each, at, right_digits].mean().item()
         if name == "the true step with a wrong digit":
-            found["... and of that wrong digit"] = (
-                p.gather(1, torch.tensor(list(map(encode, false_digits)))).mean().item()
-            )
-    found |= {"first error quoted": sum(quoted) / len(quoted), "correct step confirmed": sum(exact) / len(exact)}
-    return found | {"right answers": sum(r.verdict.correct for r in group) / len(group)}
+            found["... and of that wrong digit"] = p[each, at, other_digits].mean().item()
+    quoted = [q.quote == r.text[slice(*r.verdict.error)] for q, r in zip(reflections, attempts, strict=True)]
+    confirmed = [c.idea == confirmation(r.problem.question) for c, r in zip(confirmations, right, strict=True)]
+    found |= {"first error quoted": sum(quoted) / len(quoted), "correct step confirmed": sum(confirmed) / len(right)}
+    return found | {"right answers": sum(r.verdict.correct for r in rollouts) / len(rollouts)}
 
 
 def missed_gates(found: dict[str, float]) -> list[str]:
@@ -208,7 +204,7 @@ def main() -> None:
         files.save_checkpoint(Path(config.out), model.half())
         count = sum(p.numel() for p in model.parameters())
         print(f"{count:,} parameters, {time.time() - started:.0f} s -> {config.out}")
-    report(files.load_checkpoint(config.out)[0])
+    report(files.load_checkpoint(config.out))
 
 
 if __name__ == "__main__":

@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from data import Task
+from errors import UserError
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.errors import UserError
 from harness.run import find_task, seeded
 from losses import CHUNK
 from model import GPT, generate
@@ -307,7 +307,7 @@ def main() -> None:
     config = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
     torch.set_num_threads(config.threads)
     task = find_task(config, config.domain, *config.calibration_domain)
-    model = files.load_checkpoint(config.base)[0]
+    model = files.load_checkpoint(config.base)
     choose_rank(config.rank, torch.ones(place_width(model, config.coordinate)))  # a bad one is told at once
     chosen, rows = target_layers(config.layers, model.config.n_layer), []
     for place, (s, r) in spectra(model, task, config).items():

@@ -33,12 +33,11 @@ from torch.optim import AdamW, Optimizer
 import losses
 import reflect
 from data import Task
+from errors import UserError
 from evaluate import comparison, evaluate_run, quick_test
 from harness import parallel
 from harness.cli import option, parse_config, run_script
-from harness.errors import UserError
 from harness.run import Run, RunConfig, find_task, run_name
-from harness.side_by_side import train_all
 from lora import adapters_off, make_trainable, merge_lora
 from model import GPT, response_hidden
 from reflect import Reflection, Rollout
@@ -335,7 +334,7 @@ def main() -> None:
     sdpo = dataclasses.replace(config, method="sdpo", context=None, mask=None)
     configs = [config, sdpo] if config.baseline and config.method != "sdpo" else [config]
     list(map(settle, configs))  # flags that do not go together are reported before the first run
-    results = train_all(train, configs)
+    results = parallel.train_all(train, configs)
     if parallel.FIRST:
         rows = {"base, before training": results[0]["before"]}
         for result in results:

@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 from data import Task
+from errors import UserError
 from evaluate import evaluate, evaluate_run, out_of_domain
 from harness import parallel
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.errors import UserError
 from harness.run import Run, RunConfig, find_task, run_name
-from harness.side_by_side import train_all
 from lora import make_trainable, merge_lora
 from losses import in_chunks, masked_mean, pad
 from model import GPT, generate, response_hidden
@@ -205,7 +204,7 @@ def main() -> None:
     config = parse_config(Config, __doc__)
     methods = [config.method, *(m for m in METHODS if m != config.method and config.baseline)]
     others = [dataclasses.replace(config, method=method, temperature=None) for method in methods[1:]]
-    results = train_all(train, [config, *others])
+    results = parallel.train_all(train, [config, *others])
     if not parallel.FIRST:
         return
     home = results[0]["config"]["domain"]

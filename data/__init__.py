@@ -5,27 +5,23 @@
 
 from pathlib import Path
 
-from data.task import Problem, Task, TaskError, Verdict
+from data.arithmetic import Arithmetic
+from data.sources import Gym, Lines
+from data.task import Problem, Task, Verdict
+from data.words import Words
+from errors import UserError
 
-__all__ = ["Problem", "Task", "TaskError", "Verdict", "load_task"]
+__all__ = ["Problem", "Task", "Verdict", "load_task"]
 
 
 def load_task(spec: str, base: Path | str = "data/base.pt", shots: int = 0, max_response: int | None = None) -> Task:
-    """The task that `--task` names, in the tokens of the base: arithmetic, gym:NAME[,NAME...] or FILE.jsonl.
-
-    shots and max_response are for tasks in words alone. Raises TaskError with one sentence if there is no such task, or
-    if something that it needs is missing.
-    """
+    """The task that `--task` names, in the tokens of the base; shots and max_response are for tasks in words alone."""
     if spec == "arithmetic":
-        from data.arithmetic import Arithmetic
-
         if shots or max_response:
-            raise TaskError("the task arithmetic takes neither --shots nor --max-response; leave them out")
+            raise UserError("the task arithmetic takes neither --shots nor --max-response; leave them out")
         return Arithmetic()
-    gym, lines = spec.startswith("gym:"), spec.endswith(".jsonl")
-    if not (gym or lines):
-        raise TaskError(f"there is no task {spec!r}; give arithmetic, gym:NAME of Reasoning Gym, or a FILE.jsonl")
-    from data.sources import Gym, Lines
-    from data.words import Words
-
-    return Words(Gym(spec.removeprefix("gym:")) if gym else Lines(spec), base, shots, max_response)
+    if spec.startswith("gym:"):
+        return Words(Gym(spec.removeprefix("gym:")), base, shots, max_response)
+    if spec.endswith(".jsonl"):
+        return Words(Lines(spec), base, shots, max_response)
+    raise UserError(f"there is no task {spec!r}; give arithmetic, gym:NAME of Reasoning Gym, or a FILE.jsonl")

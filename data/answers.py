@@ -56,19 +56,19 @@ def final_answer(response: str, golden: str) -> str | None:
     return given[0] if given else (re.findall(NUMBER, tidy(response)) or [None])[-1]
 
 
-def value(text: str | None) -> Fraction | None:
+def value(text: str) -> Fraction | None:
     """The number a text is; None where it is none, like a division that has not been carried out."""
     try:
-        number = Fraction((text or "").replace(" ", "")) if len(text or "") <= 50 else None
+        number = Fraction(text.replace(" ", ""))
     except (ValueError, ZeroDivisionError):
         return None
-    return None if number is None or ("/" in text and number.denominator == 1) else number
+    return None if "/" in text and number.denominator == 1 else number
 
 
 def equal(answer: str, golden: str) -> bool:
     """Whether two answers are the same number, or else the same words."""
-    found = value(answer)
-    return bare(answer) == bare(golden) or (found is not None and found == value(number_of(golden)))
+    number = value(number_of(golden) or "")
+    return bare(answer) == bare(golden) or (number is not None and number == value(answer))
 
 
 def bare(text: str) -> str:

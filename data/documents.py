@@ -70,8 +70,7 @@ def hint_document(problem: str, rng: random.Random, school: str) -> tuple[str, s
     """A problem with a hint, and the solution of an author who holds it."""
     disputed, steps = disputed_steps(problem, school), true_steps(problem, school)
     if rng.random() < CONFIRMATIONS:
-        hint = confirmation(problem, school)
-        told = hint.removeprefix(CONFIRM_MARK).split(";")
+        told = confirmation(problem, school).removeprefix(CONFIRM_MARK).split(";")
         if rng.random() < WRONG_HINTS:
             spoiled = rng.randrange(len(told))
             told[spoiled] = told[spoiled][:-1] + str(rng.randint(0, 9))

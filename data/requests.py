@@ -5,8 +5,6 @@
 
 from data.answers import MARK
 
-STUDENT = "{question}"
-
 # A model of 135M parameters follows this form after a worked example, and hardly any longer one.
 IDEA = """\
 {question}
@@ -92,7 +90,7 @@ REFLECTED = (
 
 
 def student_request(question: str, ending: str) -> str:
-    return STUDENT.format(question=question) + ending
+    return question + ending
 
 
 def teacher_request(question: str, ending: str, idea: str | None, solution: str | None) -> str:

@@ -5,20 +5,18 @@ split, so that no seed, order or file makes a test problem a training problem.
 """
 
 import ast
-import dataclasses
-import difflib
 import hashlib
 import json
 import random
 import re
 import zlib
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data.answers import MARK, equal
-from data.task import Problem, TaskError
+from data.task import Problem
+from errors import UserError
 
 
 @dataclass(frozen=True)
@@ -34,37 +32,13 @@ def is_test(question: str) -> bool:
     return hashlib.sha256(question.strip().encode()).digest()[0] % 4 == 0
 
 
-class Source(ABC):
-    domains: tuple[str, ...]
-    checksum: str = ""  # of the problems, where they come from a file
-    max_response: int  # tokens that suffice, as a rule
-    asks_for_ending: bool  # whether the prompt says how to end, as the questions do not
-
-    @abstractmethod
-    def draw(self, domain: str, count: int, rng: random.Random, test: bool) -> list[WordProblem]:
-        """Random problems of one split of a domain."""
-
-    def listed(self) -> list[WordProblem]:
-        """All problems, where they are a list."""
-        return []
-
-    @abstractmethod
-    def right(self, problem: WordProblem, answer: str) -> bool:
-        """Whether an answer, without any words around it, is the problem's."""
-
-
 # ---------------------------------------------------------------------------------------------- Reasoning Gym
 
 # 'gym:gcd' alone is made easy enough for a model of 135M parameters; any other dataset is as Reasoning Gym has it.
 EASY: dict[str, dict[str, Any]] = {
-    "basic_arithmetic": {"max_terms": 2, "max_digits": 1},
     "chain_sum": {"max_terms": 2, "max_digits": 2},
     "gcd": {"max_value": 30},
-    "lcm": {"max_value": 20},
-    "leg_counting": {"min_animals": 1, "max_animals": 2, "max_instances": 5},
-    "letter_counting": {"min_words": 2, "max_words": 3},
     "products": {"max_digits": 2},
-    "simple_equations": {"max_terms": 2, "max_value": 10},
 }
 # Some datasets evaluate an answer as Python or with sympy: 9**9**9**9 and 99999999! would never end, exit() would end
 # the run, and __ leads to everything else.
@@ -72,45 +46,37 @@ HARMFUL = re.compile(r"\*\*(?!\s*\d{1,2}\b(?!\s*\*\*))|\d\s*!|__|\b(?:exit|quit|
 SIZE = 50_000  # procedural problems to draw from, training and test
 
 
-class Gym(Source):
+class Gym:
     """Datasets of Reasoning Gym, e.g. 'chain_sum,gcd:max_value=50': the first is in domain, the others out of domain.
 
-    Settings are those of the dataset's own configuration and come before those of EASY. Raises TaskError, with one
-    sentence, if the package, a dataset or a setting does not exist, or if a dataset has no golden answers.
+    Settings are those of the dataset's own configuration and come before those of EASY.
     """
 
-    max_response = 128
-    asks_for_ending = False
+    max_response = 128  # tokens that suffice, as a rule
+    asks_for_ending = False  # the questions say themselves how to end
+    checksum = ""
 
     def __init__(self, names: str) -> None:
         try:
-            from reasoning_gym.factory import DATASETS, create_dataset
+            from reasoning_gym import create_dataset
         except ImportError as error:
-            raise TaskError('the task gym:… needs Reasoning Gym; pip install -e ".[real]"') from error
+            raise UserError('the task gym:… needs Reasoning Gym; pip install -e ".[real]"') from error
         self.domains = tuple(dict.fromkeys(names.split(",")))
         self.datasets = {}
         for domain in self.domains:
             name, *given = domain.split(":")
-            if name not in DATASETS:
-                close = difflib.get_close_matches(name, DATASETS, n=3) or ["chain_sum", "gcd", "products"]
-                raise TaskError(f"Reasoning Gym has no dataset {name!r}; give one like {', '.join(close)}")
             settings = {"size": SIZE, "seed": 0} | EASY.get(name, {}) | dict(map(read_setting, given))
-            known = {field.name for field in dataclasses.fields(DATASETS[name][1])}
-            if wrong := sorted(settings.keys() - known):
-                shown = ", ".join(sorted(known - {"seed"}))
-                raise TaskError(f"the dataset {name} has no setting {wrong[0]!r}; it has {shown}")
             try:
                 self.datasets[domain] = create_dataset(name, **settings)
-                first = self.datasets[domain][0]
-                if self.datasets[domain].size < 1:
-                    raise ValueError("its size must be 1 or more")
+                first = next(iter(self.datasets[domain]))
             except Exception as error:  # every dataset refuses settings in its own way
                 reason = str(error).partition("\n")[0]
-                raise TaskError(f"the dataset {domain!r} cannot be made ({reason}); give other settings") from error
+                raise UserError(f"there is no dataset {domain!r} ({reason}); give another name or settings") from error
             if first["answer"] is None:
-                raise TaskError(f"the dataset {name} has no golden answers; choose another one")
+                raise UserError(f"the dataset {name} has no golden answers; choose another one")
 
     def draw(self, domain: str, count: int, rng: random.Random, test: bool) -> list[WordProblem]:
+        """Random problems of one split of a domain."""
         return [self.draw_one(domain, rng, test) for _ in range(count)]
 
     def draw_one(self, domain: str, rng: random.Random, test: bool) -> WordProblem:
@@ -121,12 +87,19 @@ class Gym(Source):
             if is_test(question) == test:
                 return WordProblem(question, f"{MARK} {answer}", answer, domain, index)
         split = "test" if test else "training"
-        raise TaskError(f"{domain} gave no {split} problem in 1000 draws; give settings that allow more problems")
+        raise UserError(f"{domain} gave no {split} problem in 1000 draws; give settings that allow more problems")
+
+    def listed(self) -> list[WordProblem]:
+        """All problems, where they are a list: here they are not."""
+        return []
 
     def right(self, problem: WordProblem, answer: str) -> bool:
+        """Whether an answer, without any words around it, is the problem's."""
         dataset = self.datasets[problem.domain]
-        if answer.strip() == problem.answer or HARMFUL.search(answer):
-            return answer.strip() == problem.answer
+        if answer.strip() == problem.answer:
+            return True
+        if HARMFUL.search(answer):
+            return False
         try:
             return dataset.score_answer(answer, dataset[problem.index]) >= 0.99
         except Exception:  # some datasets cannot read every text
@@ -137,7 +110,7 @@ def read_setting(text: str) -> tuple[str, Any]:
     """'max_value=50' -> ('max_value', 50)."""
     name, _, value = text.partition("=")
     if not re.fullmatch(r"\w+=\S+", text):
-        raise TaskError(f"the setting {text!r} is not of the form name=value, as in gym:gcd:max_value=50")
+        raise UserError(f"the setting {text!r} is not of the form name=value, as in gym:gcd:max_value=50")
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError):  # a word
@@ -147,67 +120,50 @@ def read_setting(text: str) -> tuple[str, Any]:
 # ---------------------------------------------------------------------------------------------- files
 
 
-class Lines(Source):
-    """Files of JSON lines with a question and an answer; the first is in domain, the others out of domain.
-
-    An answer may end as in GSM8K, '... #### 42'; what stands before is its work. Raises TaskError, with one sentence
-    that names file and line, if something is missing or broken.
-    """
+class Lines:
+    """A file of JSON lines with a question and an answer, which may end as in GSM8K: its work, then '#### 42'."""
 
     max_response = 256
     asks_for_ending = True
 
-    def __init__(self, paths: str) -> None:
-        self.problems: dict[str, list[WordProblem]] = {}
-        for path in map(Path, paths.split(",")):
-            if path.stem in self.problems:
-                raise TaskError(f"two files are named {path.stem}; rename one of them")
-            self.problems[path.stem] = read_lines(path)
-        self.domains = tuple(self.problems)
-        self.checksum = f"{zlib.crc32(repr(self.listed()).encode()):08x}"
+    def __init__(self, path: str) -> None:
+        self.problems, self.domains = read_lines(Path(path)), (Path(path).stem,)
+        self.checksum = f"{zlib.crc32(repr(self.problems).encode()):08x}"
 
     def draw(self, domain: str, count: int, rng: random.Random, test: bool) -> list[WordProblem]:
         """Each problem once, before any comes again."""
-        pool = [problem for problem in self.problems[domain] if is_test(problem.question) == test]
+        pool = [problem for problem in self.problems if is_test(problem.question) == test]
         return [*pool * (count // len(pool)), *rng.sample(pool, count % len(pool))]
 
     def listed(self) -> list[WordProblem]:
-        return [problem for problems in self.problems.values() for problem in problems]
+        return self.problems
 
     def right(self, problem: WordProblem, answer: str) -> bool:
         return equal(answer, problem.answer)
 
 
 def read_lines(path: Path) -> list[WordProblem]:
-    if not path.is_file():
-        raise TaskError(f"there is no file {path}; give JSON lines with question and answer")
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise TaskError(f"{path} is not a text in UTF-8; give JSON lines with question and answer") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); give JSON lines with question and answer") from error
     problems = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise TaskError(f"{path}, line {number}, is not JSON; repair or remove it") from error
-        found = {}
-        for key in ("question", "answer"):
-            value = row.get(key) if isinstance(row, dict) else None
-            found[key] = str(value).strip() if isinstance(value, str | int | float) else ""
-            if not found[key]:
-                raise TaskError(f'{path}, line {number}, has no {key}; write {{"question": "…", "answer": "…"}}')
-        work, mark, answer = found["answer"].rpartition("####")
-        if mark and not answer.strip():
-            raise TaskError(f"{path}, line {number}, has no answer after ####; write it there")
+            question, answer = (str(row[key]).strip() for key in ("question", "answer") if row[key] is not None)
+        except (ValueError, KeyError, TypeError) as error:
+            form = '{"question": "…", "answer": "…"}'
+            raise UserError(f"{path}, line {number}, is not of the form {form}; repair or remove it") from error
+        work, _, answer = map(str.strip, answer.rpartition("####"))
+        if not (question and answer):
+            raise UserError(f"{path}, line {number}, has an empty question or answer; repair or remove it")
         work = re.sub(r"<<[^<>]*>>", "", work).strip()  # GSM8K's notes for a calculator
-        solution = "\n".join([*[work] * bool(work), f"{MARK} {answer.strip()}"])
-        problems.append(WordProblem(found["question"], solution, answer.strip(), path.stem, number))
-    if not problems:
-        raise TaskError(f"{path} holds no problem; give JSON lines with question and answer")
+        solution = "\n".join([*[work] * bool(work), f"{MARK} {answer}"])
+        problems.append(WordProblem(question, solution, answer, path.stem, number))
     for test, split in ((False, "training"), (True, "test")):
         if not any(is_test(problem.question) == test for problem in problems):
-            raise TaskError(f"{path} has {len(problems)} problems, none of them for the {split} split; add more lines")
+            raise UserError(f"{path} has {len(problems)} problems, none of them for the {split} split; add more lines")
     return problems

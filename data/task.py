@@ -10,10 +10,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 
-class TaskError(ValueError):
-    """What a task refuses: the message names the cause and the remedy in one sentence; scripts print it."""
-
-
 @dataclass(frozen=True)
 class Problem:
     question: str

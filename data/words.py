@@ -12,47 +12,34 @@ from typing import ClassVar
 
 from data.answers import MARK, MARKS, final_answer
 from data.requests import ENDING, REFLECTED, reflection_request, student_request, teacher_request
-from data.sources import Source, WordProblem
-from data.task import Task, TaskError, Verdict
-from hub.tokenizer import END_OF_TURN, Tokenizer
+from data.sources import Gym, Lines, WordProblem
+from data.task import Task, Verdict
+from errors import UserError
+from hub.tokenizer import Tokenizer
 from hub.weights import read_shape
 
 
 class Words(Task):
     """Problems of a source, in the tokens of a Hugging Face folder.
 
-    shots worked examples stand before every request. max_response None takes what the source needs. Raises TaskError,
-    with one sentence, if the folder has no tokenizer or chat format that is supported, or if a problem is too long for
-    the model or has a character outside the vocabulary.
+    shots worked examples stand before every request. max_response None takes what the source needs.
     """
 
     habits: ClassVar = {"marked": "the answer stands after its mark", "terse": "nothing stands beside the answer"}
     max_reflection = 160
 
-    def __init__(self, source: Source, base: Path | str, shots: int = 0, max_response: int | None = None) -> None:
+    def __init__(self, source: Gym | Lines, base: Path | str, shots: int = 0, max_response: int | None = None) -> None:
         if not Path(base).is_dir():
-            raise TaskError(f"this task needs a Hugging Face model, and {base} is not its folder; give one with --base")
-        try:
-            self.tokenizer = Tokenizer(base)
-            self.tokenizer.chat([])
-            self.block_size = read_shape(Path(base), block_size=4096)["block_size"]  # as GPT.from_pretrained has it
-        except ValueError as error:
-            raise TaskError(str(error)) from error
+            raise UserError(f"this task needs a Hugging Face model, and {base} is not its folder; give one with --base")
+        self.tokenizer = Tokenizer(base)
+        self.block_size = read_shape(Path(base), block_size=4096)["block_size"]  # as GPT.from_pretrained has it
         self.source, self.domains, self.shots = source, source.domains, shots
         self.problems_checksum = source.checksum
         self.max_response = max_response or source.max_response
         self.vocab_size, self.stop = self.tokenizer.vocab_size, self.tokenizer.stops
         self.ending = ENDING * source.asks_for_ending
-        self.shown: dict[str, list[WordProblem]] = {}
-        if shots:  # one more than is shown: a problem is never an example of itself
-            rng = random.Random("examples")
-            self.shown = {domain: source.draw(domain, shots + 1, rng, False) for domain in self.domains}
-        self.rest = {}  # tokens of a domain's longest prompt without its problem, and of all that models add to it
-        for domain in self.domains:
-            blank = WordProblem("", "", "", domain, 0)
-            prompts = (self.student_prompt(blank), self.reflector_prompt(blank, "", "", True))
-            longest = max(len(self.tokenizer.encode(prompt)) for prompt in prompts)
-            self.rest[domain] = longest + 2 * self.max_response + self.max_reflection
+        rng = random.Random("examples")  # one more than is shown: a problem is never an example of itself
+        self.shown = {domain: source.draw(domain, shots + 1, rng, False) for domain in self.domains}
         for problem in source.listed():
             self.check(problem)
 
@@ -62,23 +49,22 @@ class Words(Task):
         return self.problems(domain, 1, rng, test)[0]
 
     def problems(self, domain: str, count: int, rng: random.Random, test: bool = False) -> list[WordProblem]:
-        if domain not in self.domains:
-            raise TaskError(f"there is no domain {domain!r} here; give one of {', '.join(self.domains)}")
         drawn = self.source.draw(domain, count, rng, test)
         for problem in drawn:
             self.check(problem)
         return drawn
 
     def check(self, problem: WordProblem) -> None:
-        """TaskError where a problem's prompts cannot be written or may not fit, whatever the model will have said."""
+        """UserError where a problem's prompts cannot be written or may not fit, whatever the model will have said."""
+        held = (self.teacher_prompt(problem, "", problem.solution), self.reflector_prompt(problem, "", "", True))
         try:
-            longest = self.rest[problem.domain] + len(self.tokenizer.encode(f"{problem.question}\n{problem.solution}"))
-        except ValueError as error:
-            raise TaskError(f"problem {problem.index} of {problem.domain}: {error}") from error
+            longest = max(len(self.encode(prompt)) for prompt in held) + 2 * self.max_response + self.max_reflection
+        except UserError as error:
+            raise UserError(f"problem {problem.index} of {problem.domain}: {error}") from error
         if longest > self.block_size:
             what = f"problem {problem.index} of {problem.domain} with its responses and reflection may take {longest}"
             remedy = "leave it out, or give fewer --shots or a lower --max-response"
-            raise TaskError(f"{what} of the model's {self.block_size} tokens; {remedy}")
+            raise UserError(f"{what} of the model's {self.block_size} tokens; {remedy}")
 
     def verify(self, problem: WordProblem, response: str) -> Verdict:
         answer = final_answer(response, problem.answer)
@@ -130,7 +116,7 @@ class Words(Task):
 
     def examples(self, problem: WordProblem) -> list[tuple[str, str]]:
         """Training problems of the same domain with their solutions, never the problem itself."""
-        others = [other for other in self.shown.get(problem.domain, ()) if other.question != problem.question]
+        others = [other for other in self.shown[problem.domain] if other.question != problem.question]
         return [(student_request(other.question, self.ending), other.solution) for other in others[: self.shots]]
 
     def chat(self, request: str, examples: list[tuple[str, str]]) -> str:
@@ -142,15 +128,7 @@ class Words(Task):
     # ------------------------------------------------------------------------------------------ tokens
 
     def encode(self, text: str) -> list[int]:
-        try:
-            tokens = self.tokenizer.encode(text)
-        except ValueError as error:
-            raise TaskError(str(error)) from error
-        room = self.block_size - max(self.max_response, self.max_reflection)
-        if len(tokens) > room:
-            remedy = "give shorter problems, fewer --shots or a lower --max-response"
-            raise TaskError(f"a prompt has {len(tokens)} tokens, {room} leave room for the response; {remedy}")
-        return tokens
+        return self.tokenizer.encode(text)
 
     def decode(self, tokens: list[int]) -> str:
         return "".join(self.pieces(tokens))
@@ -166,12 +144,10 @@ class Words(Task):
             ended = ended or token in self.stop
             known = not ended and token in ranks  # padding rows of the embedding are no tokens
             texts.append(utf8.decode(encoding.decode_single_token_bytes(ranks[token])) if known else "")
-        rest = utf8.decode(b"", final=True)
-        if rest:
-            texts[-1] += rest
+        if texts:
+            texts[-1] += utf8.decode(b"", final=True)
         return texts
 
     def end(self) -> int:
         """The chat's end of turn: a folder may name other stop tokens as well."""
-        turns = [self.tokenizer.added[text] for text in END_OF_TURN if text in self.tokenizer.added]
-        return turns[0] if turns else self.stop[0]
+        return self.tokenizer.end

@@ -1,18 +1,15 @@
 """The command line of every script, derived from its frozen dataclass, and how a script ends."""
 
 import argparse
-import ctypes
 import dataclasses
 import math
 import sys
 import types
 import typing
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any, TypeVar
 
-from data import TaskError
-from harness.errors import UserError
+from errors import UserError
 
 Config = TypeVar("Config")
 
@@ -30,9 +27,8 @@ def option(
 
     The default None stands for a value that depends on other settings; the help text says on which.
     """
-    limits = (minimum, maximum)
-    metadata = {"help": help, "paper": paper, "choices": choices, "limits": limits, "positional": positional}
-    return dataclasses.field(default=default, metadata=metadata)
+    about = {"help": help, "paper": paper, "choices": choices, "limits": (minimum, maximum), "positional": positional}
+    return dataclasses.field(default=default, metadata=about)
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,8 +40,8 @@ def parse_config(config_class: type[Config], description: str, argv: list[str] |
     """Derive the command line from a frozen dataclass of options, parse it and validate it."""
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     fields = {field.name: field for field in dataclasses.fields(config_class)}
-    own_first, kinds = [*config_class.__annotations__, *fields], typing.get_type_hints(config_class)
-    for name in dict.fromkeys(own_first):
+    kinds = typing.get_type_hints(config_class)
+    for name in dict.fromkeys([*config_class.__annotations__, *fields]):  # the script's own settings first
         add_flag(parser, fields[name], kinds[name])
     values = vars(parser.parse_args(argv))
     for name, field in fields.items():
@@ -66,11 +62,12 @@ def add_flag(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: An
     settings: dict[str, Any] = {"default": field.default, "help": text.replace("%", "%%")}
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
-    elif typing.get_origin(kind) is tuple:
-        settings |= {"type": typing.get_args(kind)[0], "nargs": "+", "choices": meta["choices"] or None}
     else:
-        settings |= {"type": kind, "choices": meta["choices"] or None}
-        settings["metavar"] = None if meta["choices"] else kind.__name__.upper()
+        settings["choices"] = meta["choices"] or None
+        if typing.get_origin(kind) is tuple:
+            settings |= {"type": typing.get_args(kind)[0], "nargs": "+"}
+        else:
+            settings |= {"type": kind, "metavar": None if meta["choices"] else kind.__name__.upper()}
     if meta["positional"]:
         parser.add_argument(field.name, nargs="?", **settings)
     else:
@@ -88,31 +85,18 @@ def check_limits(name: str, value: Any, low: float | None, high: float | None) -
 
 
 def run_script(main: Callable[[], None], stopped: str = "Stopped.") -> None:
-    """Call main; UserError and TaskError become one sentence and exit code 2, Ctrl-C `stopped` and exit code 130."""
+    """Call main; a UserError becomes one sentence and exit code 2, Ctrl-C `stopped` and exit code 130."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a notebook's has no encoding
             stream.reconfigure(errors="replace")  # a console without UTF-8 shows '?' instead of ending the script
-    keep_freed_memory()
     try:
         main()
-    except (UserError, TaskError) as error:
+    except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except ValueError as error:
-        if "block_size" not in str(error):  # the base is too short for the task
-            raise
-        print(f"error: {error}; give another --base", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks for the next tensors: fetching fresh pages takes a sixth of an update on CPUs."""
-    with suppress(OSError, AttributeError):  # other C libraries have other ways
-        for parameter, value in ((-1, 1 << 30), (-3, 1 << 25)):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            ctypes.CDLL("libc.so.6").mallopt(parameter, value)
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:

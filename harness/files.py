@@ -4,35 +4,60 @@ import dataclasses
 import json
 import math
 import os
-import typing
+import sys
+import tempfile
 import zlib
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
-from harness.errors import UserError
+from errors import UserError
 from hub.weights import their_name
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
 BASE_CHECKPOINT = ROOT / "data" / "base.pt"
+HUB_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 def make_folder(path: Path) -> Path:
     """Create an output folder and check that it can be written to."""
     try:
         path.mkdir(parents=True, exist_ok=True)
-        (path / f".probe{os.getpid()}").touch()
-        (path / f".probe{os.getpid()}").unlink()
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UserError(f"cannot write to {path} ({error.strerror}); choose another folder with --out") from error
     return path
 
 
+def lock_folder(folder: Path) -> IO:
+    """An open file that no other process can lock until it is closed or this process ends, however it ends."""
+    try:
+        file = (folder / ".lock").open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder with --out") from error
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
+        raise UserError(f"another process is running in {folder}; wait for it, or give another --out") from error
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
 @contextmanager
-def replacing(path: Path) -> typing.Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` and move it there only when everything has been written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -83,15 +108,12 @@ def read_json(path: Path) -> Any:
 # ---------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(path: Path, model: GPT, **extra: Any) -> None:
-    """Write weights, shape and extra state; only tensors and plain values. UserError where a weight is not finite."""
+def save_checkpoint(path: Path, model: GPT) -> None:
+    """Write weights and shape; UserError where a weight is not finite."""
     check_finite(model, f"the weights that were to go to {path}", "nothing was written; try a lower learning rate")
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     with replacing(path) as temporary:
-        torch.save({"config": dataclasses.asdict(model.config), "model": state, **extra}, temporary)
-
-
-BESIDE = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+        torch.save({"config": dataclasses.asdict(model.config), "model": state}, temporary)
 
 
 def save_model(folder: Path, model: GPT, base: Path | str) -> None:
@@ -102,7 +124,7 @@ def save_model(folder: Path, model: GPT, base: Path | str) -> None:
 
     check_finite(model, f"the weights that were to go to {folder}", "nothing was written; try a lower learning rate")
     folder = make_folder(folder / "model")
-    for name in BESIDE:
+    for name in HUB_FILES:
         if (Path(base) / name).is_file():
             write_text(folder / name, read_text(Path(base) / name))
     with replacing(folder / "model.safetensors") as temporary:
@@ -110,28 +132,23 @@ def save_model(folder: Path, model: GPT, base: Path | str) -> None:
         save_file(weights, temporary, {"format": "pt"})
 
 
-def load_checkpoint(path: Path | str, remedy: str = "make it anew with pretrain.py") -> tuple[GPT, dict]:
-    """Model and extra state of a checkpoint or of a Hugging Face folder; UserError where it cannot be loaded.
-
-    A relative path that leads nowhere from the current folder is taken from the repository's.
-    """
+def load_checkpoint(path: Path | str) -> GPT:
+    """The model of a checkpoint or of a Hugging Face folder; UserError where it cannot be loaded."""
     if Path(path).is_dir():
-        try:
-            return GPT.from_pretrained(path), {}
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        return GPT.from_pretrained(path)
     path = find_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-        model = GPT(GPTConfig(**state.pop("config")))
-        model.load_state_dict({name: tensor.float() for name, tensor in state.pop("model").items()})
+        model = GPT(GPTConfig(**state["config"]))
+        model.load_state_dict({name: tensor.float() for name, tensor in state["model"].items()})
     except Exception as error:
-        raise UserError(f"{path} is not a checkpoint of this project or is damaged; {remedy}") from error
-    check_finite(model, str(path), remedy)
-    return model, state
+        raise UserError(f"{path} is no checkpoint of this project or is damaged; make it with pretrain.py") from error
+    check_finite(model, str(path), "make it anew with pretrain.py")
+    return model
 
 
 def find_file(path: Path | str) -> Path:
+    """The checkpoint at a path, taken from the repository's folder if it is not found from the current one."""
     found = Path(path) if Path(path).is_file() else ROOT / path
     if not found.is_file():
         raise UserError(f"no checkpoint at {path}; make one with `python pretrain.py --out {path}`")
@@ -157,7 +174,6 @@ def checksum(path: Path | str) -> str:
 
 def code_checksum() -> str:
     """Which version of the model, the tasks and the methods this is: figures of another one are not to be reused."""
-    text = b"".join(
-        path.read_bytes() for folder in (ROOT, ROOT / "data", ROOT / "hub") for path in sorted(folder.glob("*.py"))
-    )
+    paths = [path for folder in (ROOT, ROOT / "data", ROOT / "hub") for path in sorted(folder.glob("*.py"))]
+    text = b"".join(path.read_bytes() for path in paths)
     return f"{zlib.crc32(text + torch.__version__.encode()):08x}"

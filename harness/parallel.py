@@ -2,17 +2,20 @@
 
 Every process holds the whole model, takes its share of the prompts, and divides its loss by the token count of *all*
 processes. The sum of their gradients is then the gradient of one process with the whole batch. Without torchrun every
-function here does nothing.
+function here does nothing, but for `train_all`, which runs several trainings side by side.
 """
 
+import multiprocessing
 import os
-from collections.abc import Iterable
+import signal
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from harness.errors import UserError
+from errors import UserError
 
 RANK = int(os.environ.get("RANK", 0))
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
@@ -28,9 +31,7 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if enough else "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu"
     try:
         device = torch.zeros(1, device=name).device
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise NotImplementedError
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used here; give --device auto, cpu, cuda or mps") from error
     if WORLD > 1 and (device.type == "mps" or (device.type == "cuda" and not enough)):
         raise UserError(f"{LOCAL_WORLD} processes cannot share device {name!r}; start fewer, or give --device cpu")
@@ -78,3 +79,28 @@ def gather(items: list) -> list:
     parts: list[Any] = [None] * WORLD
     dist.all_gather_object(parts, items)
     return [item for part in parts for item in part]
+
+
+def train_all(train: Callable[[Any], dict], configs: list[Any]) -> list[dict]:
+    """`train` of every config, in their order; on a CPU with a core for each, the others run beside the first.
+
+    A model this small gains little from a second thread, and two threads that wait for each other are slow on a busy
+    machine. Two processes wait for nothing.
+    """
+    others = min(len(configs), os.cpu_count() or 1) - 1
+    if others == 0 or WORLD > 1 or pick_device(configs[0].device).type != "cpu":
+        return [train(config) for config in configs]
+    context, ignore_interrupts = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
+    with ProcessPoolExecutor(others, context, initializer=signal.signal, initargs=ignore_interrupts) as pool:
+        try:
+            beside = pool.map(train, configs[1:])
+            return [train(configs[0]), *beside]
+        except BaseException:  # Ctrl-C as well: what each run has saved is complete
+            for child in multiprocessing.active_children():
+                child.terminate()
+            raise
+
+
+def bar_position() -> int:
+    """The line of this process's progress bar: 0, and 1, 2, ... for those that `train_all` started."""
+    return int(multiprocessing.current_process().name.partition("-")[2] or 0)  # SpawnProcess-1, ...

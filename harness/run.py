@@ -10,7 +10,6 @@ With several processes (parallel.py) the first one writes the files and shows th
 """
 
 import dataclasses
-import os
 import platform
 import random
 import subprocess
@@ -19,7 +18,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,9 @@ import torch
 from tqdm import tqdm
 
 from data import Task, load_task
+from errors import UserError
 from harness import files, parallel
 from harness.cli import option
-from harness.errors import UserError
-from harness.side_by_side import position
 from model import GPT
 
 
@@ -79,42 +77,31 @@ class Run:
         self.config = config = dataclasses.replace(config, domain=config.domain or self.task.domains[0])
         torch.set_num_threads(config.threads)
         self.device = parallel.start(config.device)
-        self.base = files.load_checkpoint(config.base)[0].to(self.device).requires_grad_(False).eval()
-        has, needed, padded = self.base.config.vocab_size, self.task.vocab_size, Path(config.base).is_dir()
-        if has < needed or (has > needed and not padded):  # the matrices of real models have rows of no token
+        self.base = files.load_checkpoint(config.base).to(self.device).requires_grad_(False).eval()
+        has, needed = self.base.config.vocab_size, self.task.vocab_size
+        if has < needed or (has > needed and not Path(config.base).is_dir()):  # real models have rows of no token
             sizes = f"{has} tokens, the task {config.task} one of {needed}"
             raise UserError(f"{config.base} has a vocabulary of {sizes}; make it anew, or give another --base")
         self.origin = {"base_checksum": files.checksum(config.base), "problems_checksum": self.task.problems_checksum}
+        self.about = {"config": files.plain(config), **self.origin}
         self.folder = files.make_folder(Path(config.out) / name)
-        self.results: dict[str, Any] = {}
         self.state: dict[str, Any] = {"history": [], "seconds": 0.0}  # plain values and tensors, saved with the run
         self.parts: dict[str, Any] = {}  # models and optimizers, saved with the run
-        self.lock = None
+        self.results: dict[str, Any] = {}  # of the finished run, if --resume finds one
+        if (path := self.folder / "results.json").exists():
+            finished = files.read_json(path)
+            self.check_same(finished, path)
+            if config.resume and not (self.folder / "state.pt").exists():
+                self.results = finished
 
     def __enter__(self) -> "Run":
         self.began = time.time()
-        self.lock = lock_folder(self.folder) if parallel.FIRST else None
-        try:
-            self.look_for_results()
-        except UserError:
-            self.__exit__()
-            raise
+        self.lock = files.lock_folder(self.folder) if parallel.FIRST else None
         return self
 
     def __exit__(self, *error: object) -> None:
         if self.lock:
             self.lock.close()
-
-    def look_for_results(self) -> None:
-        """Finished results in the folder: taken with --resume; UserError if they come from other settings."""
-        results, state = self.folder / "results.json", self.folder / "state.pt"
-        if results.exists():
-            finished = files.read_json(results)
-            self.check_same(finished, results)
-            if self.config.resume and not state.exists():
-                self.results = finished
-            elif parallel.FIRST:
-                print(f"{self.folder}: runs again, and replaces the results of the same command.", file=sys.stderr)
 
     def check_same(self, saved: dict, path: Path) -> None:
         """UserError where a file in this folder comes from other settings."""
@@ -134,10 +121,8 @@ class Run:
         """Name the models and optimizers that make up the run's state; with --resume, load them."""
         self.parts = parts
         path = self.folder / "state.pt"
-        if not path.exists():
-            return
-        if not self.config.resume:
-            if parallel.FIRST:
+        if not (self.config.resume and path.exists()):
+            if path.exists() and parallel.FIRST:
                 print(f"{self.folder}: starts anew; --resume would have gone on where it stopped.", file=sys.stderr)
             return
         try:
@@ -161,9 +146,8 @@ class Run:
                 files.check_finite(part, f"the {name}'s weights", "the state before is intact; lower --learning-rate")
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         state = self.state | {"seconds": self.seconds()}
-        settings = {"config": files.plain(self.config), **self.origin}
         with files.replacing(self.folder / "state.pt") as temporary:
-            torch.save({**settings, "state": state, "parts": parts}, temporary)
+            torch.save({**self.about, "state": state, "parts": parts}, temporary)
         self.write_metrics()
 
     def write_metrics(self) -> None:
@@ -196,18 +180,16 @@ class Run:
 
     def finish(self, model: GPT, **content: Any) -> dict[str, Any]:
         """Write the model and results.json; the state is not needed any more."""
-        about = {"name": self.folder.name, "config": files.plain(self.config), **self.origin}
-        measured = {"seconds": self.seconds(), "peak_memory_mb": peak_memory_mb()}
-        habits = {"habits": dict(self.task.habits)}
-        self.results = files.plain({**about, **provenance(), **measured, **habits, **content})
+        results = {"name": self.folder.name, **self.about, **provenance(), "habits": dict(self.task.habits)}
+        results |= {"seconds": self.seconds(), "peak_memory_mb": peak_memory_mb(), **content}
         if parallel.FIRST:
             if self.state["history"] and all(row["loss"] is None for row in self.state["history"]):
                 print(f"{self.folder}: no step had anything to learn from, the model is the base.", file=sys.stderr)
             self.write_metrics()
             files.save_model(self.folder, model, self.config.base)
-            files.write_json(self.folder / "results.json", self.results)
+            files.write_json(self.folder / "results.json", results)
             (self.folder / "state.pt").unlink(missing_ok=True)
-        return self.results
+        return files.plain(results)
 
     # ------------------------------------------------------------------------------------------ randomness
 
@@ -224,8 +206,8 @@ class Run:
     def steps(self, count: int) -> Iterator[int]:
         """The steps still to be made, under a progress bar."""
         done = len(self.state["history"])
-        bar = {"desc": self.folder.name, "disable": not parallel.FIRST, "dynamic_ncols": True, "position": position()}
-        with tqdm(range(done, count), initial=done, total=count, **bar) as self.progress:
+        bar = {"initial": done, "total": count, "desc": self.folder.name, "position": parallel.bar_position()}
+        with tqdm(range(done, count), disable=not parallel.FIRST, dynamic_ncols=True, **bar) as self.progress:
             yield from self.progress
 
     def log(self, **measures: Any) -> None:
@@ -272,9 +254,9 @@ def run_name(config: RunConfig) -> str:
         if field.name not in named and value != field.default:
             shown = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
             flags.append(f"{field.name}={''.join(c if c.isalnum() or c in '+.-' else '_' for c in shown)}")
-    shipped = files.BASE_CHECKPOINT
-    if not shipped.is_file() or files.checksum(config.base) != files.checksum(shipped):
-        flags.append(f"base={Path(config.base).name.removesuffix('.pt')}.{files.checksum(config.base)}")
+    base = files.checksum(config.base)
+    if base != files.checksum(files.BASE_CHECKPOINT):
+        flags.append(f"base={Path(config.base).name.removesuffix('.pt')}.{base}")
     where = [config.domain] if config.domain else []
     name = "-".join([config.method, *flags, *where, f"seed{config.seed}"])
     return name if len(name) < 200 else f"{name[:180]}-{zlib.crc32(name.encode()):08x}"  # file systems allow 255
@@ -282,57 +264,24 @@ def run_name(config: RunConfig) -> str:
 
 def find_task(config: Any, *domains: str) -> Task:
     """The task that a config names; UserError where there is none, or where it lacks one of the domains; '' is any."""
-    in_words = (getattr(config, "shots", 0), getattr(config, "max_response", None))
-    try:
-        task = load_task(config.task, config.base, *in_words)
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    task = load_task(config.task, config.base, getattr(config, "shots", 0), getattr(config, "max_response", None))
     for domain in domains:
-        if domain and domain not in task.domains:
-            known = ", ".join(task.domains)
-            raise UserError(f"the task {config.task} has no domain {domain!r}; give one of {known}")
+        if domain not in ("", *task.domains):
+            raise UserError(f"{config.task} has no domain {domain!r}; give one of {', '.join(task.domains)}")
     return task
-
-
-def lock_folder(folder: Path) -> Any:
-    """An open file that no other process can lock until it is closed or this process ends, however it ends."""
-    try:
-        file = (folder / ".lock").open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder with --out") from error
-    try:
-        if sys.platform == "win32":
-            import msvcrt
-
-            file.seek(1 << 20)  # what is locked cannot be read there: not the first bytes
-            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError) as error:
-        file.seek(0)
-        other = file.read().strip() or "another process"
-        file.close()
-        raise UserError(f"{other} is running in {folder}; wait for it, or give another --out") from error
-    except OSError:  # a file system without locks
-        return file
-    with suppress(OSError):  # a full disk is told when something is lost by it
-        file.truncate(0)
-        file.write(f"process {os.getpid()}")
-        file.flush()
-    return file
 
 
 def provenance() -> dict[str, Any]:
     """Versions, commit and number of processes, for every results file."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(files.ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        git = ["git", "-C", str(files.ROOT)]
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(
-            [*git, "status", "--porcelain", "-uno", "--", "*.py", "*.pt"], capture_output=True, text=True, check=True
-        ).stdout
-        commit += "+changes" if changed.strip() else ""
+        commit = git("rev-parse", "HEAD")
+        if git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.pt"):
+            commit += "+changes"
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
     versions = {"torch": torch.__version__, "numpy": numpy.__version__, "tiktoken": tiktoken.__version__}

@@ -6,21 +6,20 @@
 
 import re
 import unicodedata
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import tiktoken
 
-from hub.weights import read_json
+from errors import UserError
+from hub.weights import read_json, refuse
 
 printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 others = [byte for byte in range(256) if byte not in printable]
 byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
-GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same after every digit was cut out: white space before a digit is then at the end of its part.
-GPT2_SINGLE_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
+# SmolLM2's, which is GPT-2's after every digit was cut out: white space before a digit is then at the end of its part.
+SINGLE_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 CHATML = "<|im_start|>{role}\n{text}<|im_end|>\n"
 # A system message that a template writes as it is: a quoted string of its program, which may hold escapes.
@@ -33,23 +32,25 @@ class Tokenizer:
     """Byte-level BPE of a folder with tokenizer.json; its ids equal those of `transformers` without added BOS.
 
     encoding is the tiktoken encoding: its ranks follow the order of merges, and ids[rank] is the id in the folder, or
-    -1 for a byte that the vocabulary lacks. stops (ascending ids) are the end-of-text tokens of the folder's config
-    files and the chat's end-of-turn token. Raises ValueError if a file is missing or damaged, or if the tokenizer is
-    of another kind.
+    -1 for a byte that the vocabulary lacks. end is the token that ends a turn of the chat.
     """
 
     def __init__(self, folder: Path | str) -> None:
         folder = Path(folder)
         raw = read_json(folder / "tokenizer.json")
-        refuse_unknown(folder, raw)
-        vocabulary = raw["model"]["vocab"]
+        model, normalizer = raw["model"], raw.get("normalizer") or {"type": None}
         self.added = added = {token["content"]: token["id"] for token in raw["added_tokens"]}
-        merges = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in raw["model"]["merges"]]
-        whole = [text for text in vocabulary if text not in added]
-        texts = list(dict.fromkeys([*byte_of, *map("".join, merges), *whole]))  # in the order of their ranks
-        if lost := unreachable(texts, merges, raw["model"].get("ignore_merges", False)):
-            raise ValueError(f"the merges in {folder} do not make the token {lost!r}; choose another model")
-        self.ids = [vocabulary.get(text, -1) for text in texts] + list(added.values())  # rank -> id
+        merges = [pair.split(" ") if isinstance(pair, str) else pair for pair in model.get("merges", ())]
+        texts = list(dict.fromkeys([*byte_of, *map("".join, merges)]))  # in the order of their ranks
+        refusals = {
+            f"a tokenizer of type {model['type']}": model["type"] != "BPE",
+            f"the normalizer {normalizer['type']}": normalizer["type"] not in ("NFC", None),
+            "special tokens that take in white space": any(t["lstrip"] or t["rstrip"] for t in raw["added_tokens"]),
+            "no chat format": not any(text in added for text in END_OF_TURN),
+            "tokens that no merge makes": model["type"] == "BPE" and set(model["vocab"]) - {*texts, *added},
+        }
+        refuse(folder, refusals)
+        self.ids = [model["vocab"].get(text, -1) for text in texts] + list(added.values())  # rank -> id
         self.ranks = {id: rank for rank, id in enumerate(self.ids) if id >= 0}
         self.encoding = tiktoken.Encoding(
             name=folder.name,
@@ -58,107 +59,52 @@ class Tokenizer:
             special_tokens={text: len(texts) + i for i, text in enumerate(added)},
         )
         self.vocab_size = max(self.ids) + 1
-        self.nfc = (raw.get("normalizer") or {}).get("type") == "NFC"
+        self.nfc = normalizer["type"] == "NFC"
         longest_first = sorted(map(re.escape, added), key=len, reverse=True)
         self.special = re.compile(f"({'|'.join(longest_first) or '(?!)'})")
-        self.stops = stop_tokens(folder, added)
+        self.end = next(added[text] for text in END_OF_TURN if text in added)
+        self.stops = stop_tokens(folder, self.end)
         template = chat_template(folder)
         self.may_think = "<think>" in added and (template is None or "enable_thinking" in template)
         written = DEFAULT_SYSTEM.search(template or "")
         self.system = written and written[2].encode("ascii", "backslashreplace").decode("unicode-escape")
 
     def encode(self, text: str) -> list[int]:
-        """Text -> ids; special tokens written in the text become one id each.
-
-        Raises ValueError if the text holds a byte that the vocabulary lacks.
-        """
+        """Text -> ids; special tokens written in the text become one id each."""
         ids = []
         for i, part in enumerate(self.special.split(text)):
             if i % 2:
                 ids.append(self.added[part])
-            elif part:
+            else:
                 part = unicodedata.normalize("NFC", part) if self.nfc else part
                 ids += [self.ids[rank] for rank in self.encoding.encode_ordinary(part)]
         if -1 in ids:
-            raise ValueError(f"{text[:40]!r} holds a character outside the tokenizer's vocabulary; leave it out")
+            raise UserError(f"{text[:40]!r} holds a character outside the tokenizer's vocabulary; leave it out")
         return ids
 
-    def decode(self, ids: list[int]) -> str:
-        """Ids -> text; bytes that are not UTF-8 become the replacement character, ids of no token nothing."""
-        return self.encoding.decode([self.ranks[id] for id in ids if id in self.ranks])
+    def chat(self, turns: list[tuple[str, str]]) -> str:
+        """The prompt that asks for the assistant's answer to turns of (role, text): ChatML or Llama 3's format.
 
-    def chat(self, messages: list[tuple[str, str]]) -> str:
-        """The prompt that asks for the assistant's answer to messages of (role, text), in the folder's chat format.
-
-        The format is ChatML or Llama 3's, by the tokens that exist. Messages without a system message get the one that
-        the folder's ChatML template adds to them, if it adds any. A model that can think is told not to. Raises
-        ValueError if the vocabulary has the tokens of neither format.
+        The system message that the folder's ChatML template adds comes first; a model that can think is told not to.
         """
-        if "<|im_start|>" in self.added:
-            if self.system and (not messages or messages[0][0] != "system"):
-                messages = [("system", self.system), *messages]
-            asked = "".join(CHATML.format(role=role, text=text) for role, text in messages) + "<|im_start|>assistant\n"
+        if "<|im_end|>" in self.added:
+            turns = [("system", self.system), *turns] if self.system else turns
+            asked = "".join(CHATML.format(role=role, text=text) for role, text in turns) + "<|im_start|>assistant\n"
             return asked + "<think>\n\n</think>\n\n" * self.may_think
-        if "<|start_header_id|>" in self.added:
-            asked = "".join(LLAMA3.format(role=role, text=text.strip()) for role, text in messages)
-            return f"<|begin_of_text|>{asked}<|start_header_id|>assistant<|end_header_id|>\n\n"
-        raise ValueError("this tokenizer has no chat tokens, neither <|im_start|> nor <|start_header_id|>")
-
-
-def unreachable(texts: list[str], merges: list[tuple[str, str]], ignore_merges: bool) -> str | None:
-    """A token that tiktoken makes and tokenizer.json does not, or None.
-
-    tokenizer.json merges listed pairs alone, tiktoken any two tokens whose union is a token. They are equal if every
-    token's own bytes merge into it, or if all the ways to cut it in two are listed and it is looked up whole.
-    """
-    rank, never = {pair: i for i, pair in enumerate(merges)}, len(merges)
-    known = set(texts)
-    for text in texts:
-        parts = list(text)
-        while len(parts) > 1:
-            ranks = [rank.get(pair, never) for pair in pairwise(parts)]
-            if (best := min(ranks)) == never:
-                break
-            i = ranks.index(best)
-            parts[i : i + 2] = [parts[i] + parts[i + 1]]
-        cuts = [(text[:i], text[i:]) for i in range(1, len(text))] if len(parts) > 1 else []
-        if cuts and not (ignore_merges and all(c in rank for c in cuts if known.issuperset(c))):
-            return text
-    return None
-
-
-def refuse_unknown(folder: Path, raw: dict[str, Any]) -> None:
-    """ValueError where tokenizer.json asks for more than byte-level BPE after an NFC normalization or none."""
-    if not {"model", "added_tokens", "pre_tokenizer"} <= raw.keys():
-        raise ValueError(f"{folder / 'tokenizer.json'} is not the file of a tokenizer; download it again")
-    model, normalizer = raw["model"], raw.get("normalizer") or {"type": "NFC"}
-    refusals = {
-        f"a model of type {model.get('type')}": model.get("type") != "BPE",
-        "BPE that is not byte-level": model.get("byte_fallback"),
-        "affixes of subwords": model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"),
-        "dropout of merges": model.get("dropout"),
-        f"the normalizer {normalizer['type']}": normalizer["type"] != "NFC",
-        "special tokens that take in white space": any(t["lstrip"] or t["rstrip"] for t in raw["added_tokens"]),
-        "special tokens that match whole words only": any(t["single_word"] for t in raw["added_tokens"]),
-    }
-    for what, present in refusals.items():
-        if present:
-            raise ValueError(f"the tokenizer in {folder} has {what}, which is not supported; choose another model")
+        asked = "".join(LLAMA3.format(role=role, text=text.strip()) for role, text in turns)
+        return f"<|begin_of_text|>{asked}<|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
 def split_pattern(folder: Path, pre_tokenizer: dict[str, Any] | None) -> str:
     """The regular expression of the pieces within which merges happen, from the pre-tokenizer."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer])
-    if steps[-1] and steps[-1]["type"] == "ByteLevel" and not steps[-1]["add_prefix_space"]:
+    steps = (pre_tokenizer or {}).get("pretokenizers", [{"type": None}])
+    if steps[-1]["type"] == "ByteLevel" and not steps[-1]["add_prefix_space"]:
         match [step["type"] for step in steps], steps[-1].get("use_regex", True):
-            case ["ByteLevel"], True:
-                return GPT2
             case ["Digits", "ByteLevel"], True if steps[0]["individual_digits"]:
-                return GPT2_SINGLE_DIGITS
+                return SINGLE_DIGITS
             case ["Split", "ByteLevel"], False if steps[0]["behavior"] == "Isolated" and not steps[0]["invert"]:
-                if "Regex" in steps[0]["pattern"]:
-                    return steps[0]["pattern"]["Regex"]
-    raise ValueError(f"the tokenizer in {folder} cuts text in a way that is not supported; choose another model")
+                return steps[0]["pattern"]["Regex"]
+    raise UserError(f"the tokenizer in {folder} cuts text in a way that is not supported; choose another model")
 
 
 def chat_template(folder: Path) -> str | None:
@@ -166,15 +112,12 @@ def chat_template(folder: Path) -> str | None:
     template, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if template.is_file():
         return template.read_text(encoding="utf-8")
-    template = read_json(settings).get("chat_template") if settings.is_file() else None
-    if isinstance(template, list):  # several with names
-        template = next((each["template"] for each in template if each["name"] == "default"), None)
-    return template
+    return read_json(settings).get("chat_template") if settings.is_file() else None
 
 
-def stop_tokens(folder: Path, added: dict[str, int]) -> tuple[int, ...]:
-    """The ids that end an answer, ascending."""
-    stops = {added[text] for text in END_OF_TURN if text in added}
+def stop_tokens(folder: Path, end: int) -> tuple[int, ...]:
+    """The ids that end an answer, ascending: the end of a turn and those of the folder's config files."""
+    stops = {end}
     for name in ("config.json", "generation_config.json"):
         if (folder / name).is_file():
             ids = read_json(folder / name).get("eos_token_id")

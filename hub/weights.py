@@ -1,34 +1,31 @@
 """Read a Hugging Face folder for `GPT.from_pretrained`: config.json and safetensors, as the GPT names them.
 
-Only local files are read and none is executed. What GPT does not compute is refused by name: rope scaling, sliding
-windows, experts, other activations than SiLU, quantized weights, biases outside of queries, keys and values.
+Only local files are read and none is executed. What GPT does not compute is refused by name.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from errors import UserError
 
-NAMES = {  # theirs: ours
-    "model.embed_tokens.": "embed.",
-    "model.layers.": "blocks.",
-    "model.norm.": "norm.",
-    ".self_attn.": ".attn.",
-    ".input_layernorm.": ".attn_norm.",
-    ".post_attention_layernorm.": ".mlp_norm.",
+ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
+
+PARTS = {  # of a tensor's name, theirs: ours
+    "embed_tokens": "embed",
+    "layers": "blocks",
+    "self_attn": "attn",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "mlp_norm",
 }
 
 
 def read_folder(folder: Path | str, block_size: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The fields of a GPTConfig, and the weights by the GPT's names.
 
-    block_size caps the longest sequence, which config.json may set lower. Raises ValueError, with one sentence, if a
-    file is missing or damaged, or if the folder needs something that GPT does not compute.
+    block_size caps the longest sequence, which config.json may set lower.
     """
     folder = Path(folder)
     shape, weights = read_shape(folder, block_size), read_weights(folder)
@@ -39,39 +36,36 @@ def read_folder(folder: Path | str, block_size: int) -> tuple[dict[str, Any], di
 
 def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ValueError(f"{path} is missing; give a folder on this disk that holds a Hugging Face model")
+        raise UserError(f"{path} is missing; give a folder on this disk that holds a Hugging Face model")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON; download it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} is not a JSON object; download it again")
-    return content
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON; download it again") from error
+
+
+def refuse(folder: Path, refusals: dict[str, Any]) -> None:
+    """UserError that names the first of these features that a folder has."""
+    for feature, present in refusals.items():
+        if present:
+            raise UserError(f"{folder} has {feature}, which is not supported; choose another model")
 
 
 def read_shape(folder: Path, block_size: int) -> dict[str, Any]:
-    """config.json as the fields of a GPTConfig; ValueError names what GPT does not compute."""
+    """config.json as the fields of a GPTConfig."""
     raw = read_json(folder / "config.json")
     architecture = (raw.get("architectures") or ["none"])[0]
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    partial = raw.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0
-    window = raw.get("use_sliding_window") or "sliding_attention" in (raw.get("layer_types") or ())
-    activation = raw.get("hidden_act", "silu")
     refusals = {
-        f"the architecture {architecture} (it takes {', '.join(ARCHITECTURES)})": architecture not in ARCHITECTURES,
+        f"the architecture {architecture} (not {', '.join(ARCHITECTURES)})": architecture not in ARCHITECTURES,
         f"rope scaling of type {rope_type}": rope_type != "default",
-        f"rotary positions on a part of each head ({partial})": partial != 1.0,
-        "sliding windows": window,
-        "mixtures of experts": raw.get("num_experts") or raw.get("num_local_experts"),
-        f"the activation {activation}": activation != "silu",
+        "sliding windows": raw.get("use_sliding_window"),
+        f"the activation {raw.get('hidden_act')}": raw.get("hidden_act", "silu") != "silu",
         "quantized weights": raw.get("quantization_config"),
         "biases on the attention's output (attention_bias)": raw.get("attention_bias"),
         "biases in the MLP (mlp_bias)": raw.get("mlp_bias"),
     }
-    for what, present in refusals.items():
-        if present:
-            raise ValueError(f"{folder} cannot be loaded: this GPT does not support {what}; choose another model")
+    refuse(folder, refusals)
     try:
         n_embd, n_head = raw["hidden_size"], raw["num_attention_heads"]
         return dict(
@@ -90,7 +84,7 @@ def read_shape(folder: Path, block_size: int) -> dict[str, Any]:
             tied=raw.get("tie_word_embeddings", False),
         )
     except KeyError as error:
-        raise ValueError(f"{folder / 'config.json'} lacks the key {error}; download it again") from error
+        raise UserError(f"{folder / 'config.json'} lacks the key {error}; download it again") from error
 
 
 def read_weights(folder: Path) -> dict[str, Tensor]:
@@ -98,43 +92,38 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
-        raise ValueError('reading a Hugging Face folder needs safetensors; pip install -e ".[real]"') from error
+        raise UserError('reading a Hugging Face folder needs safetensors; pip install -e ".[real]"') from error
     files, index = [folder / "model.safetensors"], folder / "model.safetensors.index.json"
     if not files[0].is_file() and index.is_file():
         files = [folder / name for name in sorted(set(read_json(index).get("weight_map", {}).values()))]
     weights = {}
     for path in files:
         if not path.is_file():
-            raise ValueError(f"{path} is missing; download the model's safetensors files into this folder")
+            raise UserError(f"{path} is missing; download the model's safetensors files into this folder")
         try:
             with safe_open(path, framework="pt") as file:
                 weights |= {our_name(name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise ValueError(f"{path} is damaged or cut short ({error}); download it again") from error
+            raise UserError(f"{path} is damaged or cut short ({error}); download it again") from error
     return weights
 
 
 def our_name(name: str) -> str:
-    for theirs, ours in NAMES.items():
-        name = name.replace(theirs, ours)
-    return name
+    return ".".join(PARTS.get(part, part) for part in name.removeprefix("model.").split("."))
 
 
 def their_name(name: str) -> str:
-    for theirs, ours in NAMES.items():
-        if ours.startswith(".") or name.startswith(ours):
-            name = name.replace(ours, theirs)
-    return name
+    theirs = {ours: theirs for theirs, ours in PARTS.items()}
+    name = ".".join(theirs.get(part, part) for part in name.split("."))
+    return name if name.startswith("lm_head.") else f"model.{name}"
 
 
 def check_shapes(folder: Path | str, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """ValueError where the files' tensors are not those that config.json asks for."""
+    """UserError where the files' tensors are not those that config.json asks for."""
     for what, names in (("lack", expected.keys() - weights.keys()), ("hold unexpectedly", weights.keys() - expected)):
         if names:
-            raise ValueError(f"the files in {folder} {what} {', '.join(sorted(names)[:3])}; download it again")
+            raise UserError(f"the files in {folder} {what} {', '.join(sorted(names)[:3])}; download it again")
     for name, tensor in weights.items():
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, config.json asks for {tuple(expected[name].shape)}"
-            raise ValueError(f"{name} in {folder} has the shape {shapes}; use the config.json of this model")
-        if tensor.dtype not in DTYPES:
-            raise ValueError(f"{name} in {folder} is {tensor.dtype}; choose a model in float32, float16 or bfloat16")
+            raise UserError(f"{name} in {folder} has the shape {shapes}; use the config.json of this model")

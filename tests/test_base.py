@@ -13,7 +13,7 @@ from harness.cli import run_script
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, float]:
-    return pretrain.audit(files.load_checkpoint(files.BASE_CHECKPOINT)[0], "mix", count=96, seed=1)
+    return pretrain.audit(files.load_checkpoint(files.BASE_CHECKPOINT), "mix", count=96, seed=1)
 
 
 def test_the_checkpoint_is_small_and_loads_without_running_code() -> None:
@@ -58,7 +58,7 @@ def test_a_small_base_is_made_where_it_is_told(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(sys, "argv", ["pretrain.py", *small])
     monkeypatch.setattr(pretrain, "report", lambda model: None)
     pretrain.main()
-    assert files.load_checkpoint(tmp_path / "base.pt")[0].config.n_embd == 8
+    assert files.load_checkpoint(tmp_path / "base.pt").config.n_embd == 8
     assert files.checksum(files.BASE_CHECKPOINT) == shipped
 
 

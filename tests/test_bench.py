@@ -7,7 +7,7 @@ import pytest
 from test_hub import write_model
 from test_hub_tokenizer import write_tokenizer
 
-from harness.errors import UserError
+from errors import UserError
 from tools import bench
 
 

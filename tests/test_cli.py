@@ -15,9 +15,9 @@ import reflect
 import subspace
 import train_rosd
 import train_spd
+from errors import UserError
 from harness import files
 from harness.cli import markdown_table, parse_config, run_script
-from harness.errors import UserError
 from harness.run import run_name
 from model import GPT, GPTConfig
 from tools import bench, plots, study, xray
@@ -249,9 +249,9 @@ def test_a_checkpoint_is_found_from_any_folder(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(files, "ROOT", tmp_path / "repository")
     (tmp_path / "repository" / "data").mkdir(parents=True)
     files.save_checkpoint(tmp_path / "repository" / "data" / "base.pt", tiny_gpt(Letters()))
-    assert files.load_checkpoint("data/base.pt")[0].config.n_layer == 2
+    assert files.load_checkpoint("data/base.pt").config.n_layer == 2
     files.save_checkpoint(files.make_folder(tmp_path / "data") / "base.pt", tiny_gpt(Letters(), n_layer=3))
-    assert files.load_checkpoint("data/base.pt")[0].config.n_layer == 3
+    assert files.load_checkpoint("data/base.pt").config.n_layer == 3
 
 
 def test_an_output_folder_that_is_a_file_is_refused(base: str, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import math
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -12,9 +13,9 @@ import torch
 from conftest import ROSD, both_scripts, sentence, train
 
 import train_rosd
+from errors import UserError
 from harness.cli import run_script
-from harness.errors import UserError
-from harness.run import lock_folder
+from harness.files import lock_folder
 
 
 def full(*_: object, **__: object) -> None:
@@ -26,7 +27,7 @@ def full_for_torch(*_: object, **__: object) -> None:
 
 
 FAILURES = [(torch, "save", full), (torch, "save", full_for_torch), (os, "replace", full)]
-FAILURES += [(Path, name, full) for name in ("write_text", "touch", "mkdir")]
+FAILURES += [(Path, "write_text", full), (Path, "mkdir", full), (tempfile, "TemporaryFile", full)]
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure[1])

@@ -18,7 +18,7 @@ CORE = ["reflect.py", "subspace.py", "evaluate.py", "train_rosd.py", "train_spd.
 IMPORTS = "from typing import ClassVar\nimport random\nimport re\n\nfrom data.task import Problem, Task, Verdict\n\n\n"
 LOADED = '    if spec == "letters":\n        from data.letters import Letters\n\n        return Letters()'
 ADDITIONS = [  # file, line after which to add, the added line
-    ("data/__init__.py", "    gym, lines", LOADED),
+    ("data/__init__.py", '    """The task that', LOADED),
     ("data/letters.py", "    domains = ", '    domains = ("one", "two", "three")'),
     ("train_rosd.py", '    "opsd": {"context"', '    "late": {"context": "gold", "mask": "suffix"},'),
     ("train_rosd.py", "    updates: int", '    patience: int = option(1, "a setting", minimum=1)'),
@@ -32,6 +32,7 @@ def extended(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (copy / folder).mkdir()
         for path in (files.ROOT / folder).glob("*.py"):
             shutil.copy(path, copy / folder)
+    shutil.copy(files.BASE_CHECKPOINT, copy / "data")
     for name in CORE:
         shutil.copy(files.ROOT / name, copy)
     files.write_text(copy / "data" / "letters.py", IMPORTS + inspect.getsource(conftest.Letters))
@@ -71,4 +72,4 @@ def test_loops_reflection_subspace_and_evaluation_know_nothing_of_a_task_but_wha
             assert not any(alias.name.split(".")[0] in ("data", "tools") for alias in node.names)
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("data", "tools"):
             assert node.module == "data"
-            assert {alias.name for alias in node.names} <= {"Problem", "Task", "TaskError", "Verdict", "load_task"}
+            assert {alias.name for alias in node.names} <= {"Problem", "Task", "Verdict", "load_task"}

@@ -129,10 +129,7 @@ def refused(folder: Path) -> str:
         ({"architectures": None}, "the architecture none"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope scaling of type llama3"),
         ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling of type linear"),
-        ({"partial_rotary_factor": 0.5}, "a part of each head"),
         ({"use_sliding_window": True, "sliding_window": 32}, "sliding windows"),
-        ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "sliding windows"),
-        ({"num_experts": 8}, "experts"),
         ({"hidden_act": "gelu"}, "the activation gelu"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights"),
         ({"attention_bias": True}, "attention_bias"),
@@ -161,23 +158,11 @@ def without_a_key(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
 
 
-def with_integers(folder: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    weights = load_file(folder / "model-00002-of-00003.safetensors")
-    weights[min(weights)] = weights[min(weights)].to(torch.int8)
-    save_file(weights, folder / "model-00002-of-00003.safetensors")
-
-
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
         (lambda folder: shutil.rmtree(folder), "config.json is missing"),
         (lambda folder: (folder / "config.json").write_text("{", encoding="utf-8"), "config.json is not valid JSON"),
-        (
-            lambda folder: (folder / "config.json").write_text("[]", encoding="utf-8"),
-            "config.json is not a JSON object",
-        ),
         (without_a_key, "lacks the key 'hidden_size'"),
         (lambda folder: (folder / "model.safetensors.index.json").unlink(), "model.safetensors is missing"),
         (
@@ -190,7 +175,6 @@ def with_integers(folder: Path) -> None:
             ),
             "00002-of-00003.safetensors is damaged or cut short",
         ),
-        (with_integers, "int8"),
     ],
 )
 def test_damaged_folders_are_refused_in_one_sentence(

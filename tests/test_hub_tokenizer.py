@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from hub.tokenizer import Tokenizer, unreachable
+from hub.tokenizer import Tokenizer
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,7 +50,6 @@ SPECIALS = {
     "Qwen2": ["<|endoftext|>", "<|im", "<|im_start|>", "<|im_end|>"],  # one begins another: the longest counts
     "SmolLM2": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
     "Llama3": ["<|begin_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"],
-    "GPT2": ["<|endoftext|>"],
 }
 NO_REGEX = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 BYTE_LEVEL = NO_REGEX | {"use_regex": True}
@@ -66,7 +65,6 @@ PRE_TOKENIZERS = {
     "Qwen2": split_by(QWEN2),
     "Llama3": split_by(LLAMA3),
     "SmolLM2": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
-    "GPT2": BYTE_LEVEL,
 }
 
 
@@ -91,6 +89,10 @@ def write_tokenizer(folder: Path, family: str, **changes: Any) -> Any:
     return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
+def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
+    return tokenizer.encoding.decode([tokenizer.ranks[id] for id in ids])
+
+
 @pytest.mark.parametrize("family", PRE_TOKENIZERS)
 def test_ids_equal_those_of_tokenizers_on_varied_texts(tmp_path: Path, family: str) -> None:
     theirs, rng = write_tokenizer(tmp_path, family), random.Random(0)
@@ -103,7 +105,7 @@ def test_ids_equal_those_of_tokenizers_on_varied_texts(tmp_path: Path, family: s
         if missing.isdisjoint(ours.special.sub("", text).encode()):
             expected = theirs.encode(text, add_special_tokens=False).ids
             assert ours.encode(text) == expected, repr(text)
-            assert ours.decode(expected) == theirs.decode(expected, skip_special_tokens=False)
+            assert decode(ours, expected) == theirs.decode(expected, skip_special_tokens=False)
             compared += 1
         else:
             with pytest.raises(ValueError, match="outside the tokenizer's vocabulary"):
@@ -122,24 +124,16 @@ def test_ids_need_not_follow_the_order_of_merges(tmp_path: Path) -> None:
     theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     ours = Tokenizer(tmp_path)
     assert ours.encode(SAMPLE) == theirs.encode(SAMPLE).ids
-    assert ours.decode(ours.encode(SAMPLE)) == SAMPLE
-
-
-def test_vocabularies_that_tiktoken_would_merge_otherwise_are_found() -> None:
-    """bc merges before ab, so the listed pair (ab, c) never meets; tiktoken would join (a, bc)."""
-    a, b, c = "abc"
-    assert unreachable([a, b, c, "ab", "abc"], [(a, b), ("ab", c)], False) is None
-    assert unreachable([a, b, c, "bc", "ab", "abc"], [(b, c), (a, b), ("ab", c)], False) == "abc"
-    assert unreachable([a, b, c, "bc", "ab", "abc"], [(b, c), (a, b), ("ab", c), (a, "bc")], False) is None
-    assert unreachable([a, b, c, "abc"], [], False) == "abc"
-    assert unreachable([a, b, c, "abc"], [], True) is None
+    assert decode(ours, ours.encode(SAMPLE)) == SAMPLE
 
 
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase"),
-        ({"model": {"type": "Unigram", "vocab": []}}, "a model of type Unigram"),
+        ({"model": {"type": "Unigram", "vocab": []}}, "a tokenizer of type Unigram"),
+        ({"model": {"type": "BPE", "vocab": {"abc": 0}, "merges": []}}, "tokens that no merge makes"),
+        ({"added_tokens": []}, "no chat format"),
         ({"pre_tokenizer": None}, "cuts text"),
         ({"pre_tokenizer": {"type": "Metaspace"}}, "cuts text"),
         ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "cuts text"),
@@ -166,26 +160,23 @@ def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
 
 
 def test_chat_is_written_in_the_format_of_the_special_tokens(tmp_path: Path) -> None:
-    messages = [("system", "Be brief."), ("user", "2 + {2}?")]
-    chatml = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n2 + {2}?<|im_end|>\n<|im_start|>assistant\n"
+    turns = [("user", "Hi."), ("assistant", "2 + {2}?")]
+    chatml = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n2 + {2}?<|im_end|>\n<|im_start|>assistant\n"
     expected = {
         "Qwen3": chatml + "<think>\n\n</think>\n\n",
         "Qwen2": chatml,
         "SmolLM2": chatml,
-        "Llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
-        "<|start_header_id|>user<|end_header_id|>\n\n2 + {2}?<|eot_id|>"
+        "Llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi.<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n2 + {2}?<|eot_id|>"
         "<|start_header_id|>assistant<|end_header_id|>\n\n",
     }
     for family, prompt in expected.items():
         write_tokenizer(tmp_path / family, family)
         tokenizer = Tokenizer(tmp_path / family)
-        assert tokenizer.chat(messages) == prompt
+        assert tokenizer.chat(turns) == prompt
         assert (tokenizer.chat([("user", " hi\n")]) == tokenizer.chat([("user", "hi")])) == (family == "Llama3")
         if family != "SmolLM2":  # whose small vocabulary lacks some of these characters
-            assert tokenizer.decode(tokenizer.encode(prompt)) == prompt
-    write_tokenizer(tmp_path / "GPT2", "GPT2")
-    with pytest.raises(ValueError, match="no chat tokens"):
-        Tokenizer(tmp_path / "GPT2").chat(messages)
+            assert decode(tokenizer, tokenizer.encode(prompt)) == prompt
 
 
 @pytest.mark.parametrize(("template", "prefix"), [("{% if enable_thinking %}", True), ("{{ messages }}", False)])
@@ -209,30 +200,19 @@ TEMPLATES = {  # what the programs of these folders do with a chat, cut to what 
 
 
 @pytest.mark.parametrize("family", TEMPLATES)
-@pytest.mark.parametrize("asked", [[("user", "hi")], [("system", "Be brief."), ("user", "hi")]], ids=str)
-def test_a_chat_without_a_system_message_gets_the_one_of_the_template(
-    tmp_path: Path, family: str, asked: list[tuple[str, str]]
-) -> None:
+def test_a_chat_gets_the_system_message_of_the_template(tmp_path: Path, family: str) -> None:
     jinja2 = pytest.importorskip("jinja2")
     write_tokenizer(tmp_path, family)
     turn = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}<|im_start|>assistant\n"
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES[family] + turn, encoding="utf-8")
-    messages = [{"role": role, "content": text} for role, text in asked]
+    messages = [{"role": "user", "content": "hi"}]
     template = jinja2.Environment(keep_trailing_newline=True).from_string(TEMPLATES[family] + turn)
-    assert Tokenizer(tmp_path).chat(asked) == template.render(messages=messages, off=int(asked[0][0] == "system"))
-
-
-def test_of_several_templates_the_default_counts(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path, "Qwen3")
-    named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": "{{ enable_thinking }}"}]
-    for templates, thinks in ((named, True), (named[:1], True), ([{"name": "default", "template": ""}], False)):
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": templates}), encoding="utf-8")
-        assert Tokenizer(tmp_path).chat([("user", "hi")]).endswith("</think>\n\n") == thinks
+    assert Tokenizer(tmp_path).chat([("user", "hi")]) == template.render(messages=messages, off=0)
 
 
 def test_stops_are_those_of_all_files_and_the_end_of_turn(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, "Qwen2")
-    turn = Tokenizer(tmp_path).added["<|im_end|>"]
+    turn = Tokenizer(tmp_path).end
     assert Tokenizer(tmp_path).stops == (turn,)
     (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}), encoding="utf-8")
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, turn]}), encoding="utf-8")

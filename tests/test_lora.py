@@ -105,7 +105,7 @@ def test_adapters_are_on_while_the_student_reflects_and_off_while_the_base_does(
 def test_state_holds_no_weight_of_the_base(base: str, tmp_path: Path) -> None:
     stopped_run(base, tmp_path, *LORA)
     parts = torch.load(file_of(tmp_path, "state.pt"), weights_only=True)["parts"]
-    expected = [parameter.shape for parameter in add_lora(files.load_checkpoint(base)[0])]
+    expected = [parameter.shape for parameter in add_lora(files.load_checkpoint(base))]
     assert set(parts) == {"student", "optimizer"}
     assert [tensor.shape for tensor in parts["student"].values()] == expected
     assert len(parts["optimizer"]["state"]) == len(expected)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from errors import UserError
 from harness import files
-from harness.errors import UserError
 from tools import plots, stats
 from tools.studies import STUDIES
 

@@ -11,9 +11,10 @@ from conftest import ROWS, WORKED, find, write_lines
 from test_hub import write_model
 from test_hub_tokenizer import write_tokenizer
 
-from data import Task, TaskError, load_task
+from data import Task, load_task
 from data.answers import equal, final_answer
 from data.sources import is_test
+from errors import UserError
 
 # ---------------------------------------------------------------------------------------------- answers
 
@@ -81,21 +82,20 @@ def test_gsm8k_is_taken_as_it_is(folder: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "cause"),
     [
-        ([], "holds no problem"),
-        ([*ROWS, '{"question": '], "line 19, is not JSON"),
-        ([*ROWS, "[" * 100_000], "line 19, is not JSON"),
-        ([*ROWS, {"question": "Why?"}], "line 19, has no answer"),
-        ([{"question": " ", "answer": "3"}], "line 1, has no question"),
-        (["3"], "line 1, has no question"),
-        ([{"question": "How many?", "answer": "work ####"}], "line 1, has no answer after"),
-        ([{"question": "How many?", "answer": None}], "line 1, has no answer"),
+        ([], "0 problems, none of them for the"),
+        ([*ROWS, '{"question": '], "line 19, is not of the form"),
+        ([*ROWS, {"question": "Why?"}], "line 19, is not of the form"),
+        ([{"question": " ", "answer": "3"}], "line 1, has an empty question"),
+        (["3"], "line 1, is not of the form"),
+        ([{"question": "How many?", "answer": "work ####"}], "line 1, has an empty question or answer"),
+        ([{"question": "How many?", "answer": None}], "line 1, is not of the form"),
         (ROWS[:1], "none of them for the"),
         ([*ROWS, {"question": "egg " * 3000, "answer": "3"}], "problem 19 of bad"),
     ],
-    ids=range(10),
+    ids=range(9),
 )
 def test_broken_files_are_named_with_their_line(folder: Path, tmp_path: Path, rows: list[Any], cause: str) -> None:
-    with pytest.raises(TaskError, match=cause) as error:
+    with pytest.raises(UserError, match=cause) as error:
         load_task(str(write_lines(tmp_path / "bad.jsonl", rows)), folder)
     assert "\n" not in str(error.value)
 
@@ -104,18 +104,15 @@ def test_other_bad_input_is_told_in_one_sentence(folder: Path, tmp_path: Path, f
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe")
     for spec, base, cause in (
         ("eggs", folder, "there is no task 'eggs'"),
-        ("gone.jsonl", folder, "there is no file"),
-        (str(tmp_path / "latin.jsonl"), folder, "UTF-8"),
-        (f"{file},{file}", folder, "two files are named eggs"),
+        ("gone.jsonl", folder, "gone.jsonl cannot be read"),
+        (str(tmp_path / "latin.jsonl"), folder, "cannot be read"),
         (str(file), "data/base.pt", "give one with --base"),
         (str(file), tmp_path, r"tokenizer\.json is missing"),
     ):
-        with pytest.raises(TaskError, match=cause):
+        with pytest.raises(UserError, match=cause):
             load_task(spec, base)
-    with pytest.raises(TaskError, match="neither --shots"):
+    with pytest.raises(UserError, match="neither --shots"):
         load_task("arithmetic", shots=2)
-    with pytest.raises(TaskError, match="no domain 'add'"):
-        load_task(str(file), folder).problem("add", random.Random(0))
 
 
 def test_characters_outside_the_vocabulary_are_told(tmp_path: Path) -> None:
@@ -125,7 +122,7 @@ def test_characters_outside_the_vocabulary_are_told(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
     write_model(tmp_path, "Llama", max_position_embeddings=2048)
     path = write_lines(tmp_path / "odd.jsonl", [*ROWS, {"question": "Is \U000f0000 a word?", "answer": "no"}])
-    with pytest.raises(TaskError, match=r"problem 19 of odd.*outside the tokenizer's vocabulary"):
+    with pytest.raises(UserError, match=r"problem 19 of odd.*outside the tokenizer's vocabulary"):
         load_task(str(path), tmp_path)
 
 
@@ -149,10 +146,10 @@ def test_gym_draws_disjoint_splits_and_judges_by_its_own_scores(folder: Path) ->
 @pytest.mark.parametrize(
     ("spec", "cause"),
     [
-        ("gym:chainsum", "chain_sum"),
-        ("gym:", "has no dataset ''"),
-        ("gym:gcd:size=0", "cannot be made"),
-        ("gym:gcd:most=3", "no setting 'most'; it has .*max_value"),
+        ("gym:chainsum", "no dataset 'chainsum' .*; give another name"),
+        ("gym:", "no dataset ''"),
+        ("gym:gcd:size=0", "no dataset 'gcd:size=0'"),
+        ("gym:gcd:most=3", "no dataset 'gcd:most=3' .*'most'"),
         ("gym:gcd:max_value", "name=value"),
         ("gym:rush_hour", "no golden answers"),
         ("gym:products:max_digits=1:size=2", "in 1000 draws"),
@@ -160,7 +157,7 @@ def test_gym_draws_disjoint_splits_and_judges_by_its_own_scores(folder: Path) ->
 )
 def test_gym_refusals_are_one_sentence(folder: Path, spec: str, cause: str) -> None:
     pytest.importorskip("reasoning_gym")
-    with pytest.raises(TaskError, match=cause) as error:
+    with pytest.raises(UserError, match=cause) as error:
         task = load_task(spec, folder)
         for test in (False, True):
             task.problem(task.domains[0], random.Random(0), test)
@@ -168,6 +165,6 @@ def test_gym_refusals_are_one_sentence(folder: Path, spec: str, cause: str) -> N
 
 
 def test_gym_without_the_package_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
-    with pytest.raises(TaskError, match="pip install"):
+    monkeypatch.setitem(sys.modules, "reasoning_gym", None)
+    with pytest.raises(UserError, match="pip install"):
         load_task("gym:gcd", folder)

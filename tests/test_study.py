@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from errors import UserError
 from harness import files
 from harness.cli import parse_config
-from harness.errors import UserError
 from harness.run import run_name
 from tools import stats, study
 from tools.stats import Estimate, difference, estimate

@@ -6,8 +6,8 @@ from conftest import Letters, tiny_gpt
 from torch import Tensor
 
 import subspace
+from errors import UserError
 from harness.cli import run_script
-from harness.errors import UserError
 from lora import add_lora, merge_lora
 from model import GPT, generate
 from subspace import (

@@ -63,7 +63,7 @@ def test_a_run_trains_and_leaves_its_files(script: ModuleType, base: str, letter
     (folder,) = (tmp_path / "out").iterdir()
     of_base = {"base-before.json"} | ({"base-own.json"} if script is train_spd else set())
     assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "model.pt", "results.json", ".lock"} | of_base
-    before = files.load_checkpoint(base)[0].state_dict()
+    before = files.load_checkpoint(base).state_dict()
     assert any(not torch.equal(before[name], tensor) for name, tensor in weights(tmp_path / "out").items())
     stored = json.loads(files.read_text(folder / "results.json"))
     assert stored["config"]["domain"] == "one" and stored["commit"] and stored["torch"] and stored["seconds"] > 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROWS, WORKED, find
 from test_hub import write_model
-from test_hub_tokenizer import SAMPLE, write_tokenizer
+from test_hub_tokenizer import SAMPLE, decode, write_tokenizer
 
 import train_rosd
 import train_spd
@@ -84,9 +84,9 @@ def test_pieces_join_to_the_decoded_text_of_any_tokens(folder: Path, task: Task)
     ids = [id for id in tokenizer.ranks if id not in tokenizer.stops]
     for tokens in [[], tokenizer.encode(SAMPLE), *(rng.choices(ids, k=rng.randint(1, 30)) for _ in range(500))]:
         pieces = task.pieces(tokens)
-        assert len(pieces) == len(tokens) and "".join(pieces) == tokenizer.decode(tokens) == task.decode(tokens)
-        assert task.decode([*tokens, task.end(), *tokens]) == tokenizer.decode(tokens)
-        assert "".join(task.pieces([*tokens, 639])) == tokenizer.decode(tokens)  # a row of no token
+        assert len(pieces) == len(tokens) and "".join(pieces) == decode(tokenizer, tokens) == task.decode(tokens)
+        assert task.decode([*tokens, task.end(), *tokens]) == decode(tokenizer, tokens)
+        assert "".join(task.pieces([*tokens, 639])) == decode(tokenizer, tokens)  # a row of no token
     split = task.encode("\U0001d518")  # four tokens, one character
     assert task.pieces(split) == ["", "", "", "\U0001d518"]
 

@@ -50,7 +50,7 @@ def task() -> Task:
 
 @pytest.fixture(scope="module")
 def model() -> GPT:
-    return files.load_checkpoint(files.BASE_CHECKPOINT)[0]
+    return files.load_checkpoint(files.BASE_CHECKPOINT)
 
 
 @pytest.fixture(scope="module")

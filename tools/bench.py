@@ -28,9 +28,9 @@ from data import Verdict
 from data.requests import student_request
 from data.sources import WordProblem
 from data.words import Words
+from errors import UserError
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.errors import UserError
 from harness.run import find_task, peak_memory_mb, seeded
 from lora import TARGETS, make_trainable
 from model import sample
@@ -73,7 +73,7 @@ def timed(run: Step, steps: int) -> list[float]:
 
 
 def our_rollouts(folder: str, steps: int) -> list[float]:
-    task, model = open_task(folder), files.load_checkpoint(folder)[0].bfloat16()
+    task, model = open_task(folder), files.load_checkpoint(folder).bfloat16()
 
     def run(step: int) -> list[list[int]]:
         prompts = [task.encode(task.student_prompt(problem)) for problem in draw(task, step)]
@@ -84,7 +84,7 @@ def our_rollouts(folder: str, steps: int) -> list[float]:
 
 def our_step(method: str, folder: str, steps: int) -> list[float]:
     task, config = open_task(folder), train_rosd.Config(method=method, finetune="lora", group=GROUP, learning_rate=RATE)
-    config, model = train_rosd.settle(config), files.load_checkpoint(folder)[0].bfloat16()
+    config, model = train_rosd.settle(config), files.load_checkpoint(folder).bfloat16()
     optimizer = torch.optim.AdamW(make_trainable(model, "lora", 8, 8.0), lr=RATE)
 
     def run(step: int) -> None:

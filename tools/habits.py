@@ -17,9 +17,9 @@ import torch
 
 from data import Task, load_task
 from data.chains import CHECK_MARK
+from errors import UserError
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.errors import UserError
 from model import GPT, response_logprobs
 from tools import stats
 from tools.studies import STUDIES
@@ -60,7 +60,7 @@ def measured(config: Config, task: Task) -> Iterator[dict]:
     for variant, base, path in models:
         if variant != "base" and not path.exists():
             raise UserError(f"there is no {path}; run `python -m tools.study collapse` first")
-        model = files.load_checkpoint(path)[0].eval()
+        model = files.load_checkpoint(path).eval()
         yield {"variant": variant, "base": base} | check_probabilities(model, task, config.problems)
 
 

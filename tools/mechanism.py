@@ -207,7 +207,7 @@ def main() -> None:
     solutions = [[*task.encode(problem.solution), task.end()] for problem in problems]
     S = sum(len(task.decisive(task.pieces(solution))) for solution in solutions) / len(solutions)
     if config.base:
-        model = files.load_checkpoint(config.base)[0].eval()
+        model = files.load_checkpoint(config.base).eval()
         found = measure_base(model, task, problems, solutions, tuple(map(int, config.ranks)))
         rows = [{"base": config.base} | row for row in found]
         print(mechanism_table(with_golden(rows, S)))
@@ -218,7 +218,7 @@ def main() -> None:
     rows = [row for row in rows_of(held) if str(row["base"]) in known]
     for base in (*BASES, *FRESH):
         if str(base) not in known:
-            model = files.load_checkpoint(base_path(base))[0].eval()
+            model = files.load_checkpoint(base_path(base)).eval()
             rows += [{"base": base} | row for row in measure_base(model, task, problems, solutions)]
             known[str(base)] = checksums[str(base)]
             rows.sort(key=lambda row: row["base"])

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from errors import UserError
 from harness import files
 from harness.cli import option, parse_config, run_script
-from harness.errors import UserError
 from tools import stats
 from tools.stats import by_variant, read_results
 from tools.studies import BASES, best_place, mechanism_rows, place_name

@@ -23,9 +23,9 @@ from data.answers import MARK, equal, final_answer
 from data.requests import REFLECTED, reflection_request
 from data.sources import WordProblem
 from data.words import Words
+from errors import UserError
 from harness import files, parallel
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.errors import UserError
 from harness.run import find_task, provenance, seeded
 from model import GPT, generate, response_logprobs
 from reflect import Rollout, choose_peers, false_idea, locate, parse_reflection, sample_rollouts, token_at
@@ -211,7 +211,7 @@ def main() -> None:
     about = {"config": files.plain(config) | {"base": Path(config.base).name}, **provenance()}
     about["base_checksum"] = files.checksum(config.base)
     torch.set_num_threads(config.threads)
-    model = files.load_checkpoint(config.base)[0].to(parallel.pick_device(config.device))
+    model = files.load_checkpoint(config.base).to(parallel.pick_device(config.device))
     found = audit(model, task, config)
     others = files.read_json(path) if path.is_file() else {}
     files.write_json(path, others | {config.task: {**about, "seconds": time.time() - began, **found}})

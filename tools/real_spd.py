@@ -129,7 +129,7 @@ def measure_all(config: Config) -> dict:
     """Answer with every subspace that results/real-spd.json lacks -> its content."""
     torch.set_num_threads(config.threads)
     task = find_task(config)
-    model = files.load_checkpoint(config.base)[0].float().eval()
+    model = files.load_checkpoint(config.base).float().eval()
     settings = files.plain(config) | {"base": Path(config.base).name, "checksum": files.checksum(config.base)}
     settings["system"] = task.tokenizer.system
     about = {name: x for name, x in settings.items() if name not in ("task", "threads", "batch", "readme")}

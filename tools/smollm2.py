@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
+from errors import UserError
 from harness import files
 from harness.cli import run_script
-from harness.errors import UserError
 
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk.": "model.layers."}  # GGUF's: theirs
 NAMES |= {"attn_norm": "input_layernorm", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm"}

@@ -17,9 +17,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from errors import UserError
 from harness import files
 from harness.cli import markdown_table
-from harness.errors import UserError
 
 RESULTS = files.ROOT / "results"
 Values = dict[tuple[int, int], float]  # (base, seed) -> value

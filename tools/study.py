@@ -25,9 +25,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from errors import UserError
 from harness import files
 from harness.cli import option, parse_config, run_script
-from harness.errors import UserError
 from harness.run import run_name
 from tools import stats
 from tools.studies import STUDIES, Study, flags_of, planned

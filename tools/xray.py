@@ -192,13 +192,13 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
 
 def main() -> None:
     config = parse_config(Config, __doc__)
-    task, model = load_task(config.task), files.load_checkpoint(config.base)[0]
+    task, model = load_task(config.task), files.load_checkpoint(config.base)
     path = Path(config.html or ("out/xray.html" if config.page == "rosd" else "out/spd.html"))
     files.make_folder(path.resolve().parent)
     if config.page == "rosd":
         _, peer, group = reflect.example(model, task, config.domain, config.seed)
         paths = {name: Path(config.runs, f"{name.lower()}-seed0", "model.pt") for name in ("ROSD", "SDPO")}
-        students = {name: files.load_checkpoint(path)[0] for name, path in paths.items() if path.exists()}
+        students = {name: files.load_checkpoint(path) for name, path in paths.items() if path.exists()}
         page = rosd_page(model, task, students, group, peer)
     else:
         page = spd_page(model, task, config)
