@@ -154,7 +154,7 @@ BAD = [
     (["--seed", "9" * 20], "--seed"),
     (["--threads", "9" * 20], "--threads"),
     (["--nonsense"], "--nonsense"),
-    (["--domain", "three"], "no domain 'three'; give one of mix, add"),
+    (["--domain", "three"], "no domain 'three'; give one of one, two"),
     (["--base", "/nowhere/base.pt"], "/nowhere/base.pt"),
     (["--base", corrupt], "damaged"),
     (["--base", truncated], "damaged"),
@@ -187,7 +187,7 @@ def test_bad_input_gets_one_sentence_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     flags = [str(flag(tmp_path / "bad.pt")) if callable(flag) else flag for flag in flags]
-    monkeypatch.setattr(sys, "argv", [name, "--base", base, "--out", str(tmp_path / "out"), *flags])
+    monkeypatch.setattr(sys, "argv", [name, "--base", base, "--domain", "one", "--out", str(tmp_path / "out"), *flags])
     with pytest.raises(SystemExit) as stop:
         run_script(SCRIPTS[name].main)
     printed = capsys.readouterr()

@@ -14,7 +14,8 @@ from conftest import ROSD, SPD, Letters, tiny_gpt
 
 from harness import files
 
-CORE = ["reflect.py", "subspace.py", "evaluate.py", "train_rosd.py", "train_spd.py", "losses.py", "lora.py", "model.py"]
+CORE = [f"{name}.py" for name in ("errors", "losses", "lora", "model", "evaluate", "reflect", "subspace")]
+CORE += ["train_rosd.py", "train_spd.py"]
 IMPORTS = "from typing import ClassVar\nimport random\nimport re\n\nfrom data.task import Problem, Task, Verdict\n\n\n"
 LOADED = '    if spec == "letters":\n        from data.letters import Letters\n\n        return Letters()'
 ADDITIONS = [  # file, line after which to add, the added line
