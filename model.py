@@ -40,11 +40,17 @@ class GPTConfig:
     tied: bool = True  # the output layer is the embedding; or else a matrix of its own, lm_head
 
 
-class RMSNorm(nn.RMSNorm):
+class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 inside; the result has weight's dtype."""
 
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.to(self.weight.dtype))  # autocast gives bfloat16 queries to float32 weights
+        inside = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=inside)  # sqrt(sum x^2), (..., 1)
+        return (x * torch.rsqrt(norm.square() / x.size(-1) + self.eps)).to(self.weight.dtype) * self.weight
 
 
 Rope = tuple[Tensor, Tensor]  # cos and sin
@@ -118,9 +124,9 @@ class Attention(nn.Module):
             k, v = cache.extend(k, v)  # (B, n_kv_head, S, head_dim)
         if T == 1:  # for one token a row, plain products are faster than the fused kernel
             q = q.reshape(B, self.n_kv_head, -1, self.head_dim)  # (B, n_kv_head, n_head / n_kv_head, head_dim)
-            scores = q @ k.transpose(2, 3) * self.head_dim**-0.5  # (B, n_kv_head, n_head / n_kv_head, S)
+            scores = q * self.head_dim**-0.5 @ k.transpose(2, 3)  # (B, n_kv_head, n_head / n_kv_head, S)
             if mask is not None:
-                scores = scores.masked_fill(~mask, float("-inf"))
+                scores = scores + mask
             y = (scores.softmax(dim=-1) @ v).reshape(B, 1, -1)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
@@ -208,6 +214,8 @@ class GPT(nn.Module):
         heads = (-1, -1, self.config.n_head, -1)  # a copy for every head is faster than broadcasting over them
         cos, sin = (f[positions].unsqueeze(2).expand(heads).contiguous() for f in (self.cos, self.sin))
         x = self.embed(tokens)  # (B, T, n_embd)
+        if mask is not None:
+            mask = x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))  # what is added to the scores
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x = block(x, (cos, sin), mask, cache)
         return self.norm(x)
