@@ -161,10 +161,8 @@ STUDIES = {
             "SPD": RULE,
             "SPD, random subspace": f"{RULE} --subspace random",  # another draw with every seed
             "SPD, full-sequence loss": f"{RULE} --loss full",
-            "SPD, the paper's place": "--layers paper --project kv --rank 50%",
             "PSR": "--method psr",
-            "SSD, T = 0.6": "--method ssd --temperature 0.6",
-            "SSD, greedy": "--method ssd",  # SPD without the projection
+            "SSD": "--method ssd",  # greedy: SPD without the projection
         },
         f"{REAL} --prompts 200 --calibration-size 100 --epochs 2 --batch 8",
         SMOLLM2,
