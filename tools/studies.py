@@ -149,6 +149,7 @@ STUDIES = {
     "real-rosd": Study(  # an oracle separates the method from its reflector, false results from the method
         THREE
         | {
+            "ROSD, ideas of other problems": "--spoil-idea 1 --spoil-kind other",
             "ROSD, an oracle reflects": "--reflector oracle",
             "ROSD, an oracle reflects, whole mask": "--reflector oracle --mask whole",
             "ROSD, an oracle reflects falsely": "--reflector oracle --spoil-idea 1",
