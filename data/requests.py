@@ -5,7 +5,8 @@
 
 from data.answers import MARK
 
-# A model of 135M parameters follows this form after a worked example, and hardly any longer one.
+# What a teacher holds stands behind the question, without instructions. After a worked example a model of 135M
+# parameters overlooks ideas in longer forms, and repeats instructions that come after a solution.
 IDEA = """\
 {question}
 
@@ -15,20 +16,11 @@ SOLUTION = """\
 {question}
 
 One way to solve it, known to be right:
-{solution}
+{solution}"""
 
-Make sure of each step yourself, and write a solution of your own."""
+BOTH = SOLUTION + """
 
-BOTH = """\
-{question}
-
-One way to solve it, known to be right:
-{solution}
-
-Somebody who has looked at attempts at this problem tells you what matters in it:
-{idea}
-
-Write a solution of your own that heeds this advice without mentioning it."""
+Hint: {idea}"""
 
 # Questions of Reasoning Gym say themselves how to answer; asked for more, small models are right less often.
 ENDING = f"""
