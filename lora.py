@@ -7,7 +7,7 @@
 >>> layer(torch.tensor([5.0, 1.0])).tolist()  # B = 0: nothing is changed yet
 [5.0, 1.0]
 >>> layer.B.data = torch.tensor([[0.0], [3.0]])
->>> layer(torch.tensor([5.0, 1.0])).tolist()  # (5, 1) + 2/1 (0, 3) times A x = 5
+>>> layer(torch.tensor([5.0, 1.0])).tolist()  # (5, 1) + 2/1 B (A x) with A x = 5
 [5.0, 31.0]
 """
 
@@ -58,7 +58,7 @@ def add_lora(model: nn.Module, rank: int = 8, alpha: float = 8.0, dropout: float
 def make_trainable(
     model: nn.Module, finetune: str, rank: int, alpha: float, dropout: float = 0.0
 ) -> list[nn.Parameter]:
-    """What is trained of the model: with 'lora' the adapters put on it, with 'full' all weights, made float32."""
+    """The parameters to train: new adapters on the frozen model ('lora'), or all its weights, made float32 ('full')."""
     if finetune == "lora":
         return add_lora(model, rank, alpha, dropout)
     return list(model.float().requires_grad_(True).parameters())

@@ -1,8 +1,9 @@
 """The objectives as pure functions: generalized Jensen-Shannon divergence, masked mean, GRPO's clipped surrogate.
 
-Notation of the ROSD paper: pi_S the student, pi_T the teacher, D the divergence, m_t the mask of the first error.
+Notation of the ROSD paper: pi_S the student, pi_T the teacher, D the divergence, m_t the mask of the
+first error, rho_t the importance ratio.
 
-    L = sum_t m_t D( pi_S(. | x, y_<t) || stopgrad pi_T(. | x, e, y_<t) ) / sum_t m_t
+    L = sum_t m_t min(rho_t, 2) D( pi_S(. | x, y_<t) || stopgrad pi_T(. | x, e, y_<t) ) / sum_t m_t
 
 >>> student, teacher = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
 >>> [round(divergence(student, teacher, alpha).item(), 3) for alpha in (0.0, 0.5, 1.0)]  # forward KL, JSD, reverse KL
@@ -36,9 +37,9 @@ def top_k_with_tail(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, T
     return coarsen(student), coarsen(teacher)
 
 
-def kl(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) = sum_v p_v (log p_v - log q_v) of log-probs (..., V) -> (...)."""
-    return (p.exp() * (p - q)).sum(-1)
+def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) = sum_v p_v (log p_v - log q_v): log-probs (..., V) -> (...)."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
 def divergence(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Tensor:

@@ -58,7 +58,7 @@ Caches = list["KVCache"]  # one per layer
 
 
 class KVCache:
-    """One layer's keys and values of all that has been read, (B, n_kv_head, S, head_dim) each."""
+    """One layer's keys and values so far, (B, n_kv_head, S, head_dim) each; reserved keys are (.., head_dim, room)."""
 
     def __init__(self) -> None:
         self.k, self.v, self.length, self.reserved = None, None, 0, False
@@ -188,12 +188,6 @@ class GPT(nn.Module):
     def device(self) -> torch.device:
         return self.embed.weight.device
 
-    def compile_blocks(self) -> None:
-        """Compile the blocks with torch.compile, one program for all layers; hooks put on their parts do not fire."""
-        torch._dynamo.config.recompile_limit = 32  # prompts, single tokens and training, with and without a mask
-        for block in self.blocks:
-            block.compile(dynamic=True)
-
     def check_length(self, length: int) -> None:
         """Raise UserError if a sequence of this length does not fit."""
         if length > self.config.block_size:
@@ -215,7 +209,7 @@ class GPT(nn.Module):
         cos, sin = (f[positions].unsqueeze(2).expand(heads).contiguous() for f in (self.cos, self.sin))
         x = self.embed(tokens)  # (B, T, n_embd)
         if mask is not None:
-            mask = x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))  # what is added to the scores
+            mask = x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))  # from here on: added to the scores
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
             x = block(x, (cos, sin), mask, cache)
         return self.norm(x)
@@ -224,22 +218,20 @@ class GPT(nn.Module):
         """The output layer: (..., n_embd) -> (..., vocab_size)."""
         return F.linear(hidden, self.embed.weight if self.config.tied else self.lm_head.weight)
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, caches: Caches | None = None
-    ) -> Tensor:
+    def forward(self, tokens: Tensor, *args: Any, **named: Any) -> Tensor:
         """Logits of every next token: tokens (B, T) -> (B, T, vocab_size); the rest as for `hidden`."""
-        return self.logits(self.hidden(tokens, positions, mask, caches))
+        return self.logits(self.hidden(tokens, *args, **named))
 
 
 def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Caches]:
-    """Hidden state after each prompt (B, n_embd), its length (B, 1), what is not padding (B, P), and the caches."""
+    """Read prompts -> hidden state after each (B, n_embd), lengths (B, 1), True where not padding (B, P), caches."""
     caches, device, mask = [KVCache() for _ in model.blocks], model.device, None
     lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
-    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
     # (B, P), padded on the right, where causal attention never looks
+    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
     position = torch.arange(tokens.size(1), device=device)
     same = min(int((tokens == tokens[0]).all(dim=0).cumprod(dim=0).sum()), int(lengths.min()) - 1)
-    same *= same >= 16  # tokens that all prompts begin with are read once, if they pay for a pass of their own
+    same = same if len(prompts) > 1 and same >= 16 else 0  # a beginning that all share is read once, if it is long
     if same:
         model.hidden(tokens[:1, :same], caches=caches)
         for cache in caches:
@@ -262,7 +254,7 @@ def response_hidden(model: GPT, prompts: list[list[int]], responses: list[list[i
     last, lengths, real, caches = read_prompts(model, list(map(list, numbers)))
     first = last.index_select(0, rows)[:, None]  # (B, 1, n_embd): it predicts response token 0
     before = pad_sequence([torch.tensor(response[:-1], dtype=torch.long) for response in responses], batch_first=True)
-    T = before.size(1)  # of the tokens that predict the next one
+    T = before.size(1)  # one less than the longest response, whose last token predicts nothing that is wanted
     for cache in caches:
         cache.select(rows)
     causal = torch.ones(T, T, dtype=torch.bool, device=model.device).tril().expand(len(rows), -1, -1)
@@ -306,7 +298,7 @@ def sample(
     temperature, top_k and top_p. Raises UserError if the longest prompt and max_new_tokens exceed block_size.
 
     Each row inverts the cumulative distribution at uniform numbers of its own, so neither padding nor the other rows
-    change what it samples. The generator is one of the CPU.
+    change what it samples. The generator must be a CPU generator.
     """
     if not prompts:
         return [], []
@@ -317,7 +309,7 @@ def sample(
     responses = torch.zeros(total, max_new_tokens, dtype=torch.long, device=device)
     chances = torch.ones(total, max_new_tokens, device=device)
     lengths = torch.ones_like(responses[:, 0])
-    last, positions, real, caches = read_prompts(model, prompts)  # once for all samples of a prompt
+    last, positions, real, caches = read_prompts(model, prompts)  # a length is the next position
     padded = not real.all()
     rows = torch.arange(total, device=device)  # the responses in the batch; all tensors below are about these
     parent, unfinished = rows // samples, torch.ones_like(rows, dtype=torch.bool)

@@ -55,7 +55,7 @@ class Reflection:
 def sample_rollouts(
     student: GPT, task: Task, problems: list[Problem], group: int, generator: torch.Generator, temperature: float = 1.0
 ) -> list[Rollout]:
-    """G rollouts a problem from the student, each with its verdict; those of a problem lie side by side."""
+    """G rollouts per problem from the student, each with its verdict; those of a problem lie side by side."""
     prompts = [task.encode(task.student_prompt(problem)) for problem in problems]
     written = sample(student, prompts, task.max_response, task.stop, group, temperature, generator=generator)
     rollouts = []

@@ -4,7 +4,7 @@ On a calibration set of labelled (q, y) the aligned loss looks only at the posit
 
     L_align = -1/|S| sum_{t in S} log p(z_t | z_<t)
 
-Its gradients at a layer's keys and values, at *all* token positions of all examples, are stacked to G_K, G_V (M, d):
+Its gradients at a layer's keys and values, at *all* M tokens of all examples, are stacked to G_K, G_V (M, d):
 
     G = U diag(s) V^T      V_r = the first r right singular vectors      P = V_r V_r^T
 
@@ -16,7 +16,7 @@ for correctness, rows of V from what later layers read for it, so that projectio
 >>> [round(s, 3) for s in singular_values.tolist()], (projector(V, 1).round(decimals=3) + 0.0).tolist()
 ([4.243, 1.0], [[1.0, 0.0], [0.0, 0.0]])
 
-`python subspace.py` prints the spectrum of every layer of the base model and one prompt answered with and without.
+`python subspace.py` prints every layer's spectrum, and how many of 200 answers are right with and without projection.
 """
 
 import random
@@ -43,7 +43,7 @@ LOSSES = ("aligned", "steps", "full")
 
 @dataclass(frozen=True)
 class SubspaceConfig:
-    """The settings of phase 1: which subspace, and where it acts."""
+    """Step 1: which subspace, and where it acts; layers, rank and project default to what suits data/base.pt best."""
 
     calibration_domain: tuple[str, ...] = option((), "domains of the calibration set; none means the training domain")
     calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
@@ -53,7 +53,10 @@ class SubspaceConfig:
     rank: str = option("35%", "rank of the projectors: a number, a share like 50%, or energy:0.99", "50%")
     project: str = option("k", "what is projected", "kv", ("kv", "k", "v"))
     coordinate: str = option(
-        "linear", "acts after k_proj and v_proj, per head, norm or RoPE", "not stated", COORDINATES
+        "linear",
+        "P acts on all heads of K and V, on each, after K's norm, or after RoPE",
+        "not stated",
+        COORDINATES,
     )
 
 
@@ -153,8 +156,8 @@ def capability_gradients(
 ) -> dict[Place, Tensor]:
     """dL/dK_t and dL/dV_t at all positions of all examples, stacked: place -> (M, d).
 
-    One backward per batch: each example's loss is a mean over its own S and examples do not see one another, so the
-    gradient of their sum holds each one's own. A batch is smaller where its logits would exceed losses.CHUNK.
+    One backward pass per batch: no example attends to another, so each row of the gradient of the summed losses
+    depends on its own example's loss alone. A batch is smaller where its logits would exceed losses.CHUNK.
     """
     rows: dict[Place, list[Tensor]] = {place: [] for place in places}
     longest = max(len(example.prompt) + len(example.solution) for example in examples)
@@ -246,7 +249,7 @@ def make_projectors(
 
 
 def calibrate(model: GPT, examples: list[Example], config: SubspaceConfig, seed: int = 0) -> dict[Place, Tensor]:
-    """SPD's phase 1 in one call: the projectors P_K, P_V of every target layer; turns on the model's gradients."""
+    """SPD's step 1 in one call: the projectors P_K, P_V of every target layer; turns on the model's gradients."""
     places = [(layer, kind) for layer in target_layers(config.layers, model.config.n_layer) for kind in config.project]
     gradients = capability_gradients(model.requires_grad_(True), examples, places, config.coordinate)
     return make_projectors(gradients, config, model.config.n_kv_head, seed)
@@ -286,9 +289,8 @@ class Config(SubspaceConfig):
     threads: int = option(1, "CPU threads; more than one pays for larger models", minimum=1)
 
 
-def spectra(model: GPT, task: Task, config: Config) -> dict[Place, tuple[Tensor, int]]:
+def spectra(model: GPT, examples: list[Example], config: Config) -> dict[Place, tuple[Tensor, int]]:
     """place -> singular values (d,), of all heads together, and the rank chosen, of every layer."""
-    examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
     places = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
     found = {}
     for place, G in capability_gradients(model, examples, places, config.coordinate).items():
@@ -310,13 +312,13 @@ def main() -> None:
     model = files.load_checkpoint(config.base)
     choose_rank(config.rank, torch.ones(place_width(model, config.coordinate)))  # a bad one is told at once
     chosen, rows = target_layers(config.layers, model.config.n_layer), []
-    for place, (s, r) in spectra(model, task, config).items():
+    examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
+    for place, (s, r) in spectra(model, examples, config).items():
         kept = f"{s[:r].square().sum() / s.square().sum():.1%}"
         mark = "projected" if place[0] in chosen and place[1] in config.project else ""
         rows.append([place_name(place), bars(s), f"{r} of {len(s)}", kept, mark])
     print(markdown_table(["place", "singular values s_i / s_1", "r", "energy kept", ""], rows))
 
-    examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
     projectors = calibrate(model, examples, config, config.seed)
     problems = task.problems(config.domain, 200, random.Random(f"prompt {config.seed}"), test=True)
     prompts = [task.encode(task.student_prompt(problem)) for problem in problems]

@@ -2,14 +2,14 @@
 
     python train_rosd.py                                   ROSD, then SDPO from the same base, then the table of both
     python train_rosd.py --method grpo --no-baseline       any other method by itself
-    python train_rosd.py --mask whole                      ROSD without localization; --context peer: without reflection
+    python train_rosd.py --mask whole                      ROSD without localization; --context peer: y* in place of e
     python train_rosd.py --preset released                 the settings of the released code, where they differ
 
 One step: the student samples G rollouts a problem; the verifier scores them; the reflector quotes each wrong rollout's
 first error and says what belongs there; the teacher reads that idea and the student's own tokens; from the error on,
 the student is drawn to the teacher's distribution:
 
-    L = sum_t m_t D( pi_S(. | x, y_<t) || stopgrad pi_T(. | x, e, y_<t) ) / sum_t m_t        m_t = 1 from t = k on
+    L = sum_t m_t min(rho_t, 2) D( pi_S(. | x, y_<t) || stopgrad pi_T(. | x, e, y_<t) ) / sum_t m_t    m_t = 1 from k on
 
 Reflector and teacher are the base itself, frozen; with --finetune lora they are the student's own weights, its adapters
 off. Every other method but GRPO changes what the teacher holds in the place of e, or where the mask applies:
@@ -37,7 +37,7 @@ from errors import UserError
 from evaluate import comparison, evaluate_run, quick_test
 from harness import parallel
 from harness.cli import option, parse_config, run_script
-from harness.run import Run, RunConfig, find_task, run_name
+from harness.run import Run, RunConfig, compile_blocks, find_task, run_name
 from lora import adapters_off, make_trainable, merge_lora
 from model import GPT, response_hidden
 from reflect import Reflection, Rollout
@@ -89,7 +89,7 @@ class Config(RunConfig):
         None, "groups without a wrong rollout: keep or drop; unset: the preset's", "keep", ("keep", "drop")
     )
     malformed: str | None = option(
-        None, "reflections without an idea: drop the rollout, or teach from the peer's solution; unset: the preset's",
+        None, "reflections without an idea, if e is all the teacher holds: drop, or give it y*; unset: the preset's",
         "not stated", ("drop", "peer"),
     )  # fmt: skip
     ema: float | None = option(
@@ -151,16 +151,17 @@ def reflect_on(
 ) -> list[Reflection]:
     """(e, q) ~ pi(. | x, y*, y-) for the wrong, e ~ pi(. | x, y+) for the correct ones; spoiled where that is asked."""
     rollouts = [rollout for rollout, _ in pairs]
-    peers = [peer.text if peer else rollout.problem.solution for rollout, peer in pairs]
-    sampling = (config.reflect_temperature, run.generator("reflect", step), config.eval_batch)
+    peers = [peer.text if peer else rollout.problem.solution for rollout, peer in pairs]  # no peer: context gold
+    writing = {"temperature": config.reflect_temperature, "generator": run.generator("reflect", step)}
     if config.reflector == "oracle":
         texts = [task.true_reflection(rollout.problem, rollout.text) for rollout in rollouts]
     else:
         with nullcontext() if config.reflector == "student" else adapters_off(reflector):
-            texts = reflect.reflect(reflector, task, rollouts, peers, config.told_answer, *sampling)
+            writing |= {"at_once": config.eval_batch}
+            texts = reflect.reflect(reflector, task, rollouts, peers, config.told_answer, **writing)
     read = list(map(reflect.parse_reflection, texts))
-    doses = (config.spoil_idea, config.spoil_kind, config.spoil_quote)
-    return reflect.spoil_some(read, rollouts, task, *doses, run.random("spoil", step))
+    spoiling = (config.spoil_idea, config.spoil_kind, config.spoil_quote)
+    return reflect.spoil_some(read, rollouts, task, *spoiling, run.random("spoil", step))
 
 
 def make_lessons(
@@ -175,18 +176,18 @@ def make_lessons(
 
     pairs = reflect.pair_up(rollouts, config.group, config.peer, config.context, config.solved == "drop")
     reflecting = config.context in ("reflection", "both") or config.mask in ("suffix", "span")
-    without = [Reflection(None, None)] * len(pairs)
-    reflections, lessons = reflect_on(pairs, reflector, task, config, step, run) if reflecting else without, []
+    nothing, lessons = Reflection(None, None), []
+    reflections = reflect_on(pairs, reflector, task, config, step, run) if reflecting else [nothing] * len(pairs)
     for (rollout, peer), reflection in zip(pairs, reflections, strict=True):
         tokens = task.pieces(rollout.tokens)
         quoted, oracle = reflect.locate_span(reflection.quote, tokens), reflect.true_position(rollout, tokens)
         if reflecting and not rollout.verdict.correct:
             logged["quote_match"].append(quoted is not None)
             logged["quote_accuracy"] += [quoted is not None and quoted[0] == oracle] if rollout.verdict.error else []
-            logged["error_position"].append((quoted or (0, 0))[0] / len(tokens))
-        end, (k, quote_end) = len(tokens), quoted or (0, len(tokens))  # k = Locate(q, y-), 0 if not found
-        masks = {"whole": (0, end), "suffix": (k, end), "span": (k, quote_end), "oracle": (oracle, end)}
-        start, end = masks["whole" if rollout.verdict.correct else config.mask]
+            logged["error_position"].append((quoted or (0, 0))[0] / len(tokens))  # k / T; 0 where it is not found
+        end, mask = len(tokens), "whole" if rollout.verdict.correct else config.mask
+        k, quote_end = quoted or (0, end)  # k = Locate(q, y-); not found: the whole response
+        start, end = {"whole": (0, end), "suffix": (k, end), "span": (k, quote_end), "oracle": (oracle, end)}[mask]
         if held := held_by_teacher(rollout, peer, reflection, config):
             lessons.append(Lesson(rollout, task.teacher_prompt(rollout.problem, **held), start, end))
     return lessons, logged
@@ -196,10 +197,9 @@ def held_by_teacher(rollout: Rollout, peer: Rollout | None, reflection: Reflecti
     """What the teacher reads besides the problem; empty where a malformed reflection leaves nothing to hold."""
     if config.context == "gold":
         return {"solution": rollout.problem.solution}
-    malformed = reflection.idea is None and config.malformed == "peer"
-    held = {"solution": peer.text} if peer and (malformed or config.context != "reflection") else {}
-    if reflection.idea is not None and config.context != "peer":
-        held["idea"] = reflection.idea
+    held = {} if reflection.idea is None or config.context == "peer" else {"idea": reflection.idea}
+    if peer and (config.context != "reflection" or (not held and config.malformed == "peer")):
+        held["solution"] = peer.text
     return held
 
 
@@ -221,17 +221,17 @@ def lesson_loss(student: GPT, teacher: GPT, lessons: list[Lesson], task: Task, c
     prompts = [task.encode(task.student_prompt(lesson.rollout.problem)) for lesson in lessons]
     hidden = response_hidden(student, prompts, responses)  # (B, T, n_embd)
     mask = reflect.error_mask([x.start for x in lessons], [x.end for x in lessons], list(map(len, responses)))  # m_t
-    mask = (mask * torch.tensor([[lesson.times] for lesson in lessons])).to(device)
+    mask = (mask * torch.tensor([[x.times] for x in lessons])).to(device)  # m_t, as often as the lesson occurs
     y = losses.pad(responses).to(device)  # (B, T)
     old_logp = losses.pad([lesson.rollout.logprobs for lesson in lessons]).to(device)  # (B, T), when y was sampled
     if config.context == "none":  # GRPO's target is the advantage, (B, T)
         target = torch.tensor([[lesson.advantage] for lesson in lessons], device=device).expand(mask.shape)
-    else:  # the others' is pi_T, here as the hidden states its logits are made of, (B, T, n_embd)
+    else:  # all others: the teacher's hidden states, from which token_loss computes pi_T, (B, T, n_embd)
         with torch.no_grad(), adapters_off(teacher):
             target = response_hidden(teacher, [task.encode(lesson.teacher_prompt) for lesson in lessons], responses)
 
     def token_loss(hidden: Tensor, y: Tensor, old_logp: Tensor, target: Tensor) -> Tensor:
-        """D( pi_S(. | x, y_<t) || stopgrad pi_T(. | x, e, y_<t) ), or GRPO's surrogate, at all positions or a chunk."""
+        """min(rho_t, 2) D(pi_S || stopgrad pi_T), or GRPO's surrogate, at all positions or at a chunk of them."""
         log_S = student.logits(hidden).float().log_softmax(dim=-1)  # (..., V)
         logp = log_S.gather(-1, y.unsqueeze(-1)).squeeze(-1)  # (...)
         ratio = losses.importance_ratio(logp, old_logp)  # (...)
@@ -251,7 +251,7 @@ def update(
 ) -> float | None:
     """All updates of a batch, then the teacher's EMA -> the mean loss; None and no change where there is no lesson."""
     optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
-    seen, trained = [], optimizer.param_groups[0]["params"]
+    step_losses, trained = [], optimizer.param_groups[0]["params"]
     for i in [*range(config.minibatches)] * config.updates:
         part = lessons[i * len(lessons) // config.minibatches : (i + 1) * len(lessons) // config.minibatches]
         count = parallel.total(torch.tensor(float(sum(x.end - x.start for x in part)), device=student.device))
@@ -259,24 +259,25 @@ def update(
             continue
         optimizer.zero_grad()
         loss = torch.zeros((), device=student.device)
+        # similar lengths together: less padding
         part = sorted(merge_equal(part), key=lambda lesson: len(lesson.teacher_prompt) + len(lesson.rollout.tokens))
         for j in range(0, len(part), config.micro_batch):
             with torch.autocast(student.device.type, torch.bfloat16, enabled=config.bf16):
                 share = lesson_loss(student, teacher, part[j : j + config.micro_batch], task, config, count)
             share.backward()
             loss += share.detach()
-        seen.append(parallel.total(loss).item())
+        step_losses.append(parallel.total(loss).item())
         parallel.sum_gradients(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip).item()
-        if not math.isfinite(seen[-1] + norm):
-            raise FloatingPointError(f"the loss of step {step} is {seen[-1]}, the norm of its gradient {norm}")
+        if not math.isfinite(step_losses[-1] + norm):
+            raise FloatingPointError(f"the loss of step {step} is {step_losses[-1]}, the norm of its gradient {norm}")
         optimizer.step()
-    if not seen:
+    if not step_losses:
         return None
     if config.ema:
         for teacher_weight, student_weight in zip(teacher.parameters(), student.parameters(), strict=True):
             teacher_weight.data.lerp_(student_weight.data, config.ema)
-    return sum(seen) / len(seen)
+    return sum(step_losses) / len(step_losses)
 
 
 # ---------------------------------------------------------------------------------------------- the loop
@@ -296,8 +297,8 @@ def train(config: Config) -> dict:
         teacher = deepcopy(student).requires_grad_(False) if config.ema else run.base
         optimizer = AdamW(trained, lr=config.learning_rate, weight_decay=0.0)
         if config.compile:
-            student.compile_blocks()
-            teacher.compile_blocks()
+            compile_blocks(student)
+            compile_blocks(teacher)
         moving = {"student": torch.nn.ParameterList(trained)} | ({"teacher": teacher} if config.ema else {})
         run.restore(**moving, optimizer=optimizer)
         for step in run.steps(config.steps):
@@ -320,7 +321,7 @@ def train(config: Config) -> dict:
                 **({"tested": quick_test(student, task)} if tests else {}),
             )
             run.save()
-        with adapters_off(run.base):
+        with adapters_off(run.base):  # "before" can be measured now: the base is frozen, and its adapters are off
             before = run.of_base("before", lambda: evaluate_run(run.base, task, config))
         merge_lora(student)
         after = run.once("after", lambda: evaluate_run(student, task, config))

@@ -7,7 +7,7 @@
 No teacher, no verifier, no reward:
 
     1. calibrate (subspace.py)      G = dL_align/dK and dL_align/dV, G = U diag(s) V^T, P = V_r V_r^T
-    2. generate                     y ~ p(. | x) with K <- K P_K, V <- V P_V: one raw completion a prompt, none filtered
+    2. generate                     y ~ p(. | x) with K <- K P_K, V <- V P_V: a raw completion per prompt, none filtered
     3. fine-tune, unprojected       -sum_t log p(y_t | x, y_<t) over A and B of W + (alpha/r) B A (lora.py)
 
 The paper has the loss of 3 on x as well; this base was pretrained on responses alone, so that a loss on prompts would
@@ -28,7 +28,7 @@ from errors import UserError
 from evaluate import evaluate, evaluate_run, out_of_domain
 from harness import parallel
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.run import Run, RunConfig, find_task, run_name
+from harness.run import Run, RunConfig, compile_blocks, find_task, run_name
 from lora import make_trainable, merge_lora
 from losses import in_chunks, masked_mean, pad
 from model import GPT, generate, response_hidden
@@ -102,10 +102,10 @@ def score_text(model: GPT, task: Task, config: Config) -> dict[str, dict]:
 def next_token_loss(model: GPT, pairs: list[Pair], completion_only: bool = True) -> Tensor:
     """Mean of -log p(y_t | x, y_<t) over all tokens of the completions, or of prompts and completions.
 
-    Of several processes each has a share of the pairs; the mean is over the tokens of all, and so their losses add up.
+    With several processes, each holds a share of the pairs but divides by the token count of all: the losses add up.
     """
     if not completion_only:
-        pairs = [(prompt[:1], prompt[1:] + completion) for prompt, completion in pairs]
+        pairs = [(prompt[:1], prompt[1:] + completion) for prompt, completion in pairs]  # all but the first token
     prompts, completions = map(list, zip(*pairs, strict=True))
     y = pad(completions, -1).to(model.device)  # (B, T)
 
@@ -124,7 +124,7 @@ def start_finetuning(model: GPT, config: Config, round: int) -> tuple[GPT, torch
     student = deepcopy(model)
     trained = make_trainable(student, config.finetune, config.lora_rank, config.lora_alpha, config.lora_dropout)
     if config.compile:
-        student.compile_blocks()
+        compile_blocks(student)
     return student, torch.optim.AdamW(trained, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
@@ -174,7 +174,7 @@ def train(config: Config) -> dict:
         choose_rank(config.rank, torch.ones(place_width(run.base, config.coordinate)))
         target_layers(config.layers, run.base.config.n_layer)
         model = deepcopy(run.base)
-        student, optimizer = start_finetuning(model, config, 0)
+        student, optimizer = start_finetuning(model, config, 0)  # for restore to load into; each round starts anew
         run.restore(model=model, student=student, optimizer=optimizer)
         examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
         for step in run.steps(max(1, config.rounds * config.epochs)):

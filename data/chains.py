@@ -100,7 +100,7 @@ def golden_solution(problem: str) -> str:
 
 
 def is_test(problem: str) -> bool:
-    """Train and test problems are disjoint by construction: its checksum puts a quarter of all problems in test.
+    """A quarter of all problems, chosen by the checksum of the problem's text, are test problems.
 
     The mark of an exam makes no difference.
     """

@@ -1,4 +1,4 @@
-"""The prompts: one weight set plays every part, told apart by what stands before its text."""
+"""The prompts. One set of weights plays every part; the prompt alone says which."""
 
 
 def prompt(problem: str, hint: str | None = None, solution: str | None = None) -> str:

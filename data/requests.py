@@ -18,9 +18,7 @@ SOLUTION = """\
 One way to solve it, known to be right:
 {solution}"""
 
-BOTH = SOLUTION + """
-
-Hint: {idea}"""
+BOTH = f"{SOLUTION}\n\nHint: {{idea}}"
 
 # Questions of Reasoning Gym say themselves how to answer; asked for more, small models are right less often.
 ENDING = f"""

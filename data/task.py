@@ -28,7 +28,7 @@ class Verdict:
 
 class Task(ABC):
     domains: tuple[str, ...]
-    habits: ClassVar[dict[str, str]] = {}  # ways to write a response, a column of the tables each -> what they are
+    habits: ClassVar[dict[str, str]] = {}  # name of a way of writing -> what it is; each is a column of the tables
     knows_first_error: bool = False  # whether verdicts locate errors; if not, there is no oracle and no quote accuracy
     problems_checksum: str = ""  # of the file of problems, if there is one; a resumed run must have the same
     max_response: int  # tokens of a response; a longer one is cut off

@@ -1,8 +1,9 @@
 """Several processes or GPUs: `torchrun --standalone --nproc_per_node=N train_rosd.py`, with torch.distributed alone.
 
 Every process holds the whole model, takes its share of the prompts, and divides its loss by the token count of *all*
-processes. The sum of their gradients is then the gradient of one process with the whole batch. Without torchrun every
-function here does nothing, but for `train_all`, which runs several trainings side by side.
+processes. The sum of their gradients is then the gradient of one process with the whole batch. Without torchrun
+`share`, `total` and `gather` return what they are given, and `sum_gradients` does nothing. `train_all` runs several
+trainings side by side.
 """
 
 import multiprocessing
@@ -82,7 +83,7 @@ def gather(items: list) -> list:
 
 
 def train_all(train: Callable[[Any], dict], configs: list[Any]) -> list[dict]:
-    """`train` of every config, in their order; on a CPU with a core for each, the others run beside the first.
+    """`train` of every config -> results in the same order; on a CPU as many at a time as it has cores.
 
     A model this small gains little from a second thread, and two threads that wait for each other are slow on a busy
     machine. Two processes wait for nothing.

@@ -1,10 +1,10 @@
 """One training run: its folder, what it saves and resumes, the progress it shows, the results it leaves.
 
-    out/<run>/metrics.jsonl   a line a step
+    out/<run>/metrics.jsonl   a line per step
     out/<run>/results.json    configuration, seed, versions, commit, accuracies, time, peak memory
-    out/<run>/model.pt        the trained model; of a Hugging Face folder, a folder out/<run>/model
+    out/<run>/model.pt        the trained model (a folder out/<run>/model if the base was a Hugging Face folder)
     out/<run>/state.pt        everything --resume needs; gone when the run is finished
-    out/<run>/base-*.json     accuracies of the base; any run under out/ that asks for the same takes them
+    out/<run>/base-*.json     accuracies of the base, reused by every run under out/ with the same settings
 
 With several processes (parallel.py) the first one writes the files and shows the progress.
 """
@@ -164,7 +164,7 @@ class Run:
         return self.state[name]
 
     def of_base(self, name: str, measure: Callable[[], Any], *settings: str) -> Any:
-        """What `measure` gives for the base; or gave any run under --out with equal code and settings."""
+        """The base's measurement: read from any run under --out with equal code and settings, or made by measure."""
         if not parallel.FIRST:
             return None
         names = ("task", "shots", "max_response", "seed", "threads", *EVALUATION, *settings)
@@ -241,17 +241,17 @@ class Run:
 
 
 def seeded(*key: object) -> torch.Generator:
-    """A CPU generator seeded by a key like ("rollout", step, seed): no random state has to be carried along."""
+    """A CPU generator seeded by a key like ("rollout", seed, step): no random state has to be saved."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
 
 
 def run_name(config: RunConfig) -> str:
-    """E.g. 'rosd-mask=whole-add-seed0': method, domain, seed, and every other setting that is not the default."""
-    named = {"method", "domain", "seed", "eval_problems", "eval_samples", *INCIDENTAL}
+    """E.g. 'rosd-mask=whole-add-seed0': method, changed settings (but for test size and INCIDENTAL), domain, seed."""
+    no_flag = {"method", "domain", "seed", "eval_problems", "eval_samples", *INCIDENTAL}
     flags = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name not in named and value != field.default:
+        if field.name not in no_flag and value != field.default:
             shown = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
             flags.append(f"{field.name}={''.join(c if c.isalnum() or c in '+.-' else '_' for c in shown)}")
     base = files.checksum(config.base)
@@ -269,6 +269,13 @@ def find_task(config: Any, *domains: str) -> Task:
         if domain not in ("", *task.domains):
             raise UserError(f"{config.task} has no domain {domain!r}; give one of {', '.join(task.domains)}")
     return task
+
+
+def compile_blocks(model: GPT) -> None:
+    """Compile the blocks with torch.compile, one program for all layers; hooks put on their parts do not fire."""
+    torch._dynamo.config.recompile_limit = 32  # prompts, single tokens and training, with and without a mask
+    for block in model.blocks:
+        block.compile(dynamic=True)
 
 
 def provenance() -> dict[str, Any]:

@@ -93,9 +93,9 @@ def test_adapters_are_on_while_the_student_reflects_and_off_while_the_base_does(
 ) -> None:
     seen, original = [], train_rosd.reflect.reflect
 
-    def reflect(model: GPT, *args: object) -> list[str]:
+    def reflect(model: GPT, *args: object, **named: object) -> list[str]:
         seen.extend(module.on for module in model.modules() if isinstance(module, LoRALinear))
-        return original(model, *args)
+        return original(model, *args, **named)
 
     monkeypatch.setattr(train_rosd.reflect, "reflect", reflect)
     train(train_rosd, base, tmp_path, *LORA, "--reflector", reflector)

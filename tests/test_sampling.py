@@ -8,6 +8,7 @@ from test_model import PROMPTS, SMALL, STOP, random_model, seeded
 from torch import Tensor
 
 import model as model_module
+from harness.run import compile_blocks
 from model import GPT, generate, next_token_probs, response_logprobs, sample
 
 
@@ -162,7 +163,7 @@ def test_compiled_blocks_write_the_same_and_share_one_program(monkeypatch: pytes
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plain, compiled = random_model(seed=1, n_layer=4), random_model(seed=1, n_layer=4)
-    compiled.compile_blocks()
+    compile_blocks(compiled)
     written = [generate(model, PROMPTS, 12, STOP, samples=4, generator=seeded(0)) for model in (plain, compiled)]
     assert written[0] == written[1]
     for model in (plain, compiled):

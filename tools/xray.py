@@ -166,7 +166,7 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
     examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
     projectors = calibrate(model, examples, config, config.seed)
     spectra = []
-    for place, (s, r) in subspace.spectra(model, task, config).items():
+    for place, (s, r) in subspace.spectra(model, examples, config).items():
         says = [f"s_{i + 1} = {value:.3g}" for i, value in enumerate(s.tolist())]
         shown = [Token(bar, dimmed=i >= r, says=says[i]) for i, bar in enumerate(subspace.bars(s))]
         spectra.append(Strip(place_name(place), shown, note=f"r = {r}" if place in projectors else "not projected"))
