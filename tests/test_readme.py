@@ -23,7 +23,7 @@ SMALL = {
     "pretrain.py": "--steps 1 --batch 2 --layers 2 --width 8 --out out/base.pt",
 }
 # Run by CI or by the tests of tools and processes, or no whole command:
-ELSEWHERE = ("-m pytest", "-m tools", "torchrun", "pip", "NAME", "--base out/", "--base models/")
+ELSEWHERE = ("-m pytest", "-m tools", "torchrun", "pip", "NAME", "--base out/", "--base models/", "--base smollm2")
 
 
 def commands() -> list[str]:

@@ -34,15 +34,9 @@ class Study:
     script: str = "train_rosd.py"
 
 
-METHODS = {
-    "ROSD": "",
-    "SDPO": "--method sdpo",
-    "SDPO as released": "--method sdpo --preset released",
-    "OPSD": "--method opsd",
-    "GRPO": "--method grpo",
-}
+METHODS = {"ROSD": "", "SDPO": "--method sdpo", "OPSD": "--method opsd", "GRPO": "--method grpo"}
 THREE = {name: METHODS[name] for name in ("ROSD", "SDPO", "GRPO")}
-RELEASED = {f"{name} as released": f"{METHODS[name]} --preset released".strip() for name in ("GRPO", "ROSD", "OPSD")}
+RELEASED = {f"{name} as released": f"{flags} --preset released".strip() for name, flags in METHODS.items()}
 GENERATION = "--domain exam --epochs 0 --prompts 1"  # of SPD: only what the base writes, before any training
 TEXTS = {  # what the base writes under projection, at the best place of each base
     f"{name}{title}": f"{flags} {temperature}".strip()
@@ -63,8 +57,9 @@ REAL += " --eval-problems 400 --eval-samples 1 --eval-temperature 0 --eval-batch
 RULE = "--layers 6 --project v --rank 50%"  # where tools/real_spd.py places the aligned subspace for these sums
 
 STUDIES = {
-    "rosd": Study(METHODS | RELEASED),
-    "rosd-add": Study(METHODS, flags="--domain add", seeds=(0,)),
+    "rosd": Study(METHODS),
+    "rosd-released": Study({"ROSD": ""} | RELEASED),
+    "rosd-add": Study(METHODS | {"SDPO as released": RELEASED["SDPO as released"]}, flags="--domain add", seeds=(0,)),
     "rosd-domains": Study(
         {
             f"{name} on {domain}": f"--domain {domain} {flags}".strip()
