@@ -259,7 +259,7 @@ def response_hidden(model: GPT, prompts: list[list[int]], responses: list[list[i
         cache.select(rows)
     causal = torch.ones(T, T, dtype=torch.bool, device=model.device).tril().expand(len(rows), -1, -1)
     mask = torch.cat((real[rows, None].expand(-1, T, -1), causal), dim=2)[:, None]  # (B, 1, T, P + T)
-    positions = lengths[rows] + torch.arange(T, device=model.device)
+    positions = (lengths[rows] + torch.arange(T, device=model.device)).clamp(max=model.config.block_size - 1)  # padding
     return torch.cat((first, model.hidden(before.to(model.device), positions, mask, caches)), dim=1)
 
 

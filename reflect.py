@@ -28,9 +28,8 @@ from torch import Tensor
 
 from data import Problem, Task, Verdict
 from errors import UserError
-from harness import files
 from harness.cli import option, parse_config, run_script
-from harness.run import find_task, seeded
+from harness.run import find_task, load_base, seeded
 from losses import divergence
 from model import GPT, generate, response_logprobs, sample
 
@@ -250,7 +249,7 @@ def main() -> None:
     config = parse_config(Config, "One worked example of first-error reflection.")
     torch.set_num_threads(config.threads)
     task = find_task(config, config.domain)
-    model = files.load_checkpoint(config.base)
+    model = load_base(config.base, task)
     wrong, peer, _ = example(model, task, config.domain or task.domains[0], config.seed)
     written = reflect(model, task, [wrong], [peer.text])[0]
     reflection, tokens = parse_reflection(written), task.pieces(wrong.tokens)

@@ -30,9 +30,8 @@ from torch import Tensor, nn
 
 from data import Task
 from errors import UserError
-from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.run import find_task, seeded
+from harness.run import find_task, load_base, seeded
 from losses import CHUNK
 from model import GPT, generate
 
@@ -309,7 +308,7 @@ def main() -> None:
     config = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
     torch.set_num_threads(config.threads)
     task = find_task(config, config.domain, *config.calibration_domain)
-    model = files.load_checkpoint(config.base)
+    model = load_base(config.base, task)
     choose_rank(config.rank, torch.ones(place_width(model, config.coordinate)))  # a bad one is told at once
     chosen, rows = target_layers(config.layers, model.config.n_layer), []
     examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)

@@ -259,8 +259,7 @@ def update(
             continue
         optimizer.zero_grad()
         loss = torch.zeros((), device=student.device)
-        # similar lengths together: less padding
-        part = sorted(merge_equal(part), key=lambda lesson: len(lesson.teacher_prompt) + len(lesson.rollout.tokens))
+        part = sorted(merge_equal(part), key=lambda x: len(x.teacher_prompt) + len(x.rollout.tokens))  # less padding
         for j in range(0, len(part), config.micro_batch):
             with torch.autocast(student.device.type, torch.bfloat16, enabled=config.bf16):
                 share = lesson_loss(student, teacher, part[j : j + config.micro_batch], task, config, count)
@@ -340,7 +339,8 @@ def main() -> None:
         rows = {"base, before training": results[0]["before"]}
         for result in results:
             c, method = result["config"], result["config"]["method"]
-            changed = "".join(f", {name} {c[name]}" for name, own in METHODS[method].items() if c[name] != own)
+            own = METHODS[method] | {"reflector": "base"}
+            changed = "".join(f", {name} {c[name]}" for name in own if c[name] != own[name])
             rows[method.upper() + changed if changed else NAMES.get(method, method.upper())] = result["after"]
         print(f"\n{comparison(rows, results[0]['config']['domain'], results[0]['habits'])}")
         print(f"Every figure is in {config.out}/<run>/results.json.")

@@ -70,7 +70,7 @@ class Gym:
                 self.datasets[domain] = create_dataset(name, **settings)
                 first = next(iter(self.datasets[domain]))
             except Exception as error:  # every dataset refuses settings in its own way
-                reason = str(error).partition("\n")[0]
+                reason = str(error).partition("\n")[0] or "it is empty"
                 raise UserError(f"there is no dataset {domain!r} ({reason}); give another name or settings") from error
             if first["answer"] is None:
                 raise UserError(f"the dataset {name} has no golden answers; choose another one")
@@ -153,8 +153,9 @@ def read_lines(path: Path) -> list[WordProblem]:
             continue
         try:
             row = json.loads(line)
-            question, answer = (str(row[key]).strip() for key in ("question", "answer") if row[key] is not None)
-        except (ValueError, KeyError, TypeError) as error:
+            found = [row[key] for key in ("question", "answer")]
+            question, answer = (str(x).strip() for x in found if isinstance(x, str | int | float))
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             form = '{"question": "…", "answer": "…"}'
             raise UserError(f"{path}, line {number}, is not of the form {form}; repair or remove it") from error
         work, _, answer = map(str.strip, answer.rpartition("####"))

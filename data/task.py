@@ -34,6 +34,7 @@ class Task(ABC):
     max_response: int  # tokens of a response; a longer one is cut off
     max_reflection: int
     vocab_size: int
+    spare_rows: bool = False  # whether the embedding of a model may have rows that are no token
     stop: int | tuple[int, ...]  # the token or tokens that end a response
 
     # ------------------------------------------------------------------------------------------ problems

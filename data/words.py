@@ -26,12 +26,15 @@ class Words(Task):
     """
 
     habits: ClassVar = {"marked": "the answer stands after its mark", "terse": "nothing stands beside the answer"}
-    max_reflection = 160
+    max_reflection, spare_rows = 160, True
 
     def __init__(self, source: Gym | Lines, base: Path | str, shots: int = 0, max_response: int | None = None) -> None:
         if not Path(base).is_dir():
             raise UserError(f"this task needs a Hugging Face model, and {base} is not its folder; give one with --base")
-        self.tokenizer = Tokenizer(base)
+        try:
+            self.tokenizer = Tokenizer(base)
+        except (KeyError, IndexError, TypeError, AttributeError) as error:
+            raise UserError(f"the tokenizer in {base} is of another form ({error!r}); choose another model") from error
         self.block_size = read_shape(Path(base), block_size=4096)["block_size"]  # as GPT.from_pretrained has it
         self.source, self.domains, self.shots = source, source.domains, shots
         self.problems_checksum = source.checksum
@@ -56,7 +59,10 @@ class Words(Task):
 
     def check(self, problem: WordProblem) -> None:
         """UserError where a problem's prompts cannot be written or may not fit, whatever the model will have said."""
-        held = (self.teacher_prompt(problem, "", problem.solution), self.reflector_prompt(problem, "", "", True))
+        held = (
+            self.teacher_prompt(problem, "", problem.solution),
+            self.reflector_prompt(problem, "", problem.solution, True),
+        )
         try:
             longest = max(len(self.encode(prompt)) for prompt in held) + 2 * self.max_response + self.max_reflection
         except UserError as error:
@@ -111,8 +117,14 @@ class Words(Task):
         given = final_answer(response, problem.answer)
         if given is None or self.source.right(problem, given):
             return idea
-        place = re.search(rf"=\s*{re.escape(given)}(?!\d)", response)
-        return f"<error_quote>{place[0] if place else given}</error_quote>{idea}"
+        spot = rf"(?<![\w.,]){re.escape(given)}(?![.,]?\d|\w)"
+        place = re.search(rf"=\s*{spot}", response) or re.search(spot, response)
+        if place is None:
+            return f"<error_quote>{given}</error_quote>{idea}"
+        start, end = place.span()
+        while response.find(response[start:end]) < start:  # '= 4' is also in '= 42'
+            start -= 1
+        return f"<error_quote>{response[start:end]}</error_quote>{idea}"
 
     def examples(self, problem: WordProblem) -> list[tuple[str, str]]:
         """Training problems of the same domain with their solutions, never the problem itself."""

@@ -9,6 +9,7 @@ trainings side by side.
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -32,6 +33,8 @@ def pick_device(name: str = "auto") -> torch.device:
         name = "cuda" if enough else "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu"
     try:
         device = torch.zeros(1, device=name).device
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise NotImplementedError
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name!r} cannot be used here; give --device auto, cpu, cuda or mps") from error
     if WORLD > 1 and (device.type == "mps" or (device.type == "cuda" and not enough)):
@@ -91,15 +94,26 @@ def train_all(train: Callable[[Any], dict], configs: list[Any]) -> list[dict]:
     others = min(len(configs), os.cpu_count() or 1) - 1
     if others == 0 or WORLD > 1 or pick_device(configs[0].device).type != "cpu":
         return [train(config) for config in configs]
-    context, ignore_interrupts = multiprocessing.get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)
-    with ProcessPoolExecutor(others, context, initializer=signal.signal, initargs=ignore_interrupts) as pool:
+    with ProcessPoolExecutor(others, multiprocessing.get_context("spawn"), initializer=end_with_the_parent) as pool:
         try:
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # which the children inherit
             beside = pool.map(train, configs[1:])
+            signal.signal(signal.SIGINT, before)
             return [train(configs[0]), *beside]
         except BaseException:  # Ctrl-C as well: what each run has saved is complete
             for child in multiprocessing.active_children():
                 child.terminate()
             raise
+
+
+def end_with_the_parent() -> None:
+    """However the parent ends, this process ends, too."""
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def bar_position() -> int:

@@ -77,11 +77,7 @@ class Run:
         self.config = config = dataclasses.replace(config, domain=config.domain or self.task.domains[0])
         torch.set_num_threads(config.threads)
         self.device = parallel.start(config.device)
-        self.base = files.load_checkpoint(config.base).to(self.device).requires_grad_(False).eval()
-        has, needed = self.base.config.vocab_size, self.task.vocab_size
-        if has < needed or (has > needed and not Path(config.base).is_dir()):  # real models have rows of no token
-            sizes = f"{has} tokens, the task {config.task} one of {needed}"
-            raise UserError(f"{config.base} has a vocabulary of {sizes}; make it anew, or give another --base")
+        self.base = load_base(config.base, self.task).to(self.device).requires_grad_(False).eval()
         self.origin = {"base_checksum": files.checksum(config.base), "problems_checksum": self.task.problems_checksum}
         self.about = {"config": files.plain(config), **self.origin}
         self.folder = files.make_folder(Path(config.out) / name)
@@ -255,7 +251,7 @@ def run_name(config: RunConfig) -> str:
             shown = "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
             flags.append(f"{field.name}={''.join(c if c.isalnum() or c in '+.-' else '_' for c in shown)}")
     base = files.checksum(config.base)
-    if base != files.checksum(files.BASE_CHECKPOINT):
+    if not files.BASE_CHECKPOINT.is_file() or base != files.checksum(files.BASE_CHECKPOINT):
         flags.append(f"base={Path(config.base).name.removesuffix('.pt')}.{base}")
     where = [config.domain] if config.domain else []
     name = "-".join([config.method, *flags, *where, f"seed{config.seed}"])
@@ -269,6 +265,16 @@ def find_task(config: Any, *domains: str) -> Task:
         if domain not in ("", *task.domains):
             raise UserError(f"{config.task} has no domain {domain!r}; give one of {', '.join(task.domains)}")
     return task
+
+
+def load_base(path: str, task: Task) -> GPT:
+    """A base for a task; UserError where its vocabulary is another one."""
+    model, needed = files.load_checkpoint(path), task.vocab_size
+    has = model.config.vocab_size
+    if has < needed or (has > needed and not task.spare_rows):
+        sizes = f"{has} tokens, the task one of {needed}"
+        raise UserError(f"{path} has a vocabulary of {sizes}; give the --task or the --base that belongs to it")
+    return model
 
 
 def compile_blocks(model: GPT) -> None:

@@ -112,7 +112,10 @@ def chat_template(folder: Path) -> str | None:
     template, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
     if template.is_file():
         return template.read_text(encoding="utf-8")
-    return read_json(settings).get("chat_template") if settings.is_file() else None
+    found = read_json(settings).get("chat_template") if settings.is_file() else None
+    if isinstance(found, list):  # several with names
+        found = next((each["template"] for each in found if each["name"] == "default"), None)
+    return found
 
 
 def stop_tokens(folder: Path, end: int) -> tuple[int, ...]:

@@ -38,7 +38,10 @@ def read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{path} is missing; give a folder on this disk that holds a Hugging Face model")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+        return content
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON; download it again") from error
 
@@ -124,6 +127,8 @@ def check_shapes(folder: Path | str, weights: dict[str, Tensor], expected: dict[
         if names:
             raise UserError(f"the files in {folder} {what} {', '.join(sorted(names)[:3])}; download it again")
     for name, tensor in weights.items():
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise UserError(f"{name} in {folder} is quantized ({tensor.dtype}); use the model's unquantized files")
         if tensor.shape != expected[name].shape:
             shapes = f"{tuple(tensor.shape)}, config.json asks for {tuple(expected[name].shape)}"
             raise UserError(f"{name} in {folder} has the shape {shapes}; use the config.json of this model")

@@ -206,6 +206,13 @@ def test_what_prompts_share_is_read_once_and_changes_nothing(common: int, monkey
         torch.testing.assert_close(row[: len(expected)], expected, atol=1e-5, rtol=0)
 
 
+def test_padding_beyond_the_block_does_no_harm() -> None:
+    model, prompts, responses = random_model(), [[1] * 50, [2] * 5], [[3] * 4, [4] * 50]  # of a block of 64
+    together = response_logprobs(model, prompts, responses)
+    for row, x, y in zip(together, prompts, responses, strict=True):
+        torch.testing.assert_close(row[: len(y)], response_logprobs(model, [x], [y])[0], atol=1e-5, rtol=0)
+
+
 def test_rows_of_response_logprobs_do_not_influence_one_another() -> None:
     model, row = random_model(), ([1, 2, 3], [4, 5, 6])
     prompts, responses = zip(row, ([7] * 9, [8] * 4), ([9], [10] * 15), strict=True)

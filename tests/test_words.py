@@ -60,7 +60,9 @@ def test_worked_examples_are_training_problems_of_the_domain_and_never_the_probl
     [
         ("48 / 2 = 24, 48 + 24 = 73. So 73.", "= 73"),
         ("The answer is 7.", "7"),
-        ("27 or so, that is 7", "7"),
+        ("27 or so, that is 7", " 7"),
+        ("6 * 7 = 42. 42 - 38 = 4. The answer is 4", "8 = 4"),
+        ("3 + 1.5 = 4.5; 8 / 2 = 4", "2 = 4"),
         ("48 + 24 = 72", None),
         ("No idea", None),
     ],
