@@ -89,6 +89,7 @@ def test_gsm8k_is_taken_as_it_is(folder: Path, tmp_path: Path) -> None:
         (["3"], "line 1, is not of the form"),
         ([{"question": "How many?", "answer": "work ####"}], "line 1, has an empty question or answer"),
         ([{"question": "How many?", "answer": None}], "line 1, is not of the form"),
+        ([{"question": {"text": "a"}, "answer": ["4"]}], "line 1, is not of the form"),
         (ROWS[:1], "none of them for the"),
         ([*ROWS, {"question": "egg " * 3000, "answer": "3"}], "problem 19 of bad"),
     ],
