@@ -93,7 +93,7 @@ def test_gsm8k_is_taken_as_it_is(folder: Path, tmp_path: Path) -> None:
         (ROWS[:1], "none of them for the"),
         ([*ROWS, {"question": "egg " * 3000, "answer": "3"}], "problem 19 of bad"),
     ],
-    ids=range(9),
+    ids=range(10),
 )
 def test_broken_files_are_named_with_their_line(folder: Path, tmp_path: Path, rows: list[Any], cause: str) -> None:
     with pytest.raises(UserError, match=cause) as error:
