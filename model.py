@@ -40,6 +40,18 @@ class GPTConfig:
     tied: bool = True  # the output layer is the embedding; or else a matrix of its own, lm_head
 
 
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b, (..., in) and (out, in) -> (..., out)."""
+    if x.dtype == torch.bfloat16 and x.dim() == 3 and x.size(1) == 1 and bias is None:
+        return (weight @ x[:, 0].T).T[:, None]  # for x W^T a CPU would first copy W into another order
+    return F.linear(x, weight, bias)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return product(x, self.weight, self.bias)
+
+
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 inside; the result has weight's dtype."""
 
@@ -48,8 +60,7 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        inside = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=inside)  # sqrt(sum x^2), (..., 1)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
         return (x * torch.rsqrt(norm.square() / x.size(-1) + self.eps)).to(self.weight.dtype) * self.weight
 
 
@@ -58,7 +69,7 @@ Caches = list["KVCache"]  # one per layer
 
 
 class KVCache:
-    """One layer's keys and values so far, (B, n_kv_head, S, head_dim) each; reserved keys are (.., head_dim, room)."""
+    """One layer's keys and values so far, (B, n_kv_head, S, head_dim) each."""
 
     def __init__(self) -> None:
         self.k, self.v, self.length, self.reserved = None, None, 0, False
@@ -67,8 +78,8 @@ class KVCache:
         """Put k and v (B, n_kv_head, T, head_dim) behind what is there -> all of it, (B, n_kv_head, S, head_dim)."""
         start, self.length = self.length, self.length + k.size(2)
         if self.reserved:
-            self.k[:, :, :, start : self.length], self.v[:, :, start : self.length] = k.transpose(2, 3), v
-            return self.k[:, :, :, : self.length].transpose(2, 3), self.v[:, :, : self.length]
+            self.k[:, :, start : self.length], self.v[:, :, start : self.length] = k, v
+            return self.k[:, :, : self.length], self.v[:, :, : self.length]
         if start:
             k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
         self.k, self.v = k, v
@@ -80,9 +91,8 @@ class KVCache:
 
     def reserve(self, room: int) -> None:
         """Make room for so many more positions, to be filled in place: faster, and without gradients."""
-        (B, H, S, D), k, v = self.k.shape, self.k, self.v
-        self.k, self.v, self.reserved = k.new_empty(B, H, D, S + room), v.new_empty(B, H, S + room, D), True
-        self.k[:, :, :, :S], self.v[:, :, :S] = k.transpose(2, 3), v  # so the product with one query is twice as fast
+        empty = self.k.new_empty(*self.k.shape[:2], room, self.k.size(3))
+        self.k, self.v, self.reserved = torch.cat((self.k, empty), dim=2), torch.cat((self.v, empty), dim=2), True
 
 
 def rope_tables(config: GPTConfig) -> Rope:
@@ -97,19 +107,17 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     sin is negative in its first half: (x_i cos - x_{i + D/2} sin, x_{i + D/2} cos + x_i sin).
     """
-    D, heads = x.size(3), x.size(2)
-    return (x * cos[:, :, :heads] + x.roll(D // 2, dims=-1) * sin[:, :, :heads]).to(x.dtype)
+    return torch.addcmul(x * cos[:, :, : x.size(2)], x.roll(x.size(3) // 2, dims=-1), sin[:, :, : x.size(2)])
 
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        self.q_proj = nn.Linear(config.n_embd, q_width, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(q_width, config.n_embd, bias=False)
+        self.q_proj = Linear(config.n_embd, config.n_head * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.qkv_bias)
+        self.v_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
         self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_rope = nn.Identity()  # the finished keys pass through it: a place for the hooks of subspace.py
@@ -123,24 +131,19 @@ class Attention(nn.Module):
         k = self.k_rope(apply_rope(self.k_norm(k), *rope)).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, n_kv_head, S, head_dim)
-        if T == 1:  # for one token a row, plain products are faster than the fused kernel
-            q = q.reshape(B, self.n_kv_head, -1, self.head_dim)  # (B, n_kv_head, n_head / n_kv_head, head_dim)
-            scores = q * self.head_dim**-0.5 @ k.transpose(2, 3)  # (B, n_kv_head, n_head / n_kv_head, S)
-            if mask is not None:
-                scores = scores + mask
-            y = (scores.softmax(dim=-1) @ v).reshape(B, 1, -1)
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-            y = y.transpose(1, 2).flatten(2)
-        return self.o_proj(y)
+        many = True
+        if T == 1:  # the queries that share a key head can pass as its tokens: (B, n_kv_head, n_head / n_kv_head, ..)
+            q, many = q.contiguous().view(B, self.n_kv_head, -1, self.head_dim), False
+        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=many and mask is None, enable_gqa=many)
+        return self.o_proj(y.reshape(B, self.n_head, T, self.head_dim).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
-        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
-        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
+        self.gate_proj = Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down_proj = Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -167,7 +170,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
         if not config.tied:
-            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
         for name, table in zip(("cos", "sin"), rope_tables(config), strict=True):
             self.register_buffer(name, table, persistent=False)
         for name, parameter in self.named_parameters():
@@ -181,7 +184,7 @@ class GPT(nn.Module):
         with torch.device("meta"):  # allocates and initializes nothing
             model = cls(GPTConfig(**shape))
         check_shapes(folder, weights, model.state_dict())
-        model.load_state_dict({name: tensor.to(dtype or tensor.dtype) for name, tensor in weights.items()}, assign=True)
+        model.load_state_dict({n: x.to(dtype or x.dtype, copy=True) for n, x in weights.items()}, assign=True)
         model.cos, model.sin = rope_tables(model.config)
         return model.eval()
 
@@ -207,8 +210,8 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)[None]
         heads = (-1, -1, self.config.n_head, -1)  # a copy for every head is faster than broadcasting over them
-        cos, sin = (f[positions].unsqueeze(2).expand(heads).contiguous() for f in (self.cos, self.sin))
         x = self.embed(tokens)  # (B, T, n_embd)
+        cos, sin = (f[positions].to(x).unsqueeze(2).expand(heads).contiguous() for f in (self.cos, self.sin))
         if mask is not None:
             mask = x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))  # from here on: added to the scores
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
@@ -217,7 +220,7 @@ class GPT(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output layer: (..., n_embd) -> (..., vocab_size)."""
-        return F.linear(hidden, self.embed.weight if self.config.tied else self.lm_head.weight)
+        return product(hidden, self.embed.weight if self.config.tied else self.lm_head.weight)
 
     def forward(self, tokens: Tensor, *args: Any, **named: Any) -> Tensor:
         """Logits of every next token: tokens (B, T) -> (B, T, vocab_size); the rest as for `hidden`."""
@@ -228,9 +231,8 @@ def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, 
     """Read prompts -> hidden state after each (B, n_embd), lengths (B, 1), True where not padding (B, P), caches."""
     caches, device, mask = [KVCache() for _ in model.blocks], model.device, None
     lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
-    # (B, P), padded on the right, where causal attention never looks
     tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
-    position = torch.arange(tokens.size(1), device=device)
+    position = torch.arange(tokens.size(1), device=device)  # (P,), padding on the right, where no token looks
     same = min(int((tokens == tokens[0]).all(dim=0).cumprod(dim=0).sum()), int(lengths.min()) - 1)
     same = same if len(prompts) > 1 and same >= 16 else 0  # a beginning that all share is read once, if it is long
     if same:
@@ -246,8 +248,7 @@ def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, 
 def response_hidden(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
     """The hidden states that predict every token of every response -> (B, longest response, n_embd).
 
-    A prompt that several rows share is read once. Values beyond a row's response are arbitrary. Raises UserError if
-    the longest prompt and response together exceed block_size.
+    Values beyond a row's response are arbitrary. Raises UserError if a prompt and response exceed block_size.
     """
     model.check_length(max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)))
     numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
@@ -271,12 +272,11 @@ def response_logprobs(model: GPT, prompts: list[list[int]], responses: list[list
 
 def next_token_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Sampling distribution over the next token, not renormalized: logits (B, V) -> (B, V), float32.
-
     top_k = 0 and top_p = 1 keep every token; temperature 0 keeps only the likeliest.
     """
     if temperature == 0:
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
-    logits = logits.float() / temperature
+    logits = logits.to(torch.float32, memory_format=torch.contiguous_format) / temperature
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
     probs = logits.softmax(dim=-1)
@@ -297,7 +297,6 @@ def sample(
 
     A response ends with its first stop token. Log-probabilities are those of the sampling distribution: after
     temperature, top_k and top_p. Raises UserError if the longest prompt and max_new_tokens exceed block_size.
-
     Each row inverts the cumulative distribution at uniform numbers of its own, so neither padding nor the other rows
     change what it samples. The generator must be a CPU generator.
     """
@@ -321,7 +320,8 @@ def sample(
     for t in range(max_new_tokens):
         probs = next_token_probs(logits, temperature, top_k, top_p)  # (rows, V)
         cdf = probs.cumsum(dim=-1)
-        token = (cdf <= uniform[t, rows, None] * cdf[:, -1:]).sum(dim=-1).clamp(max=cdf.size(1) - 1)  # (rows,)
+        token = torch.searchsorted(cdf, uniform[t, rows, None] * cdf[:, -1:], right=True)[:, 0]  # (rows,)
+        token = token.clamp(max=cdf.size(1) - 1)
         responses[rows, t] = token
         chances[rows, t] = (probs.gather(1, token[:, None]) / cdf[:, -1:])[:, 0]
         unfinished = unfinished & (token[:, None] != stops).all(dim=1)

@@ -36,10 +36,22 @@ def test_our_step_on_real_weights_teaches_every_rollout_over_its_full_length(
         assert [(x.start, x.end) for x in batch] == [(0, bench.NEW)] * bench.BATCH * bench.GROUP
 
 
-def test_both_sides_write_the_same_number_of_tokens(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "timed", lambda run, _: run(0))
-    ours, theirs = bench.our_rollouts(folder, 1), bench.their_rollouts(folder, 1)
-    task, count = bench.open_task(folder), bench.BATCH * bench.GROUP
-    longest = max(len(task.encode(task.student_prompt(problem))) for problem in bench.draw(task, 0))
-    assert list(map(len, ours)) == [bench.NEW] * count
-    assert theirs.shape == (count, longest + bench.NEW)
+@pytest.mark.parametrize("may_end", [False, True], ids=["all full", "to their ends"])
+def test_both_sides_write_as_many_tokens_as_they_are_timed_for(
+    may_end: bool, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench, "LONGEST", 96)  # the folder's model reads 1,024 tokens
+    monkeypatch.setattr(bench, "timed_rollouts", lambda run, stop, _: (run(0), stop))
+    (ours, stop), (theirs, _) = bench.our_rollouts(may_end, folder, 1), bench.their_rollouts(may_end, folder, 1)
+    assert len(ours) == len(theirs) == bench.BATCH * bench.GROUP
+    if not may_end:
+        assert {len(response) for response in ours + theirs} == {bench.NEW}
+    for response in ours if may_end else []:
+        assert len(response) == bench.LONGEST or response[-1] in stop
+
+
+def test_rollouts_that_end_are_timed_per_thousand_tokens_up_to_their_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "timed", lambda run, steps: [float(run(step) is None) for step in range(steps)])  # 1 s
+    responses = [[5, 5, 5, 9, 0, 0], [5] * 6]  # the first ends with its stop token, 9: 10 tokens in 1 s
+    assert bench.timed_rollouts(lambda _: responses, (9,), 3)[1] == pytest.approx(100)
+    assert bench.timed_rollouts(lambda _: responses, (-1,), 3) == [1, 1, 1]

@@ -10,6 +10,7 @@ from model import (
     GPT,
     GPTConfig,
     KVCache,
+    Linear,
     RMSNorm,
     generate,
     response_logprobs,
@@ -218,3 +219,17 @@ def test_rows_of_response_logprobs_do_not_influence_one_another() -> None:
     prompts, responses = zip(row, ([7] * 9, [8] * 4), ([9], [10] * 15), strict=True)
     together = response_logprobs(model, list(prompts), list(responses))[0, :3]
     torch.testing.assert_close(together, response_logprobs(model, [row[0]], [row[1]])[0], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_linear_in_bfloat16_is_the_plain_product_and_has_its_gradient(tokens: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(32, 48, bias=bias).bfloat16()
+    ours = Linear(32, 48, bias=bias).bfloat16()
+    ours.load_state_dict(plain.state_dict())
+    x = torch.randn(5, tokens, 32).bfloat16()
+    torch.testing.assert_close(ours(x), plain(x), rtol=0.02, atol=0.02)
+    for layer in (ours, plain):
+        layer(x).float().square().sum().backward()
+    torch.testing.assert_close(ours.weight.grad, plain.weight.grad, rtol=0.05, atol=0.1)

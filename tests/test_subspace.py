@@ -193,7 +193,7 @@ def test_lora_starts_as_the_model_trains_only_its_updates_and_merges_exactly(mod
     assert torch.equal(model.blocks[0].attn.q_proj.linear.weight, weight)
     merge_lora(model)
     torch.testing.assert_close(model(tokens), trained, rtol=0, atol=1e-5)
-    assert torch.nn.Linear is type(model.blocks[0].attn.q_proj)
+    assert isinstance(model.blocks[0].attn.q_proj, torch.nn.Linear)
 
 
 def test_fold_takes_the_bias_along(model: GPT) -> None:

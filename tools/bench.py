@@ -3,8 +3,9 @@
     python -m tools.bench --real FOLDER      the table (needs `pip install trl peft`)
 
 Each contestant runs in a process of its own, in turns, on the CPU. All have the same weights in bfloat16, adapters of
-rank 8 on the attention, problems, groups, number of new tokens, and one update per step. Every other rollout counts as
-right, so that every method has something to learn from. Nobody checkpoints the blocks' activations, which costs memory
+rank 8 on the attention, problems, groups, number of new tokens, and one update per step. Every response is as long as
+allowed, but for the row of rollouts that end where the model ends them. Every other rollout counts as right, so that
+every method has something to learn from. Nobody checkpoints the blocks' activations, which costs memory
 and saves time. On a CPU, TRL's GRPO also scores the tokens of the prompts. The book's loop is re-created from its
 settings: a group at a time, the student itself as teacher, reverse KL over the 20 likeliest tokens, four rollouts at
 once in the update. Peak memory is that of the process, with the libraries that it imports.
@@ -31,12 +32,14 @@ from data.words import Words
 from errors import UserError
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
+from harness.parallel import keep_freed_memory
 from harness.run import find_task, peak_memory_mb, seeded
 from lora import TARGETS, make_trainable
 from model import sample
 from reflect import sample_rollouts
 
 TASK, BATCH, GROUP, NEW, RATE = "gym:chain_sum:max_digits=1", 4, 4, 48, 1e-4  # problems, rollouts each, their tokens
+LONGEST = 160  # tokens of a rollout that may end by itself
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 SAMPLING |= {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0}
 Step = Callable[[int], object]
@@ -49,10 +52,10 @@ class Config:
     threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
 
 
-def open_task(folder: str) -> Words:
-    """The task, with responses that end only when they are full."""
-    task = find_task(train_rosd.Config(task=TASK, base=folder, max_response=NEW))
-    task.stop = (-1,)
+def open_task(folder: str, may_end: bool = False) -> Words:
+    """The task, with responses that may end by themselves, or only when they are full."""
+    task = find_task(train_rosd.Config(task=TASK, base=folder, max_response=LONGEST if may_end else NEW))
+    task.stop = task.stop if may_end else (-1,)
     return task
 
 
@@ -69,17 +72,33 @@ def timed(run: Step, steps: int) -> list[float]:
     return seconds
 
 
+def timed_rollouts(run: Callable[[int], list[list[int]]], stop: tuple[int, ...], steps: int) -> list[float]:
+    """The times of steps; where responses may end, the time of all but the first per 1,000 tokens of a response."""
+    lengths = []
+
+    def count(step: int) -> None:
+        for response in run(step):
+            ends = [i + 1 for i, token in enumerate(response) if token in stop]
+            lengths.append(ends[0] if ends else len(response))
+
+    if stop == (-1,):
+        return timed(count, steps)
+    timed(count, 1)
+    lengths.clear()
+    return [float("nan"), sum(timed(count, 2 * steps)) / sum(lengths) * 1000]
+
+
 # ---------------------------------------------------------------------------------------------- ours
 
 
-def our_rollouts(folder: str, steps: int) -> list[float]:
-    task, model = open_task(folder), files.load_checkpoint(folder).bfloat16()
+def our_rollouts(may_end: bool, folder: str, steps: int) -> list[float]:
+    task, model = open_task(folder, may_end), files.load_checkpoint(folder).bfloat16()
 
     def run(step: int) -> list[list[int]]:
         prompts = [task.encode(task.student_prompt(problem)) for problem in draw(task, step)]
-        return sample(model, prompts, NEW, task.stop, GROUP, generator=seeded(step))[0]
+        return sample(model, prompts, task.max_response, task.stop, GROUP, generator=seeded(step))[0]
 
-    return timed(run, steps)
+    return timed_rollouts(run, task.stop, steps)
 
 
 def our_step(method: str, folder: str, steps: int) -> list[float]:
@@ -107,19 +126,21 @@ def with_adapters(folder: str) -> Any:
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM"))
 
 
-def their_rollouts(folder: str, steps: int) -> list[float]:
+def their_rollouts(may_end: bool, folder: str, steps: int) -> list[float]:
     from transformers import AutoModelForCausalLM
 
-    task, model = open_task(folder), AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    task, ends = open_task(folder, may_end), {"max_new_tokens": LONGEST, "min_new_tokens": None}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
-    def run(step: int) -> torch.Tensor:
+    def run(step: int) -> list[list[int]]:
         prompts = [task.encode(task.student_prompt(problem)) for problem in draw(task, step)]
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        return model.generate(ids, attention_mask=real, num_return_sequences=GROUP, **SAMPLING)
+        settings = SAMPLING | ({**ends, "eos_token_id": list(task.stop)} if may_end else {})
+        return model.generate(ids, attention_mask=real, num_return_sequences=GROUP, **settings)[:, longest:].tolist()
 
-    return timed(run, steps)
+    return timed_rollouts(run, task.stop, steps)
 
 
 def trl_step(method: str, folder: str, steps: int) -> list[float]:
@@ -196,7 +217,8 @@ def book_step(folder: str, steps: int) -> list[float]:
 # ---------------------------------------------------------------------------------------------- side by side
 
 CONTESTS: dict[str, dict[str, Callable[[str, int], list[float]]]] = {  # the first is ours
-    "rollouts": {"ours": our_rollouts, "transformers": their_rollouts},
+    "rollouts, all full": {"ours": partial(our_rollouts, False), "transformers": partial(their_rollouts, False)},
+    "rollouts, to their ends": {"ours": partial(our_rollouts, True), "transformers": partial(their_rollouts, True)},
     "GRPO step": {"ours": partial(our_step, "grpo"), "TRL": partial(trl_step, "grpo")},
     "SDPO step": {"ours": partial(our_step, "sdpo"), "TRL": partial(trl_step, "sdpo"), "RLHF book": book_step},
 }
@@ -205,6 +227,7 @@ CONTESTS: dict[str, dict[str, Callable[[str, int], list[float]]]] = {  # the fir
 def contestant(contest: str, name: str, folder: str, threads: int, steps: int, answer: Any) -> None:
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # nothing is fetched, and nothing reported
     torch.set_num_threads(threads)
+    keep_freed_memory()  # as in our runs; it helps the others too
     answer.put((min(CONTESTS[contest][name](folder, 1 + steps)[1:]), peak_memory_mb() or float("nan")))
 
 
@@ -226,7 +249,8 @@ def compare(folder: str, threads: int, repeats: int) -> str:
     rows = []
     for (contest, name), (seconds, peak) in found.items():
         ratio = seconds / found[contest, "ours"][0]
-        rows.append([contest, name, f"{seconds:.2f} s", f"{peak:,.0f} MB", f"{ratio:.2f}x"])
+        unit = "s / 1,000 tokens" if "ends" in contest else "s"
+        rows.append([contest, name, f"{seconds:.2f} {unit}", f"{peak:,.0f} MB", f"{ratio:.2f}x"])
     header = [f"{BATCH} x {GROUP} rollouts of {NEW} tokens", "", "best time", "peak memory", "this / ours"]
     return markdown_table(header, rows)
 
