@@ -5,8 +5,8 @@
 Each contestant runs in a process of its own, in turns, on the CPU. All have the same weights in bfloat16, adapters of
 rank 8 on the attention, problems, groups, number of new tokens, and one update per step. Every response is as long as
 allowed, but for the row of rollouts that end where the model ends them. Every other rollout counts as right, so that
-every method has something to learn from. Nobody checkpoints the blocks' activations, which costs memory
-and saves time. On a CPU, TRL's GRPO also scores the tokens of the prompts. The book's loop is re-created from its
+every method has something to learn from. Nobody checkpoints the blocks' activations, which costs memory and saves
+time. On a CPU, TRL's GRPO also scores the tokens of the prompts. The book's loop is re-created from its
 settings: a group at a time, the student itself as teacher, reverse KL over the 20 likeliest tokens, four rollouts at
 once in the update. Peak memory is that of the process, with the libraries that it imports.
 """
@@ -73,7 +73,7 @@ def timed(run: Step, steps: int) -> list[float]:
 
 
 def timed_rollouts(run: Callable[[int], list[list[int]]], stop: tuple[int, ...], steps: int) -> list[float]:
-    """The times of steps; where responses may end, the time of all but the first per 1,000 tokens of a response."""
+    """The steps' times; where responses may end, after one to warm up, that of 2 x steps per 1,000 tokens they have."""
     lengths = []
 
     def count(step: int) -> None:
