@@ -1,11 +1,22 @@
 """Accuracy of a model on test problems of every domain, mean@n, and the closing table."""
 
 import random
+from typing import Any
 
-from data import Task
+from data import Problem, Task, Verdict
 from harness.cli import markdown_table
 from harness.run import RunConfig, seeded
 from model import GPT, generate
+
+
+def answer(
+    model: GPT, task: Task, problems: list[Problem], samples: int = 1, **sampling: Any
+) -> tuple[list[str], list[Verdict]]:
+    """The texts of a model's responses, and their verdicts; the samples of a problem lie side by side."""
+    prompts = [task.encode(task.student_prompt(problem)) for problem in problems]
+    written = generate(model, prompts, task.max_response, task.stop, samples, **sampling)
+    texts = list(map(task.decode, written))
+    return texts, [task.verify(problems[i // samples], text) for i, text in enumerate(texts)]
 
 
 def evaluate(
@@ -15,23 +26,16 @@ def evaluate(
     problems: int = 64,
     samples: int = 16,
     seed: int = 0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    at_once: int = 512,
+    **sampling: Any,
 ) -> dict[str, dict]:
     """domain -> mean@samples, shares of the task's habits and of unfinished responses, and how many there were.
 
-    The problems are drawn by the seed, so that an interval over seeds holds the problems' variance, too. at_once
-    responses are in memory at a time.
+    The problems are drawn by the seed, so that an interval over seeds holds the problems' variance, too.
     """
     asked = []
     for domain in domains:
         asked += task.problems(domain, problems, random.Random(f"test {domain} {seed}"), True)
-    prompts = [task.encode(task.student_prompt(problem)) for problem in asked]
-    sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "generator": seeded("evaluate", seed)}
-    written = generate(model, prompts, task.max_response, task.stop, samples, at_once, **sampling)
-    verdicts = [task.verify(asked[i // samples], task.decode(tokens)) for i, tokens in enumerate(written)]
+    _, verdicts = answer(model, task, asked, samples, generator=seeded("evaluate", seed), **sampling)
     scores, each = {}, problems * samples
     for i, domain in enumerate(domains):
         found = verdicts[i * each : (i + 1) * each]
@@ -47,17 +51,8 @@ def evaluate(
 
 def evaluate_run(model: GPT, task: Task, config: RunConfig) -> dict[str, dict]:
     """All domains, with the problems, samples and sampling of a run's settings."""
-    return evaluate(
-        model,
-        task,
-        task.domains,
-        config.eval_problems,
-        config.eval_samples,
-        config.seed,
-        config.eval_temperature,
-        top_p=config.eval_top_p,
-        at_once=config.eval_batch,
-    )
+    sampling = {"temperature": config.eval_temperature, "top_p": config.eval_top_p, "at_once": config.eval_batch}
+    return evaluate(model, task, task.domains, config.eval_problems, config.eval_samples, config.seed, **sampling)
 
 
 def quick_test(model: GPT, task: Task) -> dict[str, float]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from data import Problem, Task, Verdict
 from errors import UserError
 from harness.cli import option, parse_config, run_script
-from harness.run import find_task, load_base, seeded
+from harness.run import TaskConfig, open_task, seeded
 from losses import divergence
 from model import GPT, generate, response_logprobs, sample
 
@@ -223,13 +223,8 @@ def error_mask(starts: list[int], ends: list[int], lengths: list[int]) -> Tensor
 
 
 @dataclass(frozen=True)
-class Config:
-    task: str = option("arithmetic", "what the problem is from")
-    domain: str = option("", "domain of the problem; the task's first where none is given")
+class Config(TaskConfig):
     seed: int = option(6, "which problem")
-    base: str = option("data/base.pt", "checkpoint of the base model, or the folder of a Hugging Face model")
-    shots: int = option(0, "worked examples in the prompts of a task in words", minimum=0)
-    threads: int = option(1, "CPU threads; more than one pays for larger models", minimum=1)
 
 
 def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Rollout, list[Rollout]]:
@@ -247,9 +242,7 @@ def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Ro
 @torch.no_grad()
 def main() -> None:
     config = parse_config(Config, "One worked example of first-error reflection.")
-    torch.set_num_threads(config.threads)
-    task = find_task(config, config.domain)
-    model = load_base(config.base, task)
+    task, model = open_task(config, config.domain)
     wrong, peer, _ = example(model, task, config.domain or task.domains[0], config.seed)
     written = reflect(model, task, [wrong], [peer.text])[0]
     reflection, tokens = parse_reflection(written), task.pieces(wrong.tokens)

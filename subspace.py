@@ -30,10 +30,11 @@ from torch import Tensor, nn
 
 from data import Task
 from errors import UserError
+from evaluate import answer
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.run import find_task, load_base, seeded
+from harness.run import TaskConfig, open_task, seeded
 from losses import CHUNK
-from model import GPT, generate
+from model import GPT
 
 Place = tuple[int, str]  # (layer counted from 0, "k" or "v")
 COORDINATES = ("linear", "head", "norm", "rope")
@@ -156,8 +157,10 @@ def capability_gradients(
     """dL/dK_t and dL/dV_t at all positions of all examples, stacked: place -> (M, d).
 
     One backward pass per batch: no example attends to another, so each row of the gradient of the summed losses
-    depends on its own example's loss alone. A batch is smaller where its logits would exceed losses.CHUNK.
+    depends on its own example's loss alone. A batch is smaller where its logits would exceed losses.CHUNK. Turns on
+    the model's gradients.
     """
+    model.requires_grad_(True)
     rows: dict[Place, list[Tensor]] = {place: [] for place in places}
     longest = max(len(example.prompt) + len(example.solution) for example in examples)
     batch = max(1, min(batch, CHUNK // (longest * model.config.vocab_size)))
@@ -248,9 +251,9 @@ def make_projectors(
 
 
 def calibrate(model: GPT, examples: list[Example], config: SubspaceConfig, seed: int = 0) -> dict[Place, Tensor]:
-    """SPD's step 1 in one call: the projectors P_K, P_V of every target layer; turns on the model's gradients."""
+    """SPD's step 1 in one call: the projectors P_K, P_V of every target layer."""
     places = [(layer, kind) for layer in target_layers(config.layers, model.config.n_layer) for kind in config.project]
-    gradients = capability_gradients(model.requires_grad_(True), examples, places, config.coordinate)
+    gradients = capability_gradients(model, examples, places, config.coordinate)
     return make_projectors(gradients, config, model.config.n_kv_head, seed)
 
 
@@ -279,13 +282,9 @@ def fold(model: GPT, projectors: dict[Place, Tensor]) -> None:
 
 
 @dataclass(frozen=True)
-class Config(SubspaceConfig):
-    task: str = option("arithmetic", "what the calibration set and the prompt are from")
+class Config(SubspaceConfig, TaskConfig):
     domain: str = option("exam", "domain of the calibration set and the prompts")
     temperature: float = option(1.0, "sampling temperature of the answers; 0 is greedy", minimum=0)
-    seed: int = option(0, "seed of calibration set, prompts and sampling", minimum=0, maximum=2**63 - 1)
-    base: str = option("data/base.pt", "checkpoint of the model")
-    threads: int = option(1, "CPU threads; more than one pays for larger models", minimum=1)
 
 
 def spectra(model: GPT, examples: list[Example], config: Config) -> dict[Place, tuple[Tensor, int]]:
@@ -306,9 +305,7 @@ def bars(singular_values: Tensor) -> str:
 
 def main() -> None:
     config = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
-    torch.set_num_threads(config.threads)
-    task = find_task(config, config.domain, *config.calibration_domain)
-    model = load_base(config.base, task)
+    task, model = open_task(config, config.domain, *config.calibration_domain)
     choose_rank(config.rank, torch.ones(place_width(model, config.coordinate)))  # a bad one is told at once
     chosen, rows = target_layers(config.layers, model.config.n_layer), []
     examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
@@ -320,16 +317,14 @@ def main() -> None:
 
     projectors = calibrate(model, examples, config, config.seed)
     problems = task.problems(config.domain, 200, random.Random(f"prompt {config.seed}"), test=True)
-    prompts = [task.encode(task.student_prompt(problem)) for problem in problems]
     for name, active in (("without", {}), ("with", projectors)):
         with project_kv(model, active, config.coordinate):
             sampling = {"temperature": config.temperature, "generator": seeded("demo", config.seed)}
-            written = generate(model, prompts, task.max_response, task.stop, **sampling)
-        answers = [task.decode(tokens) for tokens in written]
-        right = [task.verify(problem, answer).correct for problem, answer in zip(problems, answers, strict=True)]
-        print(f"\n{name} projection: {sum(right)} of {len(right)} answers are right; the first three are")
-        for problem, answer, correct in list(zip(problems, answers, right, strict=True))[:3]:
-            print(f"  {problem.question:12s} {answer}  {'right' if correct else 'wrong'}")
+            answers, verdicts = answer(model, task, problems, **sampling)
+        right = sum(verdict.correct for verdict in verdicts)
+        print(f"\n{name} projection: {right} of {len(problems)} answers are right; the first three are")
+        for problem, text, verdict in list(zip(problems, answers, verdicts, strict=True))[:3]:
+            print(f"  {problem.question:12s} {text}  {'right' if verdict.correct else 'wrong'}")
 
 
 if __name__ == "__main__":

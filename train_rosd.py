@@ -305,9 +305,8 @@ def train(config: Config) -> dict:
             sampling = (config.group, run.generator("rollout", step), config.temperature)
             rollouts = reflect.sample_rollouts(student, task, problems, *sampling)
             reflector = student if config.reflector == "student" else run.base
-            lessons, logged = make_lessons(rollouts, reflector, task, config, step, run)
-            with run.keeping_bad_batch(lessons):
-                loss = update(student, teacher, optimizer, lessons, task, config, step)
+            run.batch, logged = make_lessons(rollouts, reflector, task, config, step, run)
+            loss = update(student, teacher, optimizer, run.batch, task, config, step)
             verdicts = [rollout.verdict for rollout in rollouts]
             tests = config.eval_every and (step + 1) % config.eval_every == 0
             run.log(
@@ -316,7 +315,7 @@ def train(config: Config) -> dict:
                 **{habit: [habit in v.habits for v in verdicts] for habit in task.habits},
                 unfinished=[not v.finished for v in verdicts],
                 **logged,
-                learned_from=len(lessons),
+                learned_from=len(run.batch),
                 **({"tested": quick_test(student, task)} if tests else {}),
             )
             run.save()

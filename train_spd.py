@@ -92,8 +92,10 @@ def score_text(model: GPT, task: Task, config: Config) -> dict[str, dict]:
     problems, samples = config.eval_problems, config.eval_samples
     if config.temperature == 0:  # all samples of a problem would be the same: as many problems instead
         problems, samples = problems * samples, 1
-    sampling = (config.temperature, config.top_k, config.top_p)
-    return evaluate(model, task, (config.domain,), problems, samples, config.seed, *sampling, config.eval_batch)
+    sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
+    return evaluate(
+        model, task, (config.domain,), problems, samples, config.seed, at_once=config.eval_batch, **sampling
+    )
 
 
 # ---------------------------------------------------------------------------------------------- step 3: fine-tune
@@ -142,15 +144,14 @@ def finetune_epoch(
     for i in range(updates):
         done = (epoch * updates + i) / (config.epochs * updates)
         optimizer.param_groups[0]["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-        batch = order[i * config.batch : (i + 1) * config.batch]
-        if len(batch) < parallel.WORLD:
+        run.batch = order[i * config.batch : (i + 1) * config.batch]
+        if len(run.batch) < parallel.WORLD:
             continue  # too few to share
-        with run.keeping_bad_batch(batch):
-            with torch.autocast(student.device.type, torch.bfloat16, enabled=config.bf16):
-                loss = next_token_loss(student, parallel.share(batch), config.completion_only)
-            seen.append(parallel.total(loss).item())
-            if not math.isfinite(seen[-1]):
-                raise FloatingPointError(f"the loss is {seen[-1]} in epoch {epoch + 1}")
+        with torch.autocast(student.device.type, torch.bfloat16, enabled=config.bf16):
+            loss = next_token_loss(student, parallel.share(run.batch), config.completion_only)
+        seen.append(parallel.total(loss).item())
+        if not math.isfinite(seen[-1]):
+            raise FloatingPointError(f"the loss is {seen[-1]} in epoch {epoch + 1}")
         optimizer.zero_grad()
         loss.backward()
         parallel.sum_gradients(trained)

@@ -33,9 +33,6 @@ class Arithmetic(Task):
             return [i for i in range(1, len(solution)) if solution[i - 1] in ("=", "#")]
         return [i for i, token in enumerate(solution) if rule == "full" or token in tuple("0123456789+-*")]
 
-    def student_prompt(self, problem: Problem) -> str:
-        return prompts.prompt(problem.question)
-
     def teacher_prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:
         return prompts.prompt(problem.question, idea, solution)
 

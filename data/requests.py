@@ -7,18 +7,8 @@ from data.answers import MARK
 
 # What a teacher holds stands behind the question, without instructions. After a worked example a model of 135M
 # parameters overlooks ideas in longer forms, and repeats instructions that come after a solution.
-IDEA = """\
-{question}
-
-Hint: {idea}"""
-
-SOLUTION = """\
-{question}
-
-One way to solve it, known to be right:
-{solution}"""
-
-BOTH = f"{SOLUTION}\n\nHint: {{idea}}"
+IDEA = "\n\nHint: {idea}"
+SOLUTION = "\n\nOne way to solve it, known to be right:\n{solution}"
 
 # Questions of Reasoning Gym say themselves how to answer; asked for more, small models are right less often.
 ENDING = f"""
@@ -79,14 +69,10 @@ REFLECTED = (
 )
 
 
-def student_request(question: str, ending: str) -> str:
-    return question + ending
-
-
-def teacher_request(question: str, ending: str, idea: str | None, solution: str | None) -> str:
-    """The problem with a corrective idea, with a solution that is right, or with both."""
-    form = SOLUTION if idea is None else IDEA if solution is None else BOTH
-    return form.format(question=question, idea=idea, solution=solution) + ending
+def problem_request(question: str, ending: str, idea: str | None = None, solution: str | None = None) -> str:
+    """The problem alone, or with a corrective idea, with a solution that is right, or with both."""
+    held = IDEA.format(idea=idea) if idea is not None else ""
+    return question + (SOLUTION.format(solution=solution) if solution is not None else "") + held + ending
 
 
 def reflection_request(question: str, attempt: str, peer: str | None, answer: str | None) -> str:

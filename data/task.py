@@ -59,9 +59,9 @@ class Task(ABC):
 
     # ------------------------------------------------------------------------------------------ prompts
 
-    @abstractmethod
     def student_prompt(self, problem: Problem) -> str:
-        """x: the problem alone."""
+        """x: the problem alone, what a teacher reads who holds nothing."""
+        return self.teacher_prompt(problem)
 
     @abstractmethod
     def teacher_prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from data.answers import MARK, MARKS, final_answer
-from data.requests import ENDING, REFLECTED, reflection_request, student_request, teacher_request
+from data.requests import ENDING, REFLECTED, problem_request, reflection_request
 from data.sources import Gym, Lines, WordProblem
 from data.task import Task, Verdict
 from errors import UserError
@@ -97,11 +97,8 @@ class Words(Task):
 
     # ------------------------------------------------------------------------------------------ prompts
 
-    def student_prompt(self, problem: WordProblem) -> str:
-        return self.chat(student_request(problem.question, self.ending), self.examples(problem))
-
     def teacher_prompt(self, problem: WordProblem, idea: str | None = None, solution: str | None = None) -> str:
-        return self.chat(teacher_request(problem.question, self.ending, idea, solution), self.examples(problem))
+        return self.chat(problem_request(problem.question, self.ending, idea, solution), self.examples(problem))
 
     def reflector_prompt(self, problem: WordProblem, attempt: str, peer: str | None, told_answer: bool) -> str:
         answer = problem.answer if told_answer else None
@@ -129,7 +126,7 @@ class Words(Task):
     def examples(self, problem: WordProblem) -> list[tuple[str, str]]:
         """Training problems of the same domain with their solutions, never the problem itself."""
         others = [other for other in self.shown[problem.domain] if other.question != problem.question]
-        return [(student_request(other.question, self.ending), other.solution) for other in others[: self.shots]]
+        return [(problem_request(other.question, self.ending), other.solution) for other in others[: self.shots]]
 
     def chat(self, request: str, examples: list[tuple[str, str]]) -> str:
         """The prompt that asks for the answer to a request; no text in it can pass for a special token."""

@@ -18,7 +18,6 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,15 +35,23 @@ from model import GPT
 
 
 @dataclass(frozen=True)
-class RunConfig:
-    """The settings that every training script has."""
+class TaskConfig:
+    """The settings of every script that asks a model problems."""
 
-    task: str = option("arithmetic", "what to train on: arithmetic, gym:NAME[,NAME...] or FILE.jsonl")
+    task: str = option("arithmetic", "what the problems are from: arithmetic, gym:NAME[,NAME...] or FILE.jsonl")
     shots: int = option(0, "worked examples in the prompts of a task in words", minimum=0)
     max_response: int | None = option(None, "tokens of a response to a task in words; unset: the task's", minimum=1)
-    domain: str = option("", "domain to train on; unset: the task's first, for SPD on arithmetic exam")
+    domain: str = option("", "domain of the problems; unset: the task's first, for SPD on arithmetic exam")
     seed: int = option(0, "seed of everything random, test problems included", minimum=0, maximum=2**63 - 1)
     base: str = option("data/base.pt", "checkpoint to start from, or the folder of a Hugging Face model")
+    device: str = option("auto", "cpu, cuda, mps or auto")
+    threads: int = option(1, "CPU threads; more than one pays for larger models", minimum=1, maximum=1024)
+
+
+@dataclass(frozen=True)
+class RunConfig(TaskConfig):
+    """The settings that every training script has."""
+
     out: str = option("out", "folder for runs")
     baseline: bool = option(True, "also train what the method is compared with, for the table")
     eval_problems: int = option(64, "test problems a domain", minimum=1)
@@ -55,8 +62,6 @@ class RunConfig:
     resume: bool = option(False, "go on from the last checkpoint of the same command")
     lora_rank: int = option(8, "--finetune lora: rank r of the adapters", "SPD 8", minimum=1)
     lora_alpha: float = option(8.0, "--finetune lora: alpha; adapters are scaled by alpha / r", "SPD 8")
-    device: str = option("auto", "cpu, cuda, mps or auto")
-    threads: int = option(1, "CPU threads; more than one pays for larger models", minimum=1, maximum=1024)
     bf16: bool = option(False, "bfloat16 autocast while training, for GPUs")
     compile: bool = option(False, "torch.compile the blocks, for GPUs")
 
@@ -73,16 +78,14 @@ class Run:
     """A run's folder, claimed for this process; used as a context, so that others can claim it afterwards."""
 
     def __init__(self, config: RunConfig, name: str) -> None:
-        self.task = find_task(config, config.domain)
+        self.task, self.base = open_task(config, config.domain)
         self.config = config = dataclasses.replace(config, domain=config.domain or self.task.domains[0])
-        torch.set_num_threads(config.threads)
-        self.device = parallel.start(config.device)
-        self.base = load_base(config.base, self.task).to(self.device).requires_grad_(False).eval()
         self.origin = {"base_checksum": files.checksum(config.base), "problems_checksum": self.task.problems_checksum}
         self.about = {"config": files.plain(config), **self.origin}
         self.folder = files.make_folder(Path(config.out) / name)
         self.state: dict[str, Any] = {"history": [], "seconds": 0.0}  # plain values and tensors, saved with the run
         self.parts: dict[str, Any] = {}  # models and optimizers, saved with the run
+        self.batch: list = []  # what the loop learns from now, kept if that ends in numbers that are not finite
         self.results: dict[str, Any] = {}  # of the finished run, if --resume finds one
         if (path := self.folder / "results.json").exists():
             finished = files.read_json(path)
@@ -95,9 +98,14 @@ class Run:
         self.lock = files.lock_folder(self.folder) if parallel.FIRST else None
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if self.lock:
-            self.lock.close()
+            self.lock.release()
+        if isinstance(error, FloatingPointError):  # the state is the one before this batch
+            path, everything = self.folder / "bad_batch.json", parallel.gather(files.plain(self.batch))
+            if parallel.FIRST:
+                files.write_json(path, everything)
+            raise UserError(f"{error}; its batch is in {path}, try a lower --learning-rate") from error
 
     def check_same(self, saved: dict, path: Path) -> None:
         """UserError where a file in this folder comes from other settings."""
@@ -115,14 +123,13 @@ class Run:
 
     def restore(self, **parts: Any) -> None:
         """Name the models and optimizers that make up the run's state; with --resume, load them."""
-        self.parts = parts
-        path = self.folder / "state.pt"
-        if not (self.config.resume and path.exists()):
-            if path.exists() and parallel.FIRST:
-                print(f"{self.folder}: starts anew; --resume would have gone on where it stopped.", file=sys.stderr)
+        self.parts, path = parts, self.folder / "state.pt"
+        if path.exists() and not self.config.resume and parallel.FIRST:
+            print(f"{self.folder}: starts anew; --resume would have gone on where it stopped.", file=sys.stderr)
+        if not (path.exists() and self.config.resume):
             return
         try:
-            saved = torch.load(path, map_location=self.device, weights_only=True)
+            saved = torch.load(path, map_location=self.base.device, weights_only=True)
             self.check_same(saved, path)
             for name, part in parts.items():
                 part.load_state_dict(saved["parts"][name])
@@ -160,19 +167,16 @@ class Run:
         return self.state[name]
 
     def of_base(self, name: str, measure: Callable[[], Any], *settings: str) -> Any:
-        """The base's measurement: read from any run under --out with equal code and settings, or made by measure."""
+        """What `measure` says of the base; runs under --out with equal code and settings share it."""
         if not parallel.FIRST:
             return None
         names = ("task", "shots", "max_response", "seed", "threads", *EVALUATION, *settings)
-        asked = {**self.origin, "code": files.code_checksum(), "device": self.device.type}
-        asked |= {name: getattr(self.config, name) for name in names}
-        for path in sorted(self.folder.parent.glob(f"*/base-{name}.json")):
-            found = files.read_json(path)
-            if found["asked"] == asked:
-                return found["measured"]
-        measured = files.plain(measure())
-        files.write_json(self.folder / f"base-{name}.json", {"asked": asked, "measured": measured})
-        return measured
+        asked = [self.origin, files.code_checksum(), self.base.device.type, *(getattr(self.config, n) for n in names)]
+        file = f"base-{name}-{zlib.crc32(repr(asked).encode()):08x}.json"
+        path = next(self.folder.parent.glob(f"*/{file}"), self.folder / file)
+        if not path.exists():
+            files.write_json(path, measure())
+        return files.read_json(path)
 
     def finish(self, model: GPT, **content: Any) -> dict[str, Any]:
         """Write the model and results.json; the state is not needed any more."""
@@ -218,22 +222,7 @@ class Run:
         self.state["history"].append(row)
         if row.get("loss", 0) is None and parallel.FIRST:
             self.progress.write(f"step {row['step']}: nothing to learn from, no update", file=sys.stderr)
-        shown = {}
-        for name in SHOWN:
-            if row.get(name) is not None:
-                shown[name] = f"{row[name]:.0%}" if isinstance(measures[name], list) else f"{row[name]:.4g}"
-        self.progress.set_postfix(shown)
-
-    @contextmanager
-    def keeping_bad_batch(self, batch: list) -> Iterator[None]:
-        """On a FloatingPointError save the batch and end the run with a sentence; its state is the one before."""
-        try:
-            yield
-        except FloatingPointError as error:
-            path, everything = self.folder / "bad_batch.json", parallel.gather(files.plain(batch))
-            if parallel.FIRST:
-                files.write_json(path, everything)
-            raise UserError(f"{error}; its batch is in {path}, try a lower --learning-rate") from error
+        self.progress.set_postfix({name: f"{row[name]:.3g}" for name in SHOWN if row.get(name) is not None})
 
 
 def seeded(*key: object) -> torch.Generator:
@@ -258,23 +247,24 @@ def run_name(config: RunConfig) -> str:
     return name if len(name) < 200 else f"{name[:180]}-{zlib.crc32(name.encode()):08x}"  # file systems allow 255
 
 
-def find_task(config: Any, *domains: str) -> Task:
+def find_task(config: TaskConfig, *domains: str) -> Task:
     """The task that a config names; UserError where there is none, or where it lacks one of the domains; '' is any."""
-    task = load_task(config.task, config.base, getattr(config, "shots", 0), getattr(config, "max_response", None))
+    task = load_task(config.task, config.base, config.shots, config.max_response)
     for domain in domains:
         if domain not in ("", *task.domains):
             raise UserError(f"{config.task} has no domain {domain!r}; give one of {', '.join(task.domains)}")
     return task
 
 
-def load_base(path: str, task: Task) -> GPT:
-    """A base for a task; UserError where its vocabulary is another one."""
-    model, needed = files.load_checkpoint(path), task.vocab_size
-    has = model.config.vocab_size
+def open_task(config: TaskConfig, *domains: str) -> tuple[Task, GPT]:
+    """The task, and the base on the config's device, frozen; UserError where its vocabulary is not the task's."""
+    torch.set_num_threads(config.threads)
+    task, device, model = find_task(config, *domains), parallel.start(config.device), files.load_checkpoint(config.base)
+    has, needed = model.config.vocab_size, task.vocab_size
     if has < needed or (has > needed and not task.spare_rows):
         sizes = f"{has} tokens, the task one of {needed}"
-        raise UserError(f"{path} has a vocabulary of {sizes}; give the --task or the --base that belongs to it")
-    return model
+        raise UserError(f"{config.base} has a vocabulary of {sizes}; give the --task or the --base that belongs to it")
+    return task, model.to(device).requires_grad_(False).eval()
 
 
 def compile_blocks(model: GPT) -> None:

@@ -26,7 +26,7 @@ import torch
 
 import train_rosd
 from data import Verdict
-from data.requests import student_request
+from data.requests import problem_request
 from data.sources import WordProblem
 from data.words import Words
 from errors import UserError
@@ -158,7 +158,7 @@ def trl_step(method: str, folder: str, steps: int) -> list[float]:
         kind = {"distillation_mode": "topk_logits", "distillation_topk": 100, "distillation_add_tail": True}
         kind |= {"distillation_alpha": 0.5, "teacher_model_kind": "base"}
     task, seconds = open_task(folder), []
-    asked = [student_request(problem.question, task.ending) for step in range(steps) for problem in draw(task, step)]
+    asked = [problem_request(problem.question, task.ending) for step in range(steps) for problem in draw(task, step)]
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:

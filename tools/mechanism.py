@@ -153,7 +153,7 @@ def measure_base(
     for name in ("aligned", "full", "unmarked"):
         settings = SubspaceConfig(loss="full" if name == "full" else "aligned")
         examples = subspace.calibration_set(task, CALIBRATION[name], settings, seed=0)
-        G = subspace.capability_gradients(model.requires_grad_(True), examples, sites)
+        G = subspace.capability_gradients(model, examples, sites)
         gradients[name] = {place: subspace.condense(rows) for place, rows in G.items()}
     subspaces = [(name, 0) for name in gradients] + [("random", draw) for draw in range(DRAWS)]
     layers = range(1, model.config.n_layer + 1)

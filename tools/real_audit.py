@@ -24,27 +24,21 @@ from data.requests import REFLECTED, reflection_request
 from data.sources import WordProblem
 from data.words import Words
 from errors import UserError
-from harness import files, parallel
+from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.run import find_task, provenance, seeded
+from harness.run import TaskConfig, open_task, provenance, seeded
 from model import GPT, generate, response_logprobs
 from reflect import Rollout, choose_peers, false_idea, locate, parse_reflection, sample_rollouts, token_at
 from tools import stats
 
 
 @dataclass(frozen=True)
-class Config:
-    base: str = option("", "folder of a Hugging Face model")
+class Config(TaskConfig):
     task: str = option("gym:chain_sum:max_digits=1", "what the problems are from; its first domain is taken")
     problems: int = option(64, "problems that are asked, of the training split", minimum=2)
     group: int = option(4, "samples a problem at temperature 1", minimum=1)
     grid: int = option(16, "wrong responses on which the ways to ask for a reflection are compared", minimum=2)
-    shots: int = option(0, "worked examples in the prompts of student and teacher", minimum=0)
-    max_response: int | None = option(None, "tokens of a response; unset: the task's", minimum=1)
     batch: int = option(16, "sequences in memory at once", minimum=1)
-    seed: int = option(0, "seed of problems and samples")
-    threads: int = option(1, "CPU threads", minimum=1)
-    device: str = option("auto", "cpu, cuda, mps or auto")
 
 
 def example(sum: str, right: int, wrong: int, why: str) -> tuple[dict, str]:
@@ -204,15 +198,11 @@ def tables(found: dict) -> str:
 
 def main() -> None:
     config = parse_config(Config, __doc__)
-    task, path, began = find_task(config), stats.RESULTS / "real-audit.json", time.time()
+    (task, model), path, began = open_task(config), stats.RESULTS / "real-audit.json", time.time()
     if not isinstance(task, Words):
-        raise UserError(
-            f"{config.task} is no task in words, and has its audit in pretrain.py --check-only; give --task"
-        )
+        raise UserError(f"{config.task} has its audit in pretrain.py --check-only; give another --task")
     about = {"config": files.plain(config) | {"base": Path(config.base).name}, **provenance()}
     about["base_checksum"] = files.checksum(config.base)
-    torch.set_num_threads(config.threads)
-    model = files.load_checkpoint(config.base).to(parallel.pick_device(config.device))
     found = audit(model, task, config)
     others = files.read_json(path) if path.is_file() else {}
     files.write_json(path, others | {config.task: {**about, "seconds": time.time() - began, **found}})

@@ -21,31 +21,29 @@ from tqdm import tqdm
 
 from data import Task
 from data.task import Problem
+from evaluate import answer
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.run import find_task, provenance
-from model import GPT, generate, response_logprobs
+from harness.run import TaskConfig, open_task, provenance
+from model import GPT, response_logprobs
 from subspace import Place, SubspaceConfig, calibration_set, capability_gradients, condense, make_projectors, project_kv
 from tools import stats
 
 PATH = stats.RESULTS / "real-spd.json"
+INCIDENTAL = ("task", "domain", "threads", "device", "batch", "readme")  # settings that change no answer to a task
 DRAWS = 3  # random subspaces at the aligned loss's place; their best place is that of the first draw
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(TaskConfig):
     base: str = option("", "folder of a Hugging Face model; without one, the table of what is there")
     task: str = option("gym:chain_sum:max_digits=1", "what the problems are from; its first domain is taken")
-    shots: int = option(0, "worked examples in the prompts", minimum=0)
-    max_response: int | None = option(None, "tokens of a response; unset: the task's", minimum=1)
     every: int = option(3, "search every so many layers, and the paper's pair", minimum=1)
     ranks: tuple[str, ...] = option(("50%", "75%"), "ranks to search")
     calibration_size: int = option(100, "calibration examples, N_cal", "20 to 500", minimum=1)
     search: int = option(24, "training problems on which a place is chosen", minimum=1)
     problems: int = option(400, "test problems", minimum=2)
     batch: int = option(16, "responses in memory at once", minimum=1)
-    threads: int = option(1, "CPU threads", minimum=1)
-    seed: int = option(0, "seed of problems and random subspaces")
     readme: bool = option(False, "put the table into the READMEs")
 
 
@@ -59,7 +57,7 @@ def all_gradients(model: GPT, task: Task, config: Config) -> dict[str, Gradients
     for loss in ("aligned", "full"):
         settings = SubspaceConfig(loss=loss, calibration_size=config.calibration_size)
         examples = calibration_set(task, task.domains[:1], settings, config.seed)
-        rows = capability_gradients(model.requires_grad_(True), examples, places, batch=config.batch)
+        rows = capability_gradients(model, examples, places, batch=config.batch)
         found[loss] = {place: condense(G) for place, G in rows.items()}
     model.requires_grad_(False)
     return found
@@ -94,18 +92,11 @@ def choose_place(model: GPT, task: Task, gradients: dict[str, Gradients], kind: 
     return max(found, key=lambda each: each[0])
 
 
-def answer(model: GPT, task: Task, config: Config, title: str) -> list[int]:
-    """1 for every test problem answered rightly, greedily."""
+def right_answers(model: GPT, task: Task, config: Config) -> str:
+    """A digit for every test problem: 1 where it is answered rightly, greedily."""
     problems = task.problems(task.domains[0], config.problems, random.Random(f"test {config.seed}"), test=True)
-    prompts = [task.encode(task.student_prompt(problem)) for problem in problems]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    right = [0] * len(prompts)
-    for start in tqdm(range(0, len(order), config.batch), desc=title):
-        part = order[start : start + config.batch]
-        written = generate(model, [prompts[i] for i in part], task.max_response, task.stop, temperature=0.0)
-        for i, tokens in zip(part, written, strict=True):
-            right[i] = int(task.verify(problems[i], task.decode(tokens)).correct)
-    return right
+    _, verdicts = answer(model, task, problems, temperature=0.0, at_once=config.batch)
+    return "".join(str(int(verdict.correct)) for verdict in verdicts)
 
 
 def table(content: dict) -> str:
@@ -127,12 +118,11 @@ def show(place: list) -> str:
 
 def measure_all(config: Config) -> dict:
     """Answer with every subspace that results/real-spd.json lacks -> its content."""
-    torch.set_num_threads(config.threads)
-    task = find_task(config)
-    model = files.load_checkpoint(config.base).float().eval()
+    task, model = open_task(config)
+    model = model.float()
     settings = files.plain(config) | {"base": Path(config.base).name, "checksum": files.checksum(config.base)}
     settings["system"] = task.tokenizer.system
-    about = {name: x for name, x in settings.items() if name not in ("task", "threads", "batch", "readme")}
+    about = {name: x for name, x in settings.items() if name not in INCIDENTAL}
     content = files.read_json(PATH) if PATH.exists() else {}
     if content.get("settings") != about:
         content = {"settings": about, "commit": provenance()["commit"], "tasks": {}}
@@ -141,7 +131,7 @@ def measure_all(config: Config) -> dict:
     def measure(name: str, place: str, found: dict[Place, Tensor]) -> None:
         if name not in rows:
             with project_kv(model, found):
-                rows[name] = {"place": place, "right": "".join(map(str, answer(model, task, config, name)))}
+                rows[name] = {"place": place, "right": right_answers(model, task, config)}
             files.write_text(PATH, json.dumps(content, indent=1) + "\n")
 
     measure("base", "", {})

@@ -19,10 +19,10 @@ from torch import Tensor
 
 import reflect
 import subspace
-from data import Problem, Task, load_task
+from data import Problem, Task
 from harness import files
 from harness.cli import option, parse_config, run_script
-from harness.run import seeded
+from harness.run import open_task, seeded
 from losses import divergence
 from model import GPT, generate, response_logprobs
 from reflect import Rollout, locate_span, parse_reflection, sample_rollouts
@@ -154,7 +154,7 @@ def removed(
 
     def measure(place: Place, output: Tensor) -> None:
         x = output.flatten(2)[0]  # (T, d)
-        shares[place] = ((x - x @ projectors[place]).norm(dim=1) / x.norm(dim=1)).tolist()
+        shares[place] = ((x - x @ projectors[place].to(x)).norm(dim=1) / x.norm(dim=1)).tolist()
 
     with hooked(model, list(projectors), coordinate, measure):
         model(torch.tensor([tokens], device=model.device))
@@ -192,7 +192,7 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
 
 def main() -> None:
     config = parse_config(Config, __doc__)
-    task, model = load_task(config.task), files.load_checkpoint(config.base)
+    task, model = open_task(config, config.domain)
     path = Path(config.html or ("out/xray.html" if config.page == "rosd" else "out/spd.html"))
     files.make_folder(path.resolve().parent)
     if config.page == "rosd":
