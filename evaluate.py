@@ -36,13 +36,13 @@ def evaluate(
     for domain in domains:
         asked += task.problems(domain, problems, random.Random(f"test {domain} {seed}"), True)
     _, verdicts = answer(model, task, asked, samples, generator=seeded("evaluate", seed), **sampling)
-    scores, each = {}, problems * samples
+    scores, per_domain = {}, problems * samples
     for i, domain in enumerate(domains):
-        found = verdicts[i * each : (i + 1) * each]
+        found = verdicts[i * per_domain : (i + 1) * per_domain]
         scores[domain] = {
-            "mean": sum(v.correct for v in found) / each,
-            **{habit: sum(habit in v.habits for v in found) / each for habit in task.habits},
-            "unfinished": sum(not v.finished for v in found) / each,
+            "mean": sum(v.correct for v in found) / per_domain,
+            **{habit: sum(habit in v.habits for v in found) / per_domain for habit in task.habits},
+            "unfinished": sum(not v.finished for v in found) / per_domain,
             "problems": problems,
             "samples": samples,
         }

@@ -120,7 +120,7 @@ class Attention(nn.Module):
         self.o_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
         self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_rope = nn.Identity()  # the finished keys pass through it: a place for the hooks of subspace.py
+        self.k_out = nn.Identity()  # the finished keys pass through it: a place for the hooks of subspace.py
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
@@ -128,10 +128,10 @@ class Attention(nn.Module):
         k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
         q = apply_rope(self.q_norm(q), *rope).transpose(1, 2)  # (B, n_head, T, head_dim)
-        k = self.k_rope(apply_rope(self.k_norm(k), *rope)).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        k = self.k_out(apply_rope(self.k_norm(k), *rope)).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
         if cache is not None:
             k, v = cache.extend(k, v)  # (B, n_kv_head, S, head_dim)
-        many = True
+        many = True  # a bool even where T is symbolic, as torch.compile needs
         if T == 1:  # the queries that share a key head can pass as its tokens: (B, n_kv_head, n_head / n_kv_head, ..)
             q, many = q.contiguous().view(B, self.n_kv_head, -1, self.head_dim), False
         y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=many and mask is None, enable_gqa=many)
@@ -233,8 +233,8 @@ def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, 
     lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
     tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
     position = torch.arange(tokens.size(1), device=device)  # (P,), padding on the right, where no token looks
-    same = min(int((tokens == tokens[0]).all(dim=0).cumprod(dim=0).sum()), int(lengths.min()) - 1)
-    same = same if len(prompts) > 1 and same >= 16 else 0  # a beginning that all share is read once, if it is long
+    shared = min(int((tokens == tokens[0]).all(dim=0).cumprod(dim=0).sum()), int(lengths.min()) - 1)
+    same = shared if len(prompts) > 1 and shared >= 16 else 0  # a beginning that all share is read once, if it is long
     if same:
         model.hidden(tokens[:1, :same], caches=caches)
         for cache in caches:

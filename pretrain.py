@@ -30,7 +30,7 @@ from harness import files, parallel
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import seeded
 from model import GPT, GPTConfig, response_logprobs
-from reflect import choose_peers, parse_reflection, reflect, sample_rollouts
+from reflect import choose_peers, parse_reflection, sample_rollouts, write_reflections
 from train_spd import Pair, next_token_loss
 
 
@@ -134,8 +134,8 @@ def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> di
     if not wrong or not right:
         return {}
     attempts, peers = map(list, zip(*wrong, strict=True))
-    reflections = list(map(parse_reflection, reflect(model, task, attempts, peers)))
-    confirmations = map(parse_reflection, reflect(model, task, right, [None] * len(right)))
+    reflections = list(map(parse_reflection, write_reflections(model, task, attempts, peers)))
+    confirmations = map(parse_reflection, write_reflections(model, task, right, [None] * len(right)))
 
     cases = []  # tokens of a rollout, its wrong digit's position, the right and another digit, the teacher's prompts
     for reflection, attempt in zip(reflections, attempts, strict=True):

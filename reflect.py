@@ -12,7 +12,7 @@ q quotes the place where y- first goes wrong, e is the corrective idea. Locating
 >>> reflection
 Reflection(quote='6*2=8', idea='6*2=2')
 >>> rollout = list("1-5=6;6*2=8;#8")
->>> k = locate(reflection.quote, rollout)
+>>> k, _ = locate(reflection.quote, rollout)
 >>> k, error_mask([k], [len(rollout)], [len(rollout)]).int().tolist()
 (6, [[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]])
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from data import Problem, Task, Verdict
 from errors import UserError
 from harness.cli import option, parse_config, run_script
-from harness.run import TaskConfig, open_task, seeded
+from harness.run import TaskConfig, open_task_and_base, seeded
 from losses import divergence
 from model import GPT, generate, response_logprobs, sample
 
@@ -98,7 +98,7 @@ def pair_up(
 # ---------------------------------------------------------------------------------------------- reflection
 
 
-def reflect(
+def write_reflections(
     reflector: GPT,
     task: Task,
     rollouts: list[Rollout],
@@ -147,7 +147,7 @@ def spoil_some(
     """The reflections, some of which mislead on purpose, to separate the causes of a gain.
 
     A spoiled idea is false, or (kind 'other') that of another problem. A spoiled quote of a wrong rollout is a random
-    piece of it, as long as the quote was.
+    piece of it, at most as long as the quote was.
     """
     spoiled = []
     for rollout, reflection in zip(rollouts, read, strict=True):
@@ -189,8 +189,8 @@ def token_at(character: int, tokens: list[str]) -> int:
     return len(tokens)
 
 
-def locate_span(quote: str | None, tokens: list[str]) -> tuple[int, int] | None:
-    """The tokens [k, end) that hold the quote's first occurrence, None where y- does not contain it.
+def locate(quote: str | None, tokens: list[str]) -> tuple[int, int] | None:
+    """k = Locate(q, y-), and where the quote ends: [k, end) hold its first occurrence; None where y- has none.
 
     tokens are the texts of the rollout's tokens. A quote that begins inside a token is located at that token. If
     it is absent, it is looked for without the white space around it, as in the released code.
@@ -200,12 +200,6 @@ def locate_span(quote: str | None, tokens: list[str]) -> tuple[int, int] | None:
         if form and (character := text.find(form)) >= 0:
             return token_at(character, tokens), token_at(character + len(form) - 1, tokens) + 1
     return None
-
-
-def locate(quote: str | None, tokens: list[str]) -> int | None:
-    """k = Locate(q, y-): the token in which the quote's first occurrence begins, None where there is none."""
-    span = locate_span(quote, tokens)
-    return span[0] if span else None
 
 
 def true_position(rollout: Rollout, tokens: list[str]) -> int:
@@ -242,11 +236,12 @@ def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Ro
 @torch.no_grad()
 def main() -> None:
     config = parse_config(Config, "One worked example of first-error reflection.")
-    task, model = open_task(config, config.domain)
+    task, model = open_task_and_base(config, config.domain)
     wrong, peer, _ = example(model, task, config.domain or task.domains[0], config.seed)
-    written = reflect(model, task, [wrong], [peer.text])[0]
+    written = write_reflections(model, task, [wrong], [peer.text])[0]
     reflection, tokens = parse_reflection(written), task.pieces(wrong.tokens)
-    k = locate(reflection.quote, tokens)
+    found = locate(reflection.quote, tokens)
+    k = found[0] if found else None
     print(f"problem x            {wrong.problem.question}")
     print(f"correct peer y*      {peer.text}")
     print(f"wrong rollout y-     {wrong.text}")

@@ -24,6 +24,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ from data import Task
 from errors import UserError
 from evaluate import answer
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.run import TaskConfig, open_task, seeded
+from harness.run import TaskConfig, open_task_and_base, seeded
 from losses import CHUNK
 from model import GPT
 
@@ -112,9 +113,7 @@ def hook_module(model: GPT, place: Place, coordinate: str) -> nn.Module:
     attention = model.blocks[layer].attn
     if kind == "v":
         return attention.v_proj
-    return {"linear": attention.k_proj, "head": attention.k_proj, "norm": attention.k_norm, "rope": attention.k_rope}[
-        coordinate
-    ]
+    return {"norm": attention.k_norm, "rope": attention.k_out}.get(coordinate, attention.k_proj)
 
 
 @contextmanager
@@ -127,14 +126,11 @@ def hooked(
     """
     fired: set[Place | str] = set()
 
-    def hook(place: Place) -> Callable:
-        def see(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-            fired.add(place)
-            return act(place, output)
+    def see(place: Place, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+        fired.add(place)
+        return act(place, output)
 
-        return see
-
-    handles = [hook_module(model, place, coordinate).register_forward_hook(hook(place)) for place in places]
+    handles = [hook_module(model, place, coordinate).register_forward_hook(partial(see, place)) for place in places]
     handles.append(model.embed.register_forward_hook(lambda *_: fired.add("model")))
     try:
         yield
@@ -146,7 +142,10 @@ def hooked(
 
 
 def aligned_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
-    """Sum over examples of L_align: logits (B, T, V), tokens and weights (B, T), weights 1/|S| on S and else 0."""
+    """Sum over examples of L_align: logits (B, T, V), tokens and weights (B, T), weights 1/|S| on S and else 0.
+
+    --loss steps and --loss full are the same sum with another S.
+    """
     logp = logits[:, :-1].log_softmax(dim=-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)  # (B, T - 1)
     return -(logp * weights[:, 1:]).sum()
 
@@ -173,7 +172,7 @@ def capability_gradients(
             tokens[i, : lengths[i]] = torch.tensor(example.prompt + example.solution)
             weights[i, [len(example.prompt) + t for t in example.S]] = 1 / len(example.S)
         outputs: dict[Place, Tensor] = {}
-        with hooked(model, places, coordinate, outputs.__setitem__):
+        with hooked(model, places, coordinate, outputs.__setitem__):  # which returns None: nothing is replaced
             logits = model(tokens.to(model.device))
         loss = aligned_loss(logits, tokens.to(model.device), weights.to(model.device))
         gradients = torch.autograd.grad(loss, [outputs[place] for place in places])
@@ -270,7 +269,10 @@ def project_kv(model: GPT, projectors: dict[Place, Tensor], coordinate: str = "l
 
 @torch.no_grad()
 def fold(model: GPT, projectors: dict[Place, Tensor]) -> None:
-    """Write linear-coordinate projectors into the weights, in place: P (W x + b), so W' = P W and b' = P b."""
+    """Linear-coordinate projectors written into the weights, in place: P (W x + b), so W' = P W and b' = P b.
+
+    No script needs it. It shows that inference under projection costs nothing.
+    """
     for place, P in projectors.items():
         linear = hook_module(model, place, "linear")
         linear.weight.copy_(P.to(linear.weight) @ linear.weight)
@@ -305,7 +307,7 @@ def bars(singular_values: Tensor) -> str:
 
 def main() -> None:
     config = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
-    task, model = open_task(config, config.domain, *config.calibration_domain)
+    task, model = open_task_and_base(config, config.domain, *config.calibration_domain)
     choose_rank(config.rank, torch.ones(place_width(model, config.coordinate)))  # a bad one is told at once
     chosen, rows = target_layers(config.layers, model.config.n_layer), []
     examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)

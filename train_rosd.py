@@ -1,13 +1,13 @@
 """ROSD, Reflective On-policy Self-Distillation (arXiv 2605.28014), and everything it is compared with, in one loop.
 
-    python train_rosd.py                                   ROSD, then SDPO from the same base, then the table of both
+    python train_rosd.py                                   ROSD and SDPO from the same base, then the table of both
     python train_rosd.py --method grpo --no-baseline       any other method by itself
     python train_rosd.py --mask whole                      ROSD without localization; --context peer: y* in place of e
     python train_rosd.py --preset released                 the settings of the released code, where they differ
 
 One step: the student samples G rollouts a problem; the verifier scores them; the reflector quotes each wrong rollout's
 first error and says what belongs there; the teacher reads that idea and the student's own tokens; from the error on,
-the student is drawn to the teacher's distribution:
+the student is drawn to the teacher's distribution (a correct rollout is taught whole; if no quote is found, k = 0):
 
     L = sum_t m_t min(rho_t, 2) D( pi_S(. | x, y_<t) || stopgrad pi_T(. | x, e, y_<t) ) / sum_t m_t    m_t = 1 from k on
 
@@ -48,7 +48,7 @@ METHODS = {  # what the teacher holds, and which tokens the loss is on
     "rosd": {"context": "reflection", "mask": "suffix"},
     "sdpo": {"context": "peer", "mask": "whole"},  # OPSD with a peer's correct solution, as in RL
     "opsd": {"context": "gold", "mask": "whole"},  # OPSD with the golden solution, as in SFT
-    "grpo": {"context": "none", "mask": "whole"},
+    "grpo": {"context": "reward", "mask": "whole"},
 }
 NAMES = {  # for the closing table
     "rosd": "ROSD, corrected from its first error on",
@@ -56,6 +56,7 @@ NAMES = {  # for the closing table
     "opsd": "OPSD, imitates the golden solution",
     "grpo": "GRPO, rewarded for right answers",
 }
+# Where the paper is silent (the help says "not stated"), PAPER has what we chose.
 PAPER = {"peer": "shortest", "reflector": "base", "told_answer": False, "solved": "keep", "malformed": "drop"}
 PAPER |= {"ema": 0.0, "minibatches": 1, "learning_rate": 1e-3}  # the rate is ours: the model is small
 RELEASED = {  # where the released code differs
@@ -77,23 +78,19 @@ class Config(RunConfig):
         None, "tokens the loss is on: all, from the quote on, the quote, from the true error on; unset: the method's",
         "suffix (abstract: span)", ("whole", "suffix", "span", "oracle"),
     )  # fmt: skip
-    peer: str | None = option(
-        None, "which correct rollout of the group is y*; unset: the preset's", "shortest", ("shortest", "first")
-    )
+    peer: str | None = option(None, "the correct rollout y*; unset: the preset's", "shortest", ("shortest", "first"))
     reflector: str | None = option(
         None, "who reflects: the base, the current student, or an oracle that knows the truth; unset: the preset's",
         "base", ("base", "student", "oracle"),
     )  # fmt: skip
     told_answer: bool | None = option(None, "tell the reflector the right answer; unset: the preset's", "not stated")
-    solved: str | None = option(
-        None, "groups without a wrong rollout: keep or drop; unset: the preset's", "keep", ("keep", "drop")
-    )
+    solved: str | None = option(None, "groups without a wrong rollout; unset: the preset's", "keep", ("keep", "drop"))
     malformed: str | None = option(
         None, "reflections without an idea, if e is all the teacher holds: drop, or give it y*; unset: the preset's",
         "not stated", ("drop", "peer"),
     )  # fmt: skip
     ema: float | None = option(
-        None, "rate at which the teacher follows the student, 0 frozen; unset: the preset's", "0.0", (), 0, 1
+        None, "EMA rate of the teacher, 0 frozen; unset: the preset's", "0.0", minimum=0, maximum=1
     )
     finetune: str = option("full", "train all weights, or low-rank adapters without dropout", None, ("full", "lora"))
     minibatches: int | None = option(None, "parts of a batch, an update each; unset: the preset's", "1", minimum=1)
@@ -151,14 +148,14 @@ def reflect_on(
 ) -> list[Reflection]:
     """(e, q) ~ pi(. | x, y*, y-) for the wrong, e ~ pi(. | x, y+) for the correct ones; spoiled where that is asked."""
     rollouts = [rollout for rollout, _ in pairs]
-    peers = [peer.text if peer else rollout.problem.solution for rollout, peer in pairs]  # no peer: context gold
-    writing = {"temperature": config.reflect_temperature, "generator": run.generator("reflect", step)}
+    peers = [peer.text if peer else rollout.problem.solution for rollout, peer in pairs]  # not read for correct ones
     if config.reflector == "oracle":
         texts = [task.true_reflection(rollout.problem, rollout.text) for rollout in rollouts]
     else:
+        sampling = {"temperature": config.reflect_temperature, "generator": run.generator("reflect", step)}
+        sampling |= {"at_once": config.eval_batch}
         with nullcontext() if config.reflector == "student" else adapters_off(reflector):
-            writing |= {"at_once": config.eval_batch}
-            texts = reflect.reflect(reflector, task, rollouts, peers, config.told_answer, **writing)
+            texts = reflect.write_reflections(reflector, task, rollouts, peers, config.told_answer, **sampling)
     read = list(map(reflect.parse_reflection, texts))
     spoiling = (config.spoil_idea, config.spoil_kind, config.spoil_quote)
     return reflect.spoil_some(read, rollouts, task, *spoiling, run.random("spoil", step))
@@ -169,25 +166,27 @@ def make_lessons(
 ) -> tuple[list[Lesson], dict[str, list[float]]]:
     """Turn rollouts into lessons, and compare the reflector's quotes with the verifier's true first errors."""
     logged: dict[str, list[float]] = {"quote_match": [], "quote_accuracy": [], "error_position": []}
-    if config.context == "none":
+    if config.context == "reward":
         rewards = torch.tensor([float(rollout.verdict.correct) for rollout in rollouts]).view(-1, config.group)
         advantages = losses.group_advantage(rewards).flatten().tolist()
         return [Lesson(r, "", 0, len(r.tokens), a) for r, a in zip(rollouts, advantages, strict=True) if a != 0], logged
 
     pairs = reflect.pair_up(rollouts, config.group, config.peer, config.context, config.solved == "drop")
     reflecting = config.context in ("reflection", "both") or config.mask in ("suffix", "span")
-    nothing, lessons = Reflection(None, None), []
-    reflections = reflect_on(pairs, reflector, task, config, step, run) if reflecting else [nothing] * len(pairs)
+    nothing = [Reflection(None, None)] * len(pairs)
+    reflections = reflect_on(pairs, reflector, task, config, step, run) if reflecting else nothing
+    lessons = []
     for (rollout, peer), reflection in zip(pairs, reflections, strict=True):
         tokens = task.pieces(rollout.tokens)
-        quoted, oracle = reflect.locate_span(reflection.quote, tokens), reflect.true_position(rollout, tokens)
+        found, end = reflect.locate(reflection.quote, tokens), len(tokens)
+        k, quote_end = found or (0, end)  # k = Locate(q, y-); not found: the whole response
+        true_k = reflect.true_position(rollout, tokens)
         if reflecting and not rollout.verdict.correct:
-            logged["quote_match"].append(quoted is not None)
-            logged["quote_accuracy"] += [quoted is not None and quoted[0] == oracle] if rollout.verdict.error else []
-            logged["error_position"].append((quoted or (0, 0))[0] / len(tokens))  # k / T; 0 where it is not found
-        end, mask = len(tokens), "whole" if rollout.verdict.correct else config.mask
-        k, quote_end = quoted or (0, end)  # k = Locate(q, y-); not found: the whole response
-        start, end = {"whole": (0, end), "suffix": (k, end), "span": (k, quote_end), "oracle": (oracle, end)}[mask]
+            logged["quote_match"].append(found is not None)
+            logged["quote_accuracy"] += [found is not None and k == true_k] if rollout.verdict.error else []
+            logged["error_position"].append(k / end)
+        mask = "whole" if rollout.verdict.correct else config.mask
+        start, end = {"whole": (0, end), "suffix": (k, end), "span": (k, quote_end), "oracle": (true_k, end)}[mask]
         if held := held_by_teacher(rollout, peer, reflection, config):
             lessons.append(Lesson(rollout, task.teacher_prompt(rollout.problem, **held), start, end))
     return lessons, logged
@@ -197,10 +196,11 @@ def held_by_teacher(rollout: Rollout, peer: Rollout | None, reflection: Reflecti
     """What the teacher reads besides the problem; empty where a malformed reflection leaves nothing to hold."""
     if config.context == "gold":
         return {"solution": rollout.problem.solution}
-    held = {} if reflection.idea is None or config.context == "peer" else {"idea": reflection.idea}
-    if peer and (config.context != "reflection" or (not held and config.malformed == "peer")):
-        held["solution"] = peer.text
-    return held
+    idea = {"idea": reflection.idea} if reflection.idea is not None and config.context != "peer" else {}
+    solution = {"solution": peer.text} if peer else {}
+    if config.context == "reflection":
+        return idea or (solution if config.malformed == "peer" else {})
+    return idea | solution
 
 
 # ---------------------------------------------------------------------------------------------- loss and update
@@ -220,12 +220,12 @@ def lesson_loss(student: GPT, teacher: GPT, lessons: list[Lesson], task: Task, c
     device, responses = student.device, [lesson.rollout.tokens for lesson in lessons]
     prompts = [task.encode(task.student_prompt(lesson.rollout.problem)) for lesson in lessons]
     hidden = response_hidden(student, prompts, responses)  # (B, T, n_embd)
-    mask = reflect.error_mask([x.start for x in lessons], [x.end for x in lessons], list(map(len, responses)))  # m_t
-    mask = (mask * torch.tensor([[x.times] for x in lessons])).to(device)  # m_t, as often as the lesson occurs
+    m = reflect.error_mask([x.start for x in lessons], [x.end for x in lessons], list(map(len, responses)))  # (B, T)
+    weight = (m * torch.tensor([[x.times] for x in lessons])).to(device)  # m_t, times how often the lesson occurs
     y = losses.pad(responses).to(device)  # (B, T)
     old_logp = losses.pad([lesson.rollout.logprobs for lesson in lessons]).to(device)  # (B, T), when y was sampled
-    if config.context == "none":  # GRPO's target is the advantage, (B, T)
-        target = torch.tensor([[lesson.advantage] for lesson in lessons], device=device).expand(mask.shape)
+    if config.context == "reward":  # GRPO's target is the advantage, (B, T)
+        target = torch.tensor([[lesson.advantage] for lesson in lessons], device=device).expand(weight.shape)
     else:  # all others: the teacher's hidden states, from which token_loss computes pi_T, (B, T, n_embd)
         with torch.no_grad(), adapters_off(teacher):
             target = response_hidden(teacher, [task.encode(lesson.teacher_prompt) for lesson in lessons], responses)
@@ -235,15 +235,15 @@ def lesson_loss(student: GPT, teacher: GPT, lessons: list[Lesson], task: Task, c
         log_S = student.logits(hidden).float().log_softmax(dim=-1)  # (..., V)
         logp = log_S.gather(-1, y.unsqueeze(-1)).squeeze(-1)  # (...)
         ratio = losses.importance_ratio(logp, old_logp)  # (...)
-        if config.context == "none":
+        if config.context == "reward":
             return losses.clipped_surrogate(ratio, target, config.clip_low, config.clip_high)
         with torch.no_grad():
-            log_T = teacher.logits(target).float().log_softmax(dim=-1)  # (..., V)
+            log_T = teacher.logits(target).float().log_softmax(dim=-1)  # (..., V); this layer has no adapter
         D = losses.divergence(*losses.top_k_with_tail(log_S, log_T, config.top_k), config.alpha)  # (...)
         return D * ratio.detach().clamp(max=config.ratio_clip)
 
-    values = losses.in_chunks(token_loss, mask, student.config.vocab_size, hidden, y, old_logp, target)  # (B, T)
-    return losses.masked_mean(values, mask, count)
+    values = losses.in_chunks(token_loss, weight, student.config.vocab_size, hidden, y, old_logp, target)  # (B, T)
+    return losses.masked_mean(values, weight, count)
 
 
 def update(
@@ -262,9 +262,9 @@ def update(
         part = sorted(merge_equal(part), key=lambda x: len(x.teacher_prompt) + len(x.rollout.tokens))  # less padding
         for j in range(0, len(part), config.micro_batch):
             with torch.autocast(student.device.type, torch.bfloat16, enabled=config.bf16):
-                share = lesson_loss(student, teacher, part[j : j + config.micro_batch], task, config, count)
-            share.backward()
-            loss += share.detach()
+                micro_loss = lesson_loss(student, teacher, part[j : j + config.micro_batch], task, config, count)
+            micro_loss.backward()
+            loss += micro_loss.detach()
         step_losses.append(parallel.total(loss).item())
         parallel.sum_gradients(trained)
         norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip).item()
@@ -286,7 +286,7 @@ def train(config: Config) -> dict:
     """One run: train, then evaluate the student and the base -> the content of results.json."""
     if settle(config).mask == "oracle" and not find_task(config).knows_first_error:
         raise UserError(f"the task {config.task} knows no true first error; give another --mask than oracle")
-    with Run(settle(config), run_name(config)) as run:
+    with Run(settle(config), run_name(config)) as run:  # named by its flags alone
         if run.results:
             return run.results
         config, task = run.config, run.task
@@ -305,8 +305,9 @@ def train(config: Config) -> dict:
             sampling = (config.group, run.generator("rollout", step), config.temperature)
             rollouts = reflect.sample_rollouts(student, task, problems, *sampling)
             reflector = student if config.reflector == "student" else run.base
-            run.batch, logged = make_lessons(rollouts, reflector, task, config, step, run)
-            loss = update(student, teacher, optimizer, run.batch, task, config, step)
+            lessons, logged = make_lessons(rollouts, reflector, task, config, step, run)
+            run.batch = lessons  # kept where the loss is not finite
+            loss = update(student, teacher, optimizer, lessons, task, config, step)
             verdicts = [rollout.verdict for rollout in rollouts]
             tests = config.eval_every and (step + 1) % config.eval_every == 0
             run.log(
@@ -315,7 +316,7 @@ def train(config: Config) -> dict:
                 **{habit: [habit in v.habits for v in verdicts] for habit in task.habits},
                 unfinished=[not v.finished for v in verdicts],
                 **logged,
-                learned_from=len(run.batch),
+                learned_from=len(lessons),
                 **({"tested": quick_test(student, task)} if tests else {}),
             )
             run.save()
@@ -340,7 +341,7 @@ def main() -> None:
             c, method = result["config"], result["config"]["method"]
             own = METHODS[method] | {"reflector": "base"}
             changed = "".join(f", {name} {c[name]}" for name in own if c[name] != own[name])
-            rows[method.upper() + changed if changed else NAMES.get(method, method.upper())] = result["after"]
+            rows[(method.upper() + changed) if changed else NAMES[method]] = result["after"]
         print(f"\n{comparison(rows, results[0]['config']['domain'], results[0]['habits'])}")
         print(f"Every figure is in {config.out}/<run>/results.json.")
 

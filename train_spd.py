@@ -210,22 +210,19 @@ def main() -> None:
         return
     home = results[0]["config"]["domain"]
 
-    def percent(scores: dict | None) -> str:
-        return f"{100 * scores[home]['mean']:.1f}" if scores else "-"
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
 
-    rows = [["base", "", "", percent(results[0]["before"]), elsewhere(results[0]["before"], home)]]
+    def both(scores: dict | None) -> list[str]:
+        """In percent: accuracy on the training domain, and elsewhere."""
+        return [percent(scores and scores[home]["mean"]), percent(scores and out_of_domain(scores, home))]
+
+    rows = [["base", "", "", *both(results[0]["before"])]]
     for result in results:
-        written = [percent(result["own"]), percent(result["generation"][0])]
-        rows.append(
-            [result["config"]["method"].upper(), *written, percent(result["after"]), elsewhere(result["after"], home)]
-        )
+        written = [both(result["own"])[0], both(result["generation"][0])[0]]
+        rows.append([result["config"]["method"].upper(), *written, *both(result["after"])])
     header = ["right, %", "text of the base", "text it trains on", f"after training, {home}", "elsewhere"]
     print(f"\n{markdown_table(header, rows)}\n\nEvery figure is in {config.out}/<run>/results.json.")
-
-
-def elsewhere(scores: dict | None, home: str) -> str:
-    value = out_of_domain(scores, home) if scores else None
-    return "-" if value is None else f"{100 * value:.1f}"
 
 
 if __name__ == "__main__":

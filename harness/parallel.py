@@ -2,8 +2,9 @@
 
 Every process holds the whole model, takes its share of the prompts, and divides its loss by the token count of *all*
 processes. The sum of their gradients is then the gradient of one process with the whole batch. Without torchrun
-`share`, `total` and `gather` return what they are given, and `sum_gradients` does nothing. `train_all` runs several
-trainings side by side.
+`share` and `gather` return what they are given, `total` a detached copy, and `sum_gradients` does nothing.
+
+`train_all` runs several trainings side by side.
 """
 
 import ctypes

@@ -78,7 +78,7 @@ class Run:
     """A run's folder, claimed for this process; used as a context, so that others can claim it afterwards."""
 
     def __init__(self, config: RunConfig, name: str) -> None:
-        self.task, self.base = open_task(config, config.domain)
+        self.task, self.base = open_task_and_base(config, config.domain)
         self.config = config = dataclasses.replace(config, domain=config.domain or self.task.domains[0])
         self.origin = {"base_checksum": files.checksum(config.base), "problems_checksum": self.task.problems_checksum}
         self.about = {"config": files.plain(config), **self.origin}
@@ -161,7 +161,7 @@ class Run:
         return self.state["seconds"] + time.time() - self.began
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """What `measure` gives, measured by the first process alone and never again after --resume."""
+        """What `measure` gives, measured by the first process alone, and never again once the state is saved."""
         if name not in self.state:
             self.state[name] = measure() if parallel.FIRST else None
         return self.state[name]
@@ -211,7 +211,7 @@ class Run:
             yield from self.progress
 
     def log(self, **measures: Any) -> None:
-        """Add a line to the metrics: lists are averaged and ints added up, over all processes."""
+        """Add a line to the metrics: lists are averaged and ints added up over all processes, all else is as it is."""
         parts, row = parallel.gather([measures]), {"step": len(self.state["history"])}
         for name, value in measures.items():
             if isinstance(value, list):
@@ -256,10 +256,12 @@ def find_task(config: TaskConfig, *domains: str) -> Task:
     return task
 
 
-def open_task(config: TaskConfig, *domains: str) -> tuple[Task, GPT]:
-    """The task, and the base on the config's device, frozen; UserError where its vocabulary is not the task's."""
+def open_task_and_base(config: TaskConfig, *domains: str) -> tuple[Task, GPT]:
+    """The task, and the base, frozen, on the device that parallel.start picks; UserError where they do not match."""
     torch.set_num_threads(config.threads)
-    task, device, model = find_task(config, *domains), parallel.start(config.device), files.load_checkpoint(config.base)
+    task = find_task(config, *domains)
+    device = parallel.start(config.device)
+    model = files.load_checkpoint(config.base)
     has, needed = model.config.vocab_size, task.vocab_size
     if has < needed or (has > needed and not task.spare_rows):
         sizes = f"{has} tokens, the task one of {needed}"
@@ -292,7 +294,7 @@ def provenance() -> dict[str, Any]:
 
 
 def peak_memory_mb() -> float | None:
-    """The largest memory of this process so far, in MB: the GPU's where there is one, else the resident set."""
+    """The largest memory of this process so far, in MiB: the GPU's where there is one, else the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     try:

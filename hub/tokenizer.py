@@ -18,7 +18,7 @@ printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 others = [byte for byte in range(256) if byte not in printable]
 byte_of = {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
-# SmolLM2's, which is GPT-2's after every digit was cut out: white space before a digit is then at the end of its part.
+# SmolLM2's, which is GPT-2's after every digit was cut out: so white space before a digit ends its piece.
 SINGLE_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 
 CHATML = "<|im_start|>{role}\n{text}<|im_end|>\n"

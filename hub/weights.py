@@ -13,7 +13,7 @@ from errors import UserError
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen2ForCausalLM", "LlamaForCausalLM")
 
-PARTS = {  # of a tensor's name, theirs: ours
+PARTS = {  # parts of tensor names, theirs: ours
     "embed_tokens": "embed",
     "layers": "blocks",
     "self_attn": "attn",
@@ -116,8 +116,8 @@ def our_name(name: str) -> str:
 
 
 def their_name(name: str) -> str:
-    theirs = {ours: theirs for theirs, ours in PARTS.items()}
-    name = ".".join(theirs.get(part, part) for part in name.split("."))
+    back = {ours: theirs for theirs, ours in PARTS.items()}
+    name = ".".join(back.get(part, part) for part in name.split("."))
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 

@@ -68,7 +68,7 @@ def lessons_of(
     run: Run, texts: list[str], written: list[str], monkeypatch: pytest.MonkeyPatch, **flags: object
 ) -> tuple[list[Lesson], dict[str, list[float]]]:
     """The lessons of one group of rollouts whose reflections are given."""
-    monkeypatch.setattr(train_rosd.reflect, "reflect", lambda model, task, asked, *_, **__: written[: len(asked)])
+    monkeypatch.setattr(train_rosd.reflect, "write_reflections", lambda model, task, asked, *_, **__: written[: len(asked)])
     rollouts = [make_rollout(text) for text in texts]
     return make_lessons(rollouts, run.base, run.task, settle(Config(group=len(texts), **flags)), 0, run)
 
@@ -189,7 +189,7 @@ def test_spoiled_ideas_reach_the_lessons_of_correct_rollouts_too(run: Run, monke
 
 
 def test_ideas_of_other_problems_are_exchanged(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_rosd.reflect, "reflect", lambda *_, **__: [write("x", idea) for idea in "ddccc"])
+    monkeypatch.setattr(train_rosd.reflect, "write_reflections", lambda *_, **__: [write("x", idea) for idea in "ddccc"])
     rollouts = [
         make_rollout("a"),
         make_rollout("b"),
@@ -224,11 +224,11 @@ def test_spoiled_quotes_change_only_where_wrong_rollouts_are_masked(run: Run, mo
         ("rosd", ("reflection", "suffix", "shortest", "base", False, "keep", "drop", 0.0, 1, 1e-3)),
         ("sdpo", ("peer", "whole", "shortest", "base", False, "keep", "drop", 0.0, 1, 1e-3)),
         ("opsd", ("gold", "whole", "shortest", "base", False, "keep", "drop", 0.0, 1, 1e-3)),
-        ("grpo", ("none", "whole", "shortest", "base", False, "keep", "drop", 0.0, 1, 1e-3)),
+        ("grpo", ("reward", "whole", "shortest", "base", False, "keep", "drop", 0.0, 1, 1e-3)),
         ("rosd released", ("reflection", "suffix", "first", "student", True, "drop", "peer", 0.0, 1, 1e-3)),
         ("sdpo released", ("peer", "whole", "first", "base", False, "drop", "drop", 0.05, 1, 1e-3)),
         ("opsd released", ("gold", "whole", "shortest", "base", False, "drop", "drop", 0.0, 1, 1e-3)),
-        ("grpo released", ("none", "whole", "shortest", "base", False, "keep", "drop", 0.0, 4, 1e-4)),
+        ("grpo released", ("reward", "whole", "shortest", "base", False, "keep", "drop", 0.0, 4, 1e-4)),
     ],
 )
 def test_presets_are_the_table_of_paper_and_released_code(method: str, expected: tuple) -> None:

@@ -91,13 +91,13 @@ def test_one_set_of_weights_teaches_itself_as_a_frozen_copy_would() -> None:
 def test_adapters_are_on_while_the_student_reflects_and_off_while_the_base_does(
     reflector: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, original = [], train_rosd.reflect.reflect
+    seen, original = [], train_rosd.reflect.write_reflections
 
     def reflect(model: GPT, *args: object, **named: object) -> list[str]:
         seen.extend(module.on for module in model.modules() if isinstance(module, LoRALinear))
         return original(model, *args, **named)
 
-    monkeypatch.setattr(train_rosd.reflect, "reflect", reflect)
+    monkeypatch.setattr(train_rosd.reflect, "write_reflections", reflect)
     train(train_rosd, base, tmp_path, *LORA, "--reflector", reflector)
     assert set(seen) == {reflector == "student"}
 

@@ -15,7 +15,6 @@ from reflect import (
     Rollout,
     error_mask,
     locate,
-    locate_span,
     parse_reflection,
     true_position,
 )
@@ -78,7 +77,7 @@ def test_reflection_is_read_from_its_tags_alone(text: str, quote: str | None, id
     ],
 )
 def test_quote_is_located_at_the_token_where_it_first_begins(quote: str | None, tokens: list[str], k: int) -> None:
-    assert locate(quote, tokens) == k
+    assert locate(quote, tokens) is None if k is None else locate(quote, tokens)[0] == k
 
 
 @pytest.mark.parametrize(
@@ -94,7 +93,7 @@ def test_quote_is_located_at_the_token_where_it_first_begins(quote: str | None, 
     ],
 )
 def test_span_is_the_tokens_that_hold_the_quote(quote: str, tokens: list[str], span: tuple[int, int] | None) -> None:
-    assert locate_span(quote, tokens) == span
+    assert locate(quote, tokens) == span
 
 
 def test_true_position_is_the_token_where_the_verifiers_error_begins() -> None:
@@ -114,9 +113,9 @@ def test_random_bytes_are_read_and_located_without_exception() -> None:
         read = parse_reflection("".join(tokens))
         assert read.quote != "" and read.idea != ""
         rng.shuffle(tokens)
-        k, forms = locate(read.quote, tokens), {read.quote or "", (read.quote or "").strip()}
-        assert (k is not None) == any(form and form in "".join(tokens) for form in forms)
-        assert k is None or 0 <= k < len(tokens)
+        found, forms = locate(read.quote, tokens), {read.quote or "", (read.quote or "").strip()}
+        assert (found is not None) == any(form and form in "".join(tokens) for form in forms)
+        assert found is None or 0 <= found[0] < found[1] <= len(tokens)
 
 
 @pytest.mark.parametrize("task", [Letters(), load_task("arithmetic")], ids=lambda task: type(task).__name__)
@@ -129,8 +128,8 @@ def test_random_tokens_are_verified_read_and_located_without_exception(task: Tas
         rollout = Rollout(problem, tokens, [0.0] * len(tokens), text, task.verify(problem, text))
         assert 0 <= true_position(rollout, texts) <= len(tokens)
         read = parse_reflection(text)
-        k = locate(read.quote, texts)
-        assert k is None or 0 <= k < len(tokens)
+        found = locate(read.quote, texts)
+        assert found is None or 0 <= found[0] < found[1] <= len(tokens)
         task.encode(task.teacher_prompt(problem, read.idea, problem.solution))
 
 
@@ -152,7 +151,7 @@ def test_reflector_reads_a_wrong_rollout_beside_its_peer_and_a_right_one_alone(m
     monkeypatch.setattr(reflect, "generate", write)
     rollouts = [make_rollout("bc"), make_rollout("ba")]
     for told_answer, answer in ((False, ""), (True, "a")):
-        assert reflect.reflect(None, task, rollouts, ["ad", "ad"], told_answer) == ["0!", "1!"]
+        assert reflect.write_reflections(None, task, rollouts, ["ad", "ad"], told_answer) == ["0!", "1!"]
         assert shown == [f"a0{answer}~bc~ad?", f"a0{answer}~ba~?"]
         shown.clear()
 

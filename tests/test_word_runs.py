@@ -101,7 +101,7 @@ def test_the_worked_example_runs_without_a_true_first_error(
     monkeypatch.setattr(Words, "verify", lambda self, p, text: real(self, p, p.solution if len(text) % 2 else text))
     monkeypatch.setattr(Words, "max_reflection", 6)
     text = "<error_quote>x</error_quote><explanation>It is\n5.</explanation>"
-    monkeypatch.setattr(reflect, "reflect", lambda *_: [text])
+    monkeypatch.setattr(reflect, "write_reflections", lambda *_: [text])
     monkeypatch.setattr(sys, "argv", ["reflect.py", "--base", str(folder), "--task", str(file)])
     run_script(reflect.main)
     printed = capsys.readouterr().out

@@ -14,7 +14,7 @@ from data import Task, load_task
 from harness import files
 from losses import divergence
 from model import GPT, response_logprobs
-from reflect import Rollout, choose_peers, locate, parse_reflection, reflect, sample_rollouts
+from reflect import Rollout, choose_peers, locate, parse_reflection, sample_rollouts, write_reflections
 from tools import xray
 from tools.xray import Strip, Token
 
@@ -107,13 +107,13 @@ def test_rosd_reads_from_the_quote_on_and_sdpo_reads_everything(task: Task, mode
     rollouts = sample_rollouts(model, task, problems, 8, torch.Generator().manual_seed(1))
     pairs = zip(rollouts, choose_peers(rollouts, 8), strict=True)
     wrong, peer = next((r, peer) for r, peer in pairs if peer and not r.verdict.correct)
-    written = reflect(model, task, [wrong], [peer.text])[0]
+    written = write_reflections(model, task, [wrong], [peer.text])[0]
     read, quote = xray.readings(model, task, wrong, peer), parse_reflection(written).quote
-    k = locate(quote, task.pieces(wrong.tokens))
+    found = locate(quote, task.pieces(wrong.tokens))
     assert read["SDPO"].prompt == task.teacher_prompt(wrong.problem, solution=peer.text) and read["SDPO"].start == 0
-    assert escape(written) in read["ROSD"].note and read["ROSD"].start == (k or 0)
-    if k is not None:
-        assert "".join(task.pieces(wrong.tokens)[k : read["ROSD"].quote_end]) == quote
+    assert escape(written) in read["ROSD"].note and read["ROSD"].start == (found or (0, 0))[0]
+    if found:
+        assert "".join(task.pieces(wrong.tokens)[found[0] : read["ROSD"].quote_end]) == quote
 
 
 def test_what_the_projector_takes_away_is_a_share(task: Task, model: GPT, rollout: Rollout) -> None:

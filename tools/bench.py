@@ -52,7 +52,7 @@ class Config:
     threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
 
 
-def open_task(folder: str, may_end: bool = False) -> Words:
+def bench_task(folder: str, may_end: bool = False) -> Words:
     """The task, with responses that may end by themselves, or only when they are full."""
     task = find_task(train_rosd.Config(task=TASK, base=folder, max_response=LONGEST if may_end else NEW))
     task.stop = task.stop if may_end else (-1,)
@@ -73,7 +73,7 @@ def timed(run: Step, steps: int) -> list[float]:
 
 
 def timed_rollouts(run: Callable[[int], list[list[int]]], stop: tuple[int, ...], steps: int) -> list[float]:
-    """The steps' times; where responses may end, after one to warm up, that of 2 x steps per 1,000 tokens they have."""
+    """Seconds of each step; where responses may end, a placeholder and the seconds per 1,000 tokens of 2 x steps."""
     lengths = []
 
     def count(step: int) -> None:
@@ -92,7 +92,7 @@ def timed_rollouts(run: Callable[[int], list[list[int]]], stop: tuple[int, ...],
 
 
 def our_rollouts(may_end: bool, folder: str, steps: int) -> list[float]:
-    task, model = open_task(folder, may_end), files.load_checkpoint(folder).bfloat16()
+    task, model = bench_task(folder, may_end), files.load_checkpoint(folder).bfloat16()
 
     def run(step: int) -> list[list[int]]:
         prompts = [task.encode(task.student_prompt(problem)) for problem in draw(task, step)]
@@ -102,7 +102,10 @@ def our_rollouts(may_end: bool, folder: str, steps: int) -> list[float]:
 
 
 def our_step(method: str, folder: str, steps: int) -> list[float]:
-    task, config = open_task(folder), train_rosd.Config(method=method, finetune="lora", group=GROUP, learning_rate=RATE)
+    task, config = (
+        bench_task(folder),
+        train_rosd.Config(method=method, finetune="lora", group=GROUP, learning_rate=RATE),
+    )
     config, model = train_rosd.settle(config), files.load_checkpoint(folder).bfloat16()
     optimizer = torch.optim.AdamW(make_trainable(model, "lora", 8, 8.0), lr=RATE)
 
@@ -129,7 +132,7 @@ def with_adapters(folder: str) -> Any:
 def their_rollouts(may_end: bool, folder: str, steps: int) -> list[float]:
     from transformers import AutoModelForCausalLM
 
-    task, ends = open_task(folder, may_end), {"max_new_tokens": LONGEST, "min_new_tokens": None}
+    task, ends = bench_task(folder, may_end), {"max_new_tokens": LONGEST, "min_new_tokens": None}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
     def run(step: int) -> list[list[int]]:
@@ -157,7 +160,7 @@ def trl_step(method: str, folder: str, steps: int) -> list[float]:
 
         kind = {"distillation_mode": "topk_logits", "distillation_topk": 100, "distillation_add_tail": True}
         kind |= {"distillation_alpha": 0.5, "teacher_model_kind": "base"}
-    task, seconds = open_task(folder), []
+    task, seconds = bench_task(folder), []
     asked = [problem_request(problem.question, task.ending) for step in range(steps) for problem in draw(task, step)]
 
     class Clock(TrainerCallback):
@@ -181,7 +184,7 @@ def trl_step(method: str, folder: str, steps: int) -> list[float]:
 
 
 def book_step(folder: str, steps: int) -> list[float]:
-    task, model = open_task(folder), with_adapters(folder)
+    task, model = bench_task(folder), with_adapters(folder)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
     def logits_of(prompt: list[int], y: torch.Tensor) -> torch.Tensor:
@@ -232,7 +235,7 @@ def contestant(contest: str, name: str, folder: str, threads: int, steps: int, a
 
 
 def compare(folder: str, threads: int, repeats: int) -> str:
-    """The best step of each contestant over `repeats` processes of two steps each, after one to warm up."""
+    """The best step of each contestant over `repeats` processes, of two steps each (six of those that may end)."""
     context, found = multiprocessing.get_context("spawn"), {}
     for _ in range(repeats):
         for contest, names in CONTESTS.items():
@@ -251,7 +254,7 @@ def compare(folder: str, threads: int, repeats: int) -> str:
         ratio = seconds / found[contest, "ours"][0]
         unit = "s / 1,000 tokens" if "ends" in contest else "s"
         rows.append([contest, name, f"{seconds:.2f} {unit}", f"{peak:,.0f} MB", f"{ratio:.2f}x"])
-    header = [f"{BATCH} x {GROUP} rollouts of {NEW} tokens", "", "best time", "peak memory", "this / ours"]
+    header = [f"{BATCH} x {GROUP} rollouts", "", "best time", "peak memory", "this / ours"]
     return markdown_table(header, rows)
 
 

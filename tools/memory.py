@@ -58,7 +58,8 @@ def gigabytes(name: str, finetune: str, config: Config) -> dict[str, float]:
         "logits": 8 * 4 * min(losses.CHUNK, tokens * shape.vocab_size),
         "KV cache": config.rollouts * config.length * layers * 2 * K * size,
     }
-    parts["peak"] = sum(list(parts.values())[:3]) + max(parts["activations"] + parts["logits"], parts["KV cache"])
+    always = sum(parts[part] for part in ("weights", "gradients", "AdamW"))
+    parts["peak"] = always + max(parts["activations"] + parts["logits"], parts["KV cache"])
     return {part: value / 2**30 for part, value in parts.items()}
 
 

@@ -26,7 +26,7 @@ from data.words import Words
 from errors import UserError
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.run import TaskConfig, open_task, provenance, seeded
+from harness.run import TaskConfig, open_task_and_base, provenance, seeded
 from model import GPT, generate, response_logprobs
 from reflect import Rollout, choose_peers, false_idea, locate, parse_reflection, sample_rollouts, token_at
 from tools import stats
@@ -198,7 +198,7 @@ def tables(found: dict) -> str:
 
 def main() -> None:
     config = parse_config(Config, __doc__)
-    (task, model), path, began = open_task(config), stats.RESULTS / "real-audit.json", time.time()
+    (task, model), path, began = open_task_and_base(config), stats.RESULTS / "real-audit.json", time.time()
     if not isinstance(task, Words):
         raise UserError(f"{config.task} has its audit in pretrain.py --check-only; give another --task")
     about = {"config": files.plain(config) | {"base": Path(config.base).name}, **provenance()}

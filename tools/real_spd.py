@@ -24,7 +24,7 @@ from data.task import Problem
 from evaluate import answer
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.run import TaskConfig, open_task, provenance
+from harness.run import TaskConfig, open_task_and_base, provenance
 from model import GPT, response_logprobs
 from subspace import Place, SubspaceConfig, calibration_set, capability_gradients, condense, make_projectors, project_kv
 from tools import stats
@@ -118,7 +118,7 @@ def show(place: list) -> str:
 
 def measure_all(config: Config) -> dict:
     """Answer with every subspace that results/real-spd.json lacks -> its content."""
-    task, model = open_task(config)
+    task, model = open_task_and_base(config)
     model = model.float()
     settings = files.plain(config) | {"base": Path(config.base).name, "checksum": files.checksum(config.base)}
     settings["system"] = task.tokenizer.system

@@ -14,7 +14,7 @@ from errors import UserError
 from harness import files
 from harness.cli import run_script
 
-NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk.": "model.layers."}  # GGUF's: theirs
+NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "blk.": "model.layers."}  # GGUF: hub
 NAMES |= {"attn_norm": "input_layernorm", "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm"}
 NAMES |= {f"attn_{part}": f"self_attn.{part}_proj" for part in "qkv"}
 NAMES |= {f"ffn_{part}": f"mlp.{part}_proj" for part in ("gate", "up", "down")}
@@ -44,8 +44,8 @@ def main() -> None:
         weight, name = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()), tensor.name
         if "attn_q." in name or "attn_k." in name:  # GGUF has the pairs of RoPE side by side
             weight = weight.view(-1, half, 2, weight.size(1)).transpose(1, 2).reshape(weight.shape)
-        for theirs, ours in NAMES.items():
-            name = name.replace(theirs, ours)
+        for gguf, hub in NAMES.items():
+            name = name.replace(gguf, hub)
         weights[name] = weight.bfloat16()
     save_file(weights, folder / "model.safetensors", {"format": "pt"})
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}

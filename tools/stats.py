@@ -86,9 +86,9 @@ def write_results(name: str, head: dict, key: str, rows: list) -> dict:
 
 
 def figures(run: dict, when: str) -> dict[str, float]:
-    """The columns of a run's model before or after training: accuracy in and out of domain, habits, unfinished ones.
+    """The columns of a run's model before or after training: accuracy in and out of domain, habits, unfinished answers.
 
-    Of SPD also the text that the base writes by itself, or that the student trains on, and its gain over the base's.
+    For SPD also the accuracy of the text that the base writes by itself, or that the student trains on, and the gain.
     """
     scores, home, found = run[when] or {}, run["domain"], {}
     if scores:

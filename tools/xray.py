@@ -22,10 +22,10 @@ import subspace
 from data import Problem, Task
 from harness import files
 from harness.cli import option, parse_config, run_script
-from harness.run import open_task, seeded
+from harness.run import open_task_and_base, seeded
 from losses import divergence
 from model import GPT, generate, response_logprobs
-from reflect import Rollout, locate_span, parse_reflection, sample_rollouts
+from reflect import Rollout, locate, parse_reflection, sample_rollouts
 from subspace import Place, calibrate, calibration_set, hooked, place_name, project_kv
 
 Choices = list[tuple[str, float]]  # tokens and their probabilities, likeliest first
@@ -89,9 +89,9 @@ class Reading(NamedTuple):
 
 def readings(base: GPT, task: Task, rollout: Rollout, peer: Rollout) -> dict[str, Reading]:
     """How each method's teacher reads the rollout; ROSD is left out where the reflection is malformed."""
-    written = reflect.reflect(base, task, [rollout], [peer.text])[0]
+    written = reflect.write_reflections(base, task, [rollout], [peer.text])[0]
     reflection, found = parse_reflection(written), {}
-    k, end = locate_span(reflection.quote, task.pieces(rollout.tokens)) or (0, 0)
+    k, end = locate(reflection.quote, task.pieces(rollout.tokens)) or (0, 0)
     if reflection.idea is not None:
         prompt = task.teacher_prompt(rollout.problem, idea=reflection.idea)
         note = Markup("The reflector writes <code>{}</code>, so k = {}").format(written, k)
@@ -192,7 +192,7 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
 
 def main() -> None:
     config = parse_config(Config, __doc__)
-    task, model = open_task(config, config.domain)
+    task, model = open_task_and_base(config, config.domain)
     path = Path(config.html or ("out/xray.html" if config.page == "rosd" else "out/spd.html"))
     files.make_folder(path.resolve().parent)
     if config.page == "rosd":
