@@ -341,7 +341,7 @@ def main() -> None:
             c, method = result["config"], result["config"]["method"]
             own = METHODS[method] | {"reflector": "base"}
             changed = "".join(f", {name} {c[name]}" for name in own if c[name] != own[name])
-            rows[(method.upper() + changed) if changed else NAMES[method]] = result["after"]
+            rows[(method.upper() + changed) if changed else NAMES.get(method, method.upper())] = result["after"]
         print(f"\n{comparison(rows, results[0]['config']['domain'], results[0]['habits'])}")
         print(f"Every figure is in {config.out}/<run>/results.json.")
 

@@ -68,7 +68,9 @@ def lessons_of(
     run: Run, texts: list[str], written: list[str], monkeypatch: pytest.MonkeyPatch, **flags: object
 ) -> tuple[list[Lesson], dict[str, list[float]]]:
     """The lessons of one group of rollouts whose reflections are given."""
-    monkeypatch.setattr(train_rosd.reflect, "write_reflections", lambda model, task, asked, *_, **__: written[: len(asked)])
+    monkeypatch.setattr(
+        train_rosd.reflect, "write_reflections", lambda model, task, asked, *_, **__: written[: len(asked)]
+    )
     rollouts = [make_rollout(text) for text in texts]
     return make_lessons(rollouts, run.base, run.task, settle(Config(group=len(texts), **flags)), 0, run)
 
@@ -189,7 +191,9 @@ def test_spoiled_ideas_reach_the_lessons_of_correct_rollouts_too(run: Run, monke
 
 
 def test_ideas_of_other_problems_are_exchanged(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_rosd.reflect, "write_reflections", lambda *_, **__: [write("x", idea) for idea in "ddccc"])
+    monkeypatch.setattr(
+        train_rosd.reflect, "write_reflections", lambda *_, **__: [write("x", idea) for idea in "ddccc"]
+    )
     rollouts = [
         make_rollout("a"),
         make_rollout("b"),
