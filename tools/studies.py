@@ -83,6 +83,7 @@ STUDIES = {
         | {
             "100% of the ideas of another problem": "--spoil-idea 1.0 --spoil-kind other",
             "100% of the quotes random": "--spoil-quote 1.0",
+            "span mask, 100% of the quotes random": "--mask span --spoil-quote 1.0",
         },
         seeds=(0, 1),
         curve=(),
