@@ -83,7 +83,16 @@ STUDIES = {
         | {
             "100% of the ideas of another problem": "--spoil-idea 1.0 --spoil-kind other",
             "100% of the quotes random": "--spoil-quote 1.0",
-            "span mask, 100% of the quotes random": "--mask span --spoil-quote 1.0",
+        },
+        seeds=(0, 1),
+        curve=(),
+    ),
+    "quotes": Study(  # does the first error have to be found? most of all where nothing but the quote is taught
+        {
+            f"{mask} mask, {quotes} quotes{steps}": f"{flags} {spoil} {length}".strip().replace("  ", " ")
+            for steps, length in (("", ""), (", 10 steps", "--steps 10"))
+            for mask, flags in (("span", "--mask span"), ("suffix", ""))
+            for quotes, spoil in (("own", ""), ("random", "--spoil-quote 1.0"))
         },
         seeds=(0, 1),
         curve=(),
