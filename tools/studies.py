@@ -37,6 +37,7 @@ class Study:
 METHODS = {"ROSD": "", "SDPO": "--method sdpo", "OPSD": "--method opsd", "GRPO": "--method grpo"}
 THREE = {name: METHODS[name] for name in ("ROSD", "SDPO", "GRPO")}
 RELEASED = {f"{name} as released": f"{flags} --preset released".strip() for name, flags in METHODS.items()}
+QUOTES = {"span mask": "--mask span", "span mask, random quotes": "--mask span --spoil-quote 1.0"}
 GENERATION = "--domain exam --epochs 0 --prompts 1"  # of SPD: only what the base writes, before any training
 TEXTS = {  # what the base writes under projection, at the best place of each base
     f"{name}{title}": f"{flags} {temperature}".strip()
@@ -87,16 +88,8 @@ STUDIES = {
         seeds=(0, 1),
         curve=(),
     ),
-    "quotes": Study(  # does the first error have to be found? most of all where nothing but the quote is taught
-        {
-            f"{mask} mask, {quotes} quotes{steps}": f"{flags} {spoil} {length}".strip().replace("  ", " ")
-            for steps, length in (("", ""), (", 10 steps", "--steps 10"))
-            for mask, flags in (("span", "--mask span"), ("suffix", ""))
-            for quotes, spoil in (("own", ""), ("random", "--spoil-quote 1.0"))
-        },
-        seeds=(0, 1),
-        curve=(),
-    ),
+    "quotes": Study(QUOTES, seeds=(0, 1), curve=()),  # does the first error have to be found?
+    "quotes-early": Study(QUOTES, "--domain mix --steps 10", seeds=(0, 1), curve=()),
     "collapse": Study(
         {
             "suffix mask, frozen": "",
