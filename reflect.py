@@ -22,6 +22,7 @@ Reflection(quote='6*2=8', idea='6*2=2')
 import random
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -78,19 +79,21 @@ def choose_peers(rollouts: list[Rollout], group: int, rule: str = "shortest") ->
     return peers
 
 
-def pair_up(
-    rollouts: list[Rollout], group: int, rule: str, context: str, drop_solved: bool
-) -> list[tuple[Rollout, Rollout | None]]:
+def pair_up(rollouts: list[Rollout], config: Any) -> list[tuple[Rollout, Rollout | None]]:
     """Every rollout that the method can learn from, and its correct peer y*, if it needs one.
 
     A wrong rollout in a group without a correct one has no peer, and is skipped unless the teacher holds the golden
     solution. A group's only correct rollout has none either, and is skipped where the teacher holds a peer's solution.
+    config has group, peer, context, and what else to skip: groups without a wrong rollout (solved), all wrong or all
+    right rollouts (learn_from).
     """
-    pairs = []
-    for i, (rollout, peer) in enumerate(zip(rollouts, choose_peers(rollouts, group, rule), strict=True)):
+    pairs, group = [], config.group
+    for i, (rollout, peer) in enumerate(zip(rollouts, choose_peers(rollouts, group, config.peer), strict=True)):
+        right = rollout.verdict.correct
         solved = all(member.verdict.correct for member in rollouts[i - i % group :][:group])
-        alone_suffices = context == "gold" or (context == "reflection" and rollout.verdict.correct)
-        if (peer or alone_suffices) and not (solved and drop_solved):
+        alone_suffices = config.context == "gold" or (config.context == "reflection" and right)
+        skipped = (solved and config.solved == "drop") or config.learn_from == ("wrong" if right else "right")
+        if (peer or alone_suffices) and not skipped:
             pairs.append((rollout, peer))
     return pairs
 
@@ -136,26 +139,20 @@ def parse_reflection(text: str) -> Reflection:
 
 
 def spoil_some(
-    read: list[Reflection],
-    rollouts: list[Rollout],
-    task: Task,
-    idea_share: float,
-    kind: str,
-    quote_share: float,
-    rng: random.Random,
+    read: list[Reflection], rollouts: list[Rollout], task: Task, config: Any, rng: random.Random
 ) -> list[Reflection]:
     """The reflections, some of which mislead on purpose, to separate the causes of a gain.
 
-    A spoiled idea is false, or (kind 'other') that of another problem. A spoiled quote of a wrong rollout is a random
-    piece of it, at most as long as the quote was.
+    config has the shares spoil_idea and spoil_quote. A spoiled idea is false, or (spoil_kind 'other') that of another
+    problem. A spoiled quote of a wrong rollout is a random piece of it, at most as long as the quote was.
     """
     spoiled = []
     for rollout, reflection in zip(rollouts, read, strict=True):
         q, e, tokens = reflection.quote, reflection.idea, task.pieces(rollout.tokens)
-        if rng.random() < idea_share and e is not None:
+        if rng.random() < config.spoil_idea and e is not None:
             others = [r.idea for r, o in zip(read, rollouts, strict=True) if r.idea and o.problem != rollout.problem]
-            e = false_idea(e, rng) if kind == "false" else rng.choice(others or [e])
-        if rng.random() < quote_share and not rollout.verdict.correct and tokens:
+            e = false_idea(e, rng) if config.spoil_kind == "false" else rng.choice(others or [e])
+        if rng.random() < config.spoil_quote and not rollout.verdict.correct and tokens:
             q = "".join(tokens[rng.randrange(len(tokens)) :])[: max(1, len(q or ""))]
         spoiled.append(Reflection(q, e))
     return spoiled

@@ -109,6 +109,7 @@ class Config(RunConfig):
     ratio_clip: float = option(2.0, "upper clip of the token importance ratio", "2.0", minimum=1)
     clip_low: float = option(0.2, "GRPO: lower clip of the ratio", "0.2", minimum=0, maximum=1)
     clip_high: float = option(0.28, "GRPO: upper clip of the ratio", "0.28", minimum=0)
+    learn_from: str = option("all", "which rollouts teach: all, right or wrong ones", "all", ("all", "right", "wrong"))
     spoil_idea: float = option(0.0, "share of the reflections whose idea misleads", "0", minimum=0, maximum=1)
     spoil_kind: str = option("false", "how: a false result, or an idea of another problem", None, ("false", "other"))
     spoil_quote: float = option(0.0, "share of the reflections that quote a random place", "0", minimum=0, maximum=1)
@@ -157,8 +158,7 @@ def reflect_on(
         with nullcontext() if config.reflector == "student" else adapters_off(reflector):
             texts = reflect.write_reflections(reflector, task, rollouts, peers, config.told_answer, **sampling)
     read = list(map(reflect.parse_reflection, texts))
-    spoiling = (config.spoil_idea, config.spoil_kind, config.spoil_quote)
-    return reflect.spoil_some(read, rollouts, task, *spoiling, run.random("spoil", step))
+    return reflect.spoil_some(read, rollouts, task, config, run.random("spoil", step))
 
 
 def make_lessons(
@@ -171,7 +171,7 @@ def make_lessons(
         advantages = losses.group_advantage(rewards).flatten().tolist()
         return [Lesson(r, "", 0, len(r.tokens), a) for r, a in zip(rollouts, advantages, strict=True) if a != 0], logged
 
-    pairs = reflect.pair_up(rollouts, config.group, config.peer, config.context, config.solved == "drop")
+    pairs = reflect.pair_up(rollouts, config)
     reflecting = config.context in ("reflection", "both") or config.mask in ("suffix", "span")
     nothing = [Reflection(None, None)] * len(pairs)
     reflections = reflect_on(pairs, reflector, task, config, step, run) if reflecting else nothing
@@ -329,8 +329,8 @@ def train(config: Config) -> dict:
 
 def main() -> None:
     config = parse_config(Config, __doc__)
-    if config.method == "grpo" and (config.context or config.mask):
-        raise UserError("--method grpo has no teacher and no mask; leave out --context and --mask")
+    if config.method == "grpo" and (config.context or config.mask or config.learn_from != "all"):
+        raise UserError("--method grpo has no teacher and no mask; leave out --context, --mask and --learn-from")
     sdpo = dataclasses.replace(config, method="sdpo", context=None, mask=None)
     configs = [config, sdpo] if config.baseline and config.method != "sdpo" else [config]
     list(map(settle, configs))  # flags that do not go together are reported before the first run

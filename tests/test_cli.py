@@ -165,6 +165,7 @@ OWN = {
     "train_rosd": [
         (["--alpha", "3"], "--alpha"),
         (["--method", "grpo", "--mask", "whole"], "--mask"),
+        (["--method", "grpo", "--learn-from", "wrong"], "--learn-from"),
         (["--finetune", "lora", "--ema", "0.1"], "give --ema 0 or --finetune full"),
         (["--finetune", "lora", "--preset", "released"], "give --ema 0"),  # of SDPO, the baseline
     ],

@@ -43,6 +43,8 @@ SOLVED, MIXED, LOST = ["a", "ab", "ac"], ["a", "b", "cd"], ["b", "c", "d"]
     [
         ({}, ["a", "ab", "ac", "a", "b", "cd"]),
         ({"solved": "drop"}, ["a", "b", "cd"]),
+        ({"learn_from": "right"}, ["a", "ab", "ac", "a"]),
+        ({"learn_from": "wrong"}, ["b", "cd"]),
         ({"method": "sdpo"}, ["a", "ab", "ac", "b", "cd"]),  # a group's only correct rollout has no peer
         ({"method": "sdpo", "solved": "drop"}, ["b", "cd"]),
         ({"method": "opsd"}, ["a", "ab", "ac", "a", "b", "cd", "b", "c", "d"]),
@@ -50,8 +52,7 @@ SOLVED, MIXED, LOST = ["a", "ab", "ac"], ["a", "b", "cd"], ["b", "c", "d"]
 )
 def test_groups_without_a_peer_are_skipped_and_solved_ones_where_that_is_asked(flags: dict, kept: list[str]) -> None:
     rollouts = [make_rollout(text) for text in SOLVED + MIXED + LOST]
-    config = settle(Config(**flags))
-    pairs = pair_up(rollouts, 3, config.peer, config.context, config.solved == "drop")
+    pairs = pair_up(rollouts, settle(Config(group=3, **flags)))
     assert [rollout.text for rollout, _ in pairs] == kept
 
 
@@ -172,9 +173,9 @@ def test_a_false_idea_has_another_result_and_nothing_else_changed() -> None:
 
 
 def test_a_spoiled_quote_is_a_piece_of_the_rollout_as_long_as_the_quote_was() -> None:
-    wrong, quotes = make_rollout("bcdbdc"), set()
+    wrong, quotes, spoiling = make_rollout("bcdbdc"), set(), Config(spoil_quote=1.0)
     for seed in range(50):
-        (read,) = spoil_some([Reflection("cd", "e")], [wrong], Letters(), 0.0, "false", 1.0, random.Random(seed))
+        (read,) = spoil_some([Reflection("cd", "e")], [wrong], Letters(), spoiling, random.Random(seed))
         assert read.idea == "e" and read.quote in "bcdbdc<end>" and 1 <= len(read.quote) <= 2
         quotes.add(read.quote)
     assert len(quotes) > 5
