@@ -148,6 +148,8 @@ STUDIES = {
     "real-rosd": Study(  # an oracle separates the method from its reflector, false results from the method
         THREE
         | {
+            "ROSD, correct rollouts alone": "--learn-from right",
+            "ROSD, wrong rollouts alone": "--learn-from wrong",
             "ROSD, ideas of other problems": "--spoil-idea 1 --spoil-kind other",
             "ROSD, an oracle reflects": "--reflector oracle",
             "ROSD, an oracle reflects, whole mask": "--reflector oracle --mask whole",
