@@ -81,6 +81,7 @@ STUDIES = {
         | {f"{mask} mask": f"--mask {mask}" for mask in ("whole", "span", "oracle")}
         | {"without reflection": "--context peer"}
         | {"correct rollouts alone": "--learn-from right", "wrong rollouts alone": "--learn-from wrong"}
+        | {"wrong rollouts alone, span mask": "--learn-from wrong --mask span"}
         | {f"{dose:.0%} of the ideas false": f"--spoil-idea {dose}" for dose in (0.25, 0.5, 1.0)}
         | {
             "100% of the ideas of another problem": "--spoil-idea 1.0 --spoil-kind other",
