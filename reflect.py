@@ -215,6 +215,7 @@ def error_mask(starts: list[int], ends: list[int], lengths: list[int]) -> Tensor
 
 @dataclass(frozen=True)
 class Config(TaskConfig):
+    domain: str = option("", "domain of the problem; the task's first where none is given")
     seed: int = option(6, "which problem")
 
 

@@ -149,7 +149,7 @@ def reflect_on(
 ) -> list[Reflection]:
     """(e, q) ~ pi(. | x, y*, y-) for the wrong, e ~ pi(. | x, y+) for the correct ones; spoiled where that is asked."""
     rollouts = [rollout for rollout, _ in pairs]
-    peers = [peer.text if peer else rollout.problem.solution for rollout, peer in pairs]  # not read for correct ones
+    peers = [peer.text if peer else rollout.problem.solution for rollout, peer in pairs]  # no peer: golden
     if config.reflector == "oracle":
         texts = [task.true_reflection(rollout.problem, rollout.text) for rollout in rollouts]
     else:
@@ -339,7 +339,7 @@ def main() -> None:
         rows = {"base, before training": results[0]["before"]}
         for result in results:
             c, method = result["config"], result["config"]["method"]
-            own = METHODS[method] | {"reflector": "base"}
+            own = METHODS[method] | {"reflector": "base", "learn_from": "all"}
             changed = "".join(f", {name} {c[name]}" for name in own if c[name] != own[name])
             rows[(method.upper() + changed) if changed else NAMES.get(method, method.upper())] = result["after"]
         print(f"\n{comparison(rows, results[0]['config']['domain'], results[0]['habits'])}")

@@ -4,15 +4,15 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
-from filelock import FileLock, Timeout  # torch brings it
 
 from errors import UserError
 from hub.weights import their_name
@@ -33,16 +33,27 @@ def make_folder(path: Path) -> Path:
     return path
 
 
-def lock_folder(folder: Path) -> FileLock:
-    """A lock on the folder, held until its release or this process's end; UserError where another one holds it."""
-    lock = FileLock(folder / ".lock", timeout=0)
+def lock_folder(folder: Path) -> IO:
+    """An open file that no other process can lock until it is closed or this process ends, however it ends."""
     try:
-        lock.acquire()
-    except Timeout as error:
+        file = (folder / ".lock").open("a", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder} ({error.strerror}); choose another folder with --out") from error
+    try:
+        if sys.platform == "win32":
+            import msvcrt
+
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError) as error:
+        file.close()
         raise UserError(f"another process is running in {folder}; wait for it, or give another --out") from error
-    except (OSError, NotImplementedError):  # a file system without locks
+    except OSError:  # a file system without locks
         pass
-    return lock
+    return file
 
 
 @contextmanager

@@ -41,7 +41,6 @@ class TaskConfig:
     task: str = option("arithmetic", "what the problems are from: arithmetic, gym:NAME[,NAME...] or FILE.jsonl")
     shots: int = option(0, "worked examples in the prompts of a task in words", minimum=0)
     max_response: int | None = option(None, "tokens of a response to a task in words; unset: the task's", minimum=1)
-    domain: str = option("", "domain of the problems; unset: the task's first, for SPD on arithmetic exam")
     seed: int = option(0, "seed of everything random, test problems included", minimum=0, maximum=2**63 - 1)
     base: str = option("data/base.pt", "checkpoint to start from, or the folder of a Hugging Face model")
     device: str = option("auto", "cpu, cuda, mps or auto")
@@ -52,6 +51,7 @@ class TaskConfig:
 class RunConfig(TaskConfig):
     """The settings that every training script has."""
 
+    domain: str = option("", "domain to train on; unset: the task's first, for SPD on arithmetic exam")
     out: str = option("out", "folder for runs")
     baseline: bool = option(True, "also train what the method is compared with, for the table")
     eval_problems: int = option(64, "test problems a domain", minimum=1)
@@ -99,13 +99,15 @@ class Run:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if self.lock:
-            self.lock.release()
-        if isinstance(error, FloatingPointError):  # the state is the one before this batch
-            path, everything = self.folder / "bad_batch.json", parallel.gather(files.plain(self.batch))
-            if parallel.FIRST:
-                files.write_json(path, everything)
-            raise UserError(f"{error}; its batch is in {path}, try a lower --learning-rate") from error
+        try:
+            if isinstance(error, FloatingPointError):  # the state is the one before this batch
+                path, everything = self.folder / "bad_batch.json", parallel.gather(files.plain(self.batch))
+                if parallel.FIRST:
+                    files.write_json(path, everything)
+                raise UserError(f"{error}; its batch is in {path}, try a lower --learning-rate") from error
+        finally:
+            if self.lock:
+                self.lock.close()
 
     def check_same(self, saved: dict, path: Path) -> None:
         """UserError where a file in this folder comes from other settings."""
@@ -175,8 +177,8 @@ class Run:
         file = f"base-{name}-{zlib.crc32(repr(asked).encode()):08x}.json"
         path = next(self.folder.parent.glob(f"*/{file}"), self.folder / file)
         if not path.exists():
-            files.write_json(path, measure())
-        return files.read_json(path)
+            files.write_json(path, {"asked": asked, "measured": measure()})
+        return files.read_json(path)["measured"]
 
     def finish(self, model: GPT, **content: Any) -> dict[str, Any]:
         """Write the model and results.json; the state is not needed any more."""
@@ -294,7 +296,7 @@ def provenance() -> dict[str, Any]:
 
 
 def peak_memory_mb() -> float | None:
-    """The largest memory of this process so far, in MiB: the GPU's where there is one, else the resident set."""
+    """The largest memory of this process so far, in MB of 2**20 bytes: the GPU's, or else the resident set."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     try:

@@ -15,6 +15,7 @@ from conftest import ROSD, both_scripts, sentence, train
 import train_rosd
 from errors import UserError
 from harness.cli import run_script
+from harness.files import lock_folder
 
 
 def full(*_: object, **__: object) -> None:
@@ -43,6 +44,12 @@ def test_a_full_disk_is_one_sentence_and_destroys_nothing(
     assert {path: path.read_bytes() for path in before} == before
     assert not list((tmp_path / "out").glob("*/*.tmp"))
     train(script, base, tmp_path / "out", "--resume")
+
+
+def test_a_lock_that_cannot_be_made_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match="choose another folder"):
+        lock_folder(tmp_path)
 
 
 def test_a_bad_batch_that_cannot_be_written_is_told(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

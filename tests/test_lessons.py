@@ -172,7 +172,7 @@ def test_a_false_idea_has_another_result_and_nothing_else_changed() -> None:
     assert false_idea("no digit", random.Random(0)) == "no digit"
 
 
-def test_a_spoiled_quote_is_a_piece_of_the_rollout_as_long_as_the_quote_was() -> None:
+def test_a_spoiled_quote_is_a_piece_of_the_rollout_no_longer_than_the_quote_was() -> None:
     wrong, quotes, spoiling = make_rollout("bcdbdc"), set(), Config(spoil_quote=1.0)
     for seed in range(50):
         (read,) = spoil_some([Reflection("cd", "e")], [wrong], Letters(), spoiling, random.Random(seed))

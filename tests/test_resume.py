@@ -143,4 +143,4 @@ def test_a_file_system_without_locks_is_no_reason_to_stop(tmp_path: Path, monkey
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", unsupported)
-    lock_folder(tmp_path).release()
+    lock_folder(tmp_path).close()

@@ -61,7 +61,8 @@ def test_spd_and_its_kin_lose_what_they_lost_before(flags: str, base: str, tmp_p
 def test_a_run_trains_and_leaves_its_files(script: ModuleType, base: str, letters: Letters, tmp_path: Path) -> None:
     result = train(script, base, tmp_path / "out")
     (folder,) = (tmp_path / "out").iterdir()
-    assert len(list(folder.glob("base-*.json"))) == (2 if script is train_spd else 1)
+    of_base = ["base-before", "base-own"] if script is train_spd else ["base-before"]
+    assert sorted(path.name[:-14] for path in folder.glob("base-*.json")) == of_base
     others = {path.name for path in folder.iterdir()} - {path.name for path in folder.glob("base-*.json")}
     assert others == {"metrics.jsonl", "model.pt", "results.json", ".lock"}
     before = files.load_checkpoint(base).state_dict()
@@ -124,9 +125,10 @@ def test_the_base_is_evaluated_once_for_all_runs_that_ask_the_same(base: str, tm
     assert lora["before"] == first["before"] != lora["after"]
     evaluated.clear()
     train(train_rosd, base, tmp_path, "--seed", "1")
+    train(train_rosd, base, tmp_path, "--eval-temperature", "0.5")
     monkeypatch.setattr(files, "code_checksum", lambda: "of other code")
     train(train_rosd, base, tmp_path, "--method", "grpo")
-    assert evaluated == 2 * [False, True]
+    assert evaluated == 3 * [False, True]
 
 
 def test_learning_curves_are_tested_as_often_as_asked(base: str, letters: Letters, tmp_path: Path) -> None:

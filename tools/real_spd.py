@@ -30,7 +30,7 @@ from subspace import Place, SubspaceConfig, calibration_set, capability_gradient
 from tools import stats
 
 PATH = stats.RESULTS / "real-spd.json"
-INCIDENTAL = ("task", "domain", "threads", "device", "batch", "readme")  # settings that change no answer to a task
+INCIDENTAL = ("task", "threads", "device", "batch", "readme")  # settings that change no answer to a task
 DRAWS = 3  # random subspaces at the aligned loss's place; their best place is that of the first draw
 
 
@@ -122,6 +122,7 @@ def measure_all(config: Config) -> dict:
     model = model.float()
     settings = files.plain(config) | {"base": Path(config.base).name, "checksum": files.checksum(config.base)}
     settings["system"] = task.tokenizer.system
+    settings |= {"device type": model.device.type} if model.device.type != "cpu" else {}  # rounds in its own way
     about = {name: x for name, x in settings.items() if name not in INCIDENTAL}
     content = files.read_json(PATH) if PATH.exists() else {}
     if content.get("settings") != about:

@@ -198,7 +198,7 @@ def main() -> None:
     if config.page == "rosd":
         _, peer, group = reflect.example(model, task, config.domain, config.seed)
         paths = {name: Path(config.runs, f"{name.lower()}-seed0", "model.pt") for name in ("ROSD", "SDPO")}
-        students = {name: files.load_checkpoint(path) for name, path in paths.items() if path.exists()}
+        students = {name: files.load_checkpoint(path).to(model.device) for name, path in paths.items() if path.exists()}
         page = rosd_page(model, task, students, group, peer)
     else:
         page = spd_page(model, task, config)
