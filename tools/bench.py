@@ -102,11 +102,9 @@ def our_rollouts(may_end: bool, folder: str, steps: int) -> list[float]:
 
 
 def our_step(method: str, folder: str, steps: int) -> list[float]:
-    task, config = (
-        bench_task(folder),
-        train_rosd.Config(method=method, finetune="lora", group=GROUP, learning_rate=RATE),
-    )
-    config, model = train_rosd.settle(config), files.load_checkpoint(folder).bfloat16()
+    task, model = bench_task(folder), files.load_checkpoint(folder).bfloat16()
+    config = train_rosd.Config(method=method, finetune="lora", group=GROUP, learning_rate=RATE)
+    config = train_rosd.settle(config)
     optimizer = torch.optim.AdamW(make_trainable(model, "lora", 8, 8.0), lr=RATE)
 
     def run(step: int) -> None:
