@@ -154,6 +154,8 @@ STUDIES = {
             "ROSD, ideas of other problems": "--spoil-idea 1 --spoil-kind other",
             "ROSD, an oracle reflects": "--reflector oracle",
             "ROSD, an oracle reflects, whole mask": "--reflector oracle --mask whole",
+            "ROSD, an oracle reflects, correct rollouts alone": "--reflector oracle --learn-from right",
+            "ROSD, an oracle reflects, wrong rollouts alone": "--reflector oracle --learn-from wrong",
             "ROSD, an oracle reflects falsely": "--reflector oracle --spoil-idea 1",
         },
         f"{REAL} --finetune lora --steps 20 --batch 4 --group 4",
