@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data import Problem, Task, Verdict
+from data import Problem, Task, Verdict, falsify
 from errors import UserError
 from harness.cli import option, parse_config, run_script
 from harness.run import TaskConfig, open_task_and_base, seeded
@@ -151,26 +151,11 @@ def spoil_some(
         q, e, tokens = reflection.quote, reflection.idea, task.pieces(rollout.tokens)
         if rng.random() < config.spoil_idea and e is not None:
             others = [r.idea for r, o in zip(read, rollouts, strict=True) if r.idea and o.problem != rollout.problem]
-            e = false_idea(e, rng) if config.spoil_kind == "false" else rng.choice(others or [e])
+            e = falsify(e, rng) if config.spoil_kind == "false" else rng.choice(others or [e])
         if rng.random() < config.spoil_quote and not rollout.verdict.correct and tokens:
             q = "".join(tokens[rng.randrange(len(tokens)) :])[: max(1, len(q or ""))]
         spoiled.append(Reflection(q, e))
     return spoiled
-
-
-def false_idea(idea: str, rng: random.Random) -> str:
-    """The same idea with wrong results: every number after '=', or else the last number, gets another last digit.
-
-    >>> false_idea("7*8=6", random.Random(0))
-    '7*8=7'
-    """
-
-    def another(match: re.Match) -> str:
-        digit = match[0][-1]
-        return match[0][:-1] + rng.choice([d for d in "0123456789" if d != digit])
-
-    results = re.sub(r"(?<==)\s*-?\d+", another, idea)
-    return results if results != idea else re.sub(r"\d+(?=\D*$)", another, idea)
 
 
 # ---------------------------------------------------------------------------------------------- localization

@@ -5,13 +5,14 @@
 
 from pathlib import Path
 
+from data.answers import falsify
 from data.arithmetic import Arithmetic
 from data.sources import Gym, Lines
 from data.task import Problem, Task, Verdict
 from data.words import Words
 from errors import UserError
 
-__all__ = ["Problem", "Task", "Verdict", "load_task"]
+__all__ = ["Problem", "Task", "Verdict", "falsify", "load_task"]
 
 
 def load_task(spec: str, base: Path | str = "data/base.pt", shots: int = 0, max_response: int | None = None) -> Task:

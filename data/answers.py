@@ -6,6 +6,7 @@
 (True, True, False)
 """
 
+import random
 import re
 from fractions import Fraction
 
@@ -74,3 +75,18 @@ def equal(answer: str, golden: str) -> bool:
 def bare(text: str) -> str:
     """Words without case and without marks around them."""
     return text.strip(" \t\n.,:;!?*\"'()[]").casefold()
+
+
+def falsify(text: str, rng: random.Random) -> str:
+    """The text with wrong results: every number after '=', or else the last number, gets another last digit.
+
+    >>> falsify("7*8=6", random.Random(0))
+    '7*8=7'
+    """
+
+    def another(match: re.Match) -> str:
+        digit = match[0][-1]
+        return match[0][:-1] + rng.choice([d for d in "0123456789" if d != digit])
+
+    results = re.sub(r"(?<==)\s*-?\d+", another, text)
+    return results if results != text else re.sub(r"\d+(?=\D*$)", another, text)

@@ -45,29 +45,6 @@ Write nothing but this:
 
 TOLD = "\nIts result is {answer}."
 
-# Worked examples for a reflector that needs them: the fields of its prompt, and what it is to write.
-REFLECTED = (
-    (
-        {
-            "question": "A box holds 4 rows of 6 eggs. 5 eggs are broken. How many are whole?",
-            "answer": "19",
-            "peer": f"4 * 6 = 24 eggs in all.\n24 - 5 = 19 are whole.\n{MARK} 19",
-            "attempt": f"4 * 6 = 26 eggs in all.\n26 - 5 = 21 are whole.\n{MARK} 21",
-        },
-        "<error_quote>4 * 6 = 26</error_quote><explanation>Four rows of six eggs are 4 * 6 = 24 eggs, not 26."
-        "</explanation>",
-    ),
-    (
-        {
-            "question": "Ana reads 12 pages a day. How many pages does she read in a week?",
-            "answer": "84",
-            "peer": None,
-            "attempt": f"A week has 7 days.\n12 * 7 = 84\n{MARK} 84",
-        },
-        "<explanation>A week has 7 days, so the pages of one day are taken 7 times: 12 * 7 = 84.</explanation>",
-    ),
-)
-
 
 def problem_request(question: str, ending: str, idea: str | None = None, solution: str | None = None) -> str:
     """The problem alone, or with a corrective idea, with a solution that is right, or with both."""

@@ -10,8 +10,8 @@ import re
 from pathlib import Path
 from typing import ClassVar
 
-from data.answers import MARK, MARKS, final_answer
-from data.requests import ENDING, REFLECTED, problem_request, reflection_request
+from data.answers import MARK, MARKS, falsify, final_answer
+from data.requests import ENDING, problem_request, reflection_request
 from data.sources import Gym, Lines, WordProblem
 from data.task import Task, Verdict
 from errors import UserError
@@ -101,12 +101,19 @@ class Words(Task):
         return self.chat(problem_request(problem.question, self.ending, idea, solution), self.examples(problem))
 
     def reflector_prompt(self, problem: WordProblem, attempt: str, peer: str | None, told_answer: bool) -> str:
-        answer = problem.answer if told_answer else None
-        examples = [
-            (reflection_request(**fields | {"answer": fields["answer"] if told_answer else None}), written)
-            for fields, written in REFLECTED * (self.shots > 0)
-        ]
-        return self.chat(reflection_request(problem.question, attempt, peer, answer), examples)
+        """With shots, worked examples are of the same kind: false solutions for a wrong attempt, else right ones."""
+
+        def request(asked: WordProblem, attempt: str, peer: str | None) -> str:
+            return reflection_request(asked.question, attempt, peer, asked.answer if told_answer else None)
+
+        examples = []
+        for other in self.others(problem):
+            false = falsify(other.solution, random.Random(0))
+            false = false if false != other.solution else f"{MARK} unknown"  # an answer without a number
+            shown = other.solution if peer is None else false
+            beside = None if peer is None else other.solution
+            examples.append((request(other, shown, beside), self.true_reflection(other, shown)))
+        return self.chat(request(problem, attempt, peer), examples)
 
     def true_reflection(self, problem: WordProblem, response: str) -> str:
         """Quotes where a wrong response first writes the result that it ends with; the idea is the right result."""
@@ -123,10 +130,12 @@ class Words(Task):
             start -= 1
         return f"<error_quote>{response[start:end]}</error_quote>{idea}"
 
+    def others(self, problem: WordProblem) -> list[WordProblem]:
+        """Training problems of the same domain for worked examples, never the problem itself."""
+        return [other for other in self.shown[problem.domain] if other.question != problem.question][: self.shots]
+
     def examples(self, problem: WordProblem) -> list[tuple[str, str]]:
-        """Training problems of the same domain with their solutions, never the problem itself."""
-        others = [other for other in self.shown[problem.domain] if other.question != problem.question]
-        return [(problem_request(other.question, self.ending), other.solution) for other in others[: self.shots]]
+        return [(problem_request(other.question, self.ending), other.solution) for other in self.others(problem)]
 
     def chat(self, request: str, examples: list[tuple[str, str]]) -> str:
         """The prompt that asks for the answer to a request; no text in it can pass for a special token."""

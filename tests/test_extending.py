@@ -73,4 +73,4 @@ def test_loops_reflection_subspace_and_evaluation_know_nothing_of_a_task_but_wha
             assert not any(alias.name.split(".")[0] in ("data", "tools") for alias in node.names)
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] in ("data", "tools"):
             assert node.module == "data"
-            assert {alias.name for alias in node.names} <= {"Problem", "Task", "Verdict", "load_task"}
+            assert {alias.name for alias in node.names} <= {"Problem", "Task", "Verdict", "falsify", "load_task"}

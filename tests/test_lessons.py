@@ -9,6 +9,7 @@ from conftest import ROSD, Letters, make_rollout
 
 import train_rosd
 from data import Problem, Verdict
+from data.answers import falsify
 from data.arithmetic import Arithmetic
 from harness.cli import parse_config
 from harness.run import Run, run_name
@@ -16,7 +17,6 @@ from losses import group_advantage
 from reflect import (
     Reflection,
     choose_peers,
-    false_idea,
     pair_up,
     parse_reflection,
     spoil_some,
@@ -166,10 +166,10 @@ def test_the_oracle_of_arithmetic_quotes_the_first_error_and_names_the_true_step
 def test_a_false_idea_has_another_result_and_nothing_else_changed() -> None:
     for seed in range(20):
         rng = random.Random(seed)
-        assert (false := false_idea("3+4=7", rng))[:4] == "3+4=" and false[4] in "012345689"
-        assert (false := false_idea("so it is 12, then", rng))[:10] == "so it is 1" and false[10] in "013456789"
-        assert false_idea("1=2 and 3 = 40", rng) not in ("1=2 and 3 = 40", "")
-    assert false_idea("no digit", random.Random(0)) == "no digit"
+        assert (false := falsify("3+4=7", rng))[:4] == "3+4=" and false[4] in "012345689"
+        assert (false := falsify("so it is 12, then", rng))[:10] == "so it is 1" and false[10] in "013456789"
+        assert falsify("1=2 and 3 = 40", rng) not in ("1=2 and 3 = 40", "")
+    assert falsify("no digit", random.Random(0)) == "no digit"
 
 
 def test_a_spoiled_quote_is_a_piece_of_the_rollout_no_longer_than_the_quote_was() -> None:

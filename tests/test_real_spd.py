@@ -9,7 +9,7 @@ from conftest import Letters, tiny_gpt
 from model import response_logprobs
 from subspace import SubspaceConfig, calibration_set, capability_gradients, make_projectors
 from tools import real_spd
-from tools.real_spd import Config, all_gradients, choose_place, golden_logp, projectors, show, table
+from tools.real_spd import Config, all_gradients, choose_place, golden_logp, projectors, right_answers, show, table
 
 CONFIG = Config(calibration_size=12, every=1, ranks=("25%", "50%"), search=3)
 
@@ -37,6 +37,10 @@ def test_the_best_place_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     best = choose_place(model, task, all_gradients(model, task, CONFIG), "random", CONFIG)
     L = model.config.n_layer
     assert len(seen) == (L + 1) * 3 * 2 and best == (0, [[0], "kv", "25%"]) and show(best[1]) == "layer 1 kv 25%"
+
+
+def test_equal_problems_count_once() -> None:
+    assert len(right_answers(tiny_gpt(Letters()), Letters(), Config(problems=100))) == 8  # 4 letters, 2 numbers
 
 
 def test_differences_are_paired_by_problem() -> None:

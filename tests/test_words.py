@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -9,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROWS, WORKED, find
+from conftest import ROWS, WORKED, find, write_lines
 from test_hub import write_model
 from test_hub_tokenizer import SAMPLE, decode, write_tokenizer
 
@@ -49,10 +50,28 @@ def test_worked_examples_are_training_problems_of_the_domain_and_never_the_probl
         assert prompt.count("<|im_start|>user") == 3 and prompt.count(problem.question) == 1
         shown = [row["question"] for row in [*ROWS, WORKED] if row["question"] in prompt]
         assert len(shown) == 3 and not any(is_test(question) for question in shown if question != problem.question)
-    reflection = task.reflector_prompt(problem, "ATTEMPT", "PEER", False)
-    assert reflection.count("<|im_start|>user") == 3
-    quote = parse_reflection(reflection.split("<|im_start|>assistant")[1]).quote
-    assert quote is not None and locate(quote, list(reflection)) is not None
+
+
+def test_a_reflector_is_shown_wrong_attempts_for_a_wrong_one_and_right_ones_for_a_right_one(
+    folder: Path, file: Path
+) -> None:
+    task = load_task(str(file), folder, shots=2, max_response=16)
+    problem = find(task, "eggs", "Ann")
+    for peer in ("PEER", None):
+        turns = re.split("<.im_start.>(?:user|assistant)", task.reflector_prompt(problem, "ATTEMPT", peer, False))
+        for asked, written, other in zip(turns[1:5:2], turns[2:6:2], task.others(problem), strict=True):
+            attempt = re.search(r"The attempt, .*?:\n(.*?)\n\n", asked, re.DOTALL)[1]
+            assert other.question in asked and task.verify(other, attempt).correct == (peer is None)
+            read = parse_reflection(written)
+            assert read.idea == f"The result is {other.answer}."
+            assert read.quote is None if peer is None else locate(read.quote, list(attempt))
+
+
+def test_an_answer_without_a_number_has_a_wrong_attempt_too(folder: Path, tmp_path: Path) -> None:
+    days = [{"question": f"Which day comes {n} days after Monday?", "answer": "Friday"} for n in range(40)]
+    task = load_task(str(write_lines(tmp_path / "days.jsonl", days)), folder, shots=1, max_response=16)
+    prompt = task.reflector_prompt(task.problem("days", random.Random(0)), "ATTEMPT", "PEER", False)
+    assert "The answer is unknown" in prompt and "<error_quote>unknown</error_quote>" in prompt
 
 
 @pytest.mark.parametrize(
@@ -183,7 +202,7 @@ def test_both_loops_run_on_reasoning_gym_with_worked_examples(
     pytest.importorskip("reasoning_gym")
     for loop in ("opsd", "spd"):
         script, flags = LOOPS[loop]
-        out = ["--base", folder, "--task", "gym:chain_sum,gcd", "--shots", 2, "--out", tmp_path / loop]
+        out = ["--base", folder, "--task", "gym:chain_sum,gcd", "--shots", 1, "--out", tmp_path / loop]
         run(monkeypatch, script, *flags, *out)
         results = json.loads(next((tmp_path / loop).glob("*/results.json")).read_text(encoding="utf-8"))
         assert results["config"]["domain"] == "chain_sum" and set(results["after"]) == {"chain_sum", "gcd"}

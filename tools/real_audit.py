@@ -8,6 +8,8 @@ kept; whether a fresh greedy response is right. Then the reflections: their form
 by whether the answer was told. Writes results/real-audit.json, an entry a task; intervals are t over problems.
 """
 
+import copy
+import itertools
 import random
 import re
 import time
@@ -19,8 +21,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data.answers import MARK, equal, final_answer
-from data.requests import REFLECTED, reflection_request
+from data.answers import MARK, equal, falsify, final_answer
 from data.sources import WordProblem
 from data.words import Words
 from errors import UserError
@@ -28,7 +29,7 @@ from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import TaskConfig, open_task_and_base, provenance, seeded
 from model import GPT, generate, response_logprobs
-from reflect import Rollout, choose_peers, false_idea, locate, parse_reflection, sample_rollouts, token_at
+from reflect import Rollout, choose_peers, locate, parse_reflection, sample_rollouts, token_at
 from tools import stats
 
 
@@ -39,18 +40,6 @@ class Config(TaskConfig):
     group: int = option(4, "samples a problem at temperature 1", minimum=1)
     grid: int = option(16, "wrong responses on which the ways to ask for a reflection are compared", minimum=2)
     batch: int = option(16, "sequences in memory at once", minimum=1)
-
-
-def example(sum: str, right: int, wrong: int, why: str) -> tuple[dict, str]:
-    peer, attempt = (f"{sum} = {result}\n{MARK} {result}" for result in (right, wrong))
-    fields = {"question": f"Calculate {sum}.", "answer": str(right), "peer": peer, "attempt": attempt}
-    idea = f"<explanation>{sum} is {right}, not {wrong}: {why}.</explanation>"
-    return fields, f"<error_quote>{sum} = {wrong}</error_quote>{idea}"
-
-
-EXAMPLES = [REFLECTED[0], example("17 - 9", 8, 26, "9 is taken away"), example("6 * 8", 48, 14, "6 is taken 8 times")]
-WAYS = [(shots, told) for shots in (0, 1, 3) for told in (False, True)]
-OWN = (3, False)  # the way whose ideas are the hint "its own reflection"
 
 
 def in_batches(function: Callable[..., list], what: str, size: int, *columns: list) -> list:
@@ -111,13 +100,12 @@ def wrong_responses(model: GPT, task: Words, config: Config) -> tuple[dict, int,
 def audit(model: GPT, task: Words, config: Config) -> dict:
     cases, count, right = wrong_responses(model, task, config)
     forms, shown, ideas = {}, [], []
-    for shots, told in WAYS:
-        asked, prompts = list(cases.values())[: None if (shots, told) == OWN else config.grid], []
-        for rollout, peer in asked:
-            untold, answer = ({}, rollout.problem.answer) if told else ({"answer": None}, None)
-            examples = [(reflection_request(**fields | untold), written) for fields, written in EXAMPLES[:shots]]
-            request = reflection_request(rollout.problem.question, rollout.text, peer, answer)
-            prompts.append(task.chat(request, examples))
+    for shots, told in itertools.product(sorted({0, 1, config.shots}), (True, False)):
+        asker = copy.copy(task)
+        asker.shots = shots
+        own = (shots, told) == (config.shots, False)  # as in training: the hint "its own reflection"
+        asked = list(cases.values())[: None if own else config.grid]
+        prompts = [asker.reflector_prompt(rollout.problem, rollout.text, peer, told) for rollout, peer in asked]
         way = f"{shots} examples, {'told' if told else 'not told'}"
         texts = in_batches(partial(greedy, model, task, task.max_reflection), way, config.batch, prompts)
         forms[way] = form(task, [rollout for rollout, _ in asked], texts)
@@ -125,7 +113,7 @@ def audit(model: GPT, task: Words, config: Config) -> dict:
             {"way": way, "attempt": r.text, "written": text}
             for (r, _), text in list(zip(asked, texts, strict=True))[:5]
         ]
-        ideas = [parse_reflection(text).idea for text in texts] if (shots, told) == OWN else ideas
+        ideas = [parse_reflection(text).idea for text in texts] if own else ideas
     wrong = [(rollout, idea) for (rollout, _), idea in zip(cases.values(), ideas, strict=True) if idea]
     figures = {"problems": count, "right": right, "wrong": len(cases), "with an idea": len(wrong)}
     if len(wrong) < 2:
@@ -137,7 +125,7 @@ def hints(model: GPT, task: Words, wrong: list[tuple[Rollout, str]], config: Con
     """hint -> measure -> [mean, half of its interval, mean and half of the paired difference from no hint]."""
     asked, own, rng = [r.problem for r, _ in wrong], [idea for _, idea in wrong], random.Random(config.seed)
     true = list(map(true_idea, asked))
-    false = [false_idea(idea, rng) for idea in true]
+    false = [falsify(idea, rng) for idea in true]
     prompts = {
         "no hint": list(map(task.student_prompt, asked)),
         "an irrelevant hint": list(map(task.teacher_prompt, asked, own[1:] + own[:1])),

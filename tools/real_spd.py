@@ -42,7 +42,7 @@ class Config(TaskConfig):
     ranks: tuple[str, ...] = option(("50%", "75%"), "ranks to search")
     calibration_size: int = option(100, "calibration examples, N_cal", "20 to 500", minimum=1)
     search: int = option(24, "training problems on which a place is chosen", minimum=1)
-    problems: int = option(400, "test problems", minimum=2)
+    problems: int = option(400, "test problems drawn; equal ones count once", minimum=2)
     batch: int = option(16, "responses in memory at once", minimum=1)
     readme: bool = option(False, "put the table into the READMEs")
 
@@ -93,8 +93,9 @@ def choose_place(model: GPT, task: Task, gradients: dict[str, Gradients], kind: 
 
 
 def right_answers(model: GPT, task: Task, config: Config) -> str:
-    """A digit for every test problem: 1 where it is answered rightly, greedily."""
-    problems = task.problems(task.domains[0], config.problems, random.Random(f"test {config.seed}"), test=True)
+    """A digit for every different test problem: 1 where it is answered rightly, greedily."""
+    drawn = task.problems(task.domains[0], config.problems, random.Random(f"test {config.seed}"), test=True)
+    problems = list({problem.question: problem for problem in drawn}.values())
     _, verdicts = answer(model, task, problems, temperature=0.0, at_once=config.batch)
     return "".join(str(int(verdict.correct)) for verdict in verdicts)
 
@@ -107,8 +108,9 @@ def table(content: dict) -> str:
             right = {(i, 0): x for i, x in enumerate(map(int, row["right"]))}
             paired = stats.difference(right, base)
             gain = "" if name == "base" else f"{100 * paired.mean:+.1f} ± {100 * paired.half:.1f}"
-            lines.append([task, name, row["place"], f"{100 * stats.estimate(right).mean:.1f}", gain])
-    return markdown_table(["task", "text of", "place", "right, %", "difference"], lines)
+            accuracy = f"{100 * stats.estimate(right).mean:.1f}"
+            lines.append([task, name, row["place"], str(len(right)), accuracy, gain])
+    return markdown_table(["task", "text of", "place", "problems", "right, %", "difference"], lines)
 
 
 def show(place: list) -> str:

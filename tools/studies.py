@@ -53,9 +53,10 @@ TEXTS = {  # what the base writes under projection, at the best place of each ba
 }
 
 SMOLLM2 = ("smollm2",)  # the folder that `python -m tools.smollm2 smollm2` makes
-REAL = "--task gym:chain_sum:max_digits=1,products --shots 1 --max-response 40 --learning-rate 5e-4"
+REAL = "--task gym:chain_sum:max_digits=1:seed=4,products:seed=4 --shots 2"  # the best of 18 prompts
+REAL += " --max-response 40 --learning-rate 5e-4"
 REAL += " --eval-problems 400 --eval-samples 1 --eval-temperature 0 --eval-batch 32"
-RULE = "--layers 6 --project v --rank 50%"  # where tools/real_spd.py places the aligned subspace for these sums
+RULE = "--layers 6 --project k --rank 50%"  # where tools/real_spd.py places the aligned subspace for these sums
 
 STUDIES = {
     "rosd": Study(METHODS),
