@@ -108,10 +108,10 @@ class Words(Task):
 
         examples = []
         for other in self.others(problem):
-            false = falsify(other.solution, random.Random(0))
-            false = false if false != other.solution else f"{MARK} unknown"  # an answer without a number
-            shown = other.solution if peer is None else false
-            beside = None if peer is None else other.solution
+            false = falsify(other.answer, random.Random(0))
+            false = false if false != other.answer else "unknown"  # an answer without a number
+            wrong = re.sub(place_of(other.answer), lambda _, false=false: false, other.solution)
+            shown, beside = (other.solution, None) if peer is None else (wrong, other.solution)
             examples.append((request(other, shown, beside), self.true_reflection(other, shown)))
         return self.chat(request(problem, attempt, peer), examples)
 
@@ -121,7 +121,7 @@ class Words(Task):
         given = final_answer(response, problem.answer)
         if given is None or self.source.right(problem, given):
             return idea
-        spot = rf"(?<![\w.,]){re.escape(given)}(?![.,]?\d|\w)"
+        spot = place_of(given)
         place = re.search(rf"=\s*{spot}", response) or re.search(spot, response)
         if place is None:
             return f"<error_quote>{given}</error_quote>{idea}"
@@ -169,3 +169,8 @@ class Words(Task):
     def end(self) -> int:
         """The chat's end of turn: a folder may name other stop tokens as well."""
         return self.tokenizer.end
+
+
+def place_of(result: str) -> str:
+    """A pattern for a result that is not part of another number or word."""
+    return rf"(?<![\w.,]){re.escape(result)}(?![.,]?\d|\w)"

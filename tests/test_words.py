@@ -67,11 +67,20 @@ def test_a_reflector_is_shown_wrong_attempts_for_a_wrong_one_and_right_ones_for_
             assert read.quote is None if peer is None else locate(read.quote, list(attempt))
 
 
-def test_an_answer_without_a_number_has_a_wrong_attempt_too(folder: Path, tmp_path: Path) -> None:
-    days = [{"question": f"Which day comes {n} days after Monday?", "answer": "Friday"} for n in range(40)]
-    task = load_task(str(write_lines(tmp_path / "days.jsonl", days)), folder, shots=1, max_response=16)
-    prompt = task.reflector_prompt(task.problem("days", random.Random(0)), "ATTEMPT", "PEER", False)
-    assert "The answer is unknown" in prompt and "<error_quote>unknown</error_quote>" in prompt
+@pytest.mark.parametrize(
+    ("answer", "attempt", "quote"),
+    [
+        ("Friday", "The answer is unknown", "unknown"),
+        ("2 * 36 = <<2*36=72>>72 in all.\n#### 72", "2 * 36 = 77 in all.\nThe answer is 77", "= 77"),
+    ],
+)
+def test_a_wrong_attempt_of_an_example_ends_wrongly(
+    folder: Path, tmp_path: Path, answer: str, attempt: str, quote: str
+) -> None:
+    rows = [{"question": f"What is number {n}?", "answer": answer} for n in range(40)]
+    task = load_task(str(write_lines(tmp_path / "rows.jsonl", rows)), folder, shots=1, max_response=16)
+    prompt = task.reflector_prompt(task.problem("rows", random.Random(0)), "ATTEMPT", "PEER", False)
+    assert attempt in prompt and f"<error_quote>{quote}</error_quote>" in prompt
 
 
 @pytest.mark.parametrize(
