@@ -1,8 +1,8 @@
 """The hint audit on real weights: what does a hint do to a model that answers wrongly?
 
-    python -m tools.real_audit --base FOLDER --task gym:chain_sum:max_digits=1 --problems 64
+    python -m tools.real_audit --base FOLDER --task gym:chain_sum:max_digits=1 --shots 2 --problems 64
 
-Takes the first wrong response to every problem that has one, and puts each kind of hint before the problem. Measured:
+Takes the first wrong response to every problem that has one, and puts each kind of hint behind the problem. Measured:
 P(reference answer) right after the answer mark; the same where the response first writes its own result, all before it
 kept; whether a fresh greedy response is right. Then the reflections: their form, by the worked examples shown first and
 by whether the answer was told. Writes results/real-audit.json, an entry a task; intervals are t over problems.
