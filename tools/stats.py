@@ -175,14 +175,14 @@ def note(results: dict) -> str:
     each = "1 seed each" if len(seeds) == 1 else f"{len(seeds)} seeds averaged within each"
     over = f"{len(bases)} bases, {each}" if len(bases) > 1 else f"{len(seeds)} seeds of one base"
     reference = "the base" if results["reference"] == "base" else "the first row below the base"
-    text = f"Mean ± half of the 95 % interval, Student's t over {over}. `*`: the paired difference from {reference} "
+    text = f"Mean ± half of the 95 % interval, Student's t over {over}.\n`*`: the paired difference from {reference} "
     text += "has an interval that excludes 0."
     missing = results["planned"] - len(runs)
     return text + (f" {missing} of {results['planned']} runs are still missing." if missing else "")
 
 
 def fill_readme(name: str, make: Callable[[bool, list[str] | None], str]) -> bool:
-    """Write tables between their marker and the next `<!-- end -->` of both READMEs; False where there is no marker.
+    """Fill the marked tables of README.md and results/*.md, each up to the next `<!-- end -->`; False without a marker.
 
     A marker is `<!-- table rosd -->`, or `<!-- table rosd differences -->`, and may choose columns:
     `<!-- table rosd: in domain, elsewhere -->`.
@@ -193,7 +193,7 @@ def fill_readme(name: str, make: Callable[[bool, list[str] | None], str]) -> boo
         return f"{match[1]}{make(bool(match[2]), match[3].split(', ') if match[3] else None)}\n{match[4]}"
 
     found = False
-    for path in (files.ROOT / "README.md", RESULTS / "README.md"):
+    for path in (files.ROOT / "README.md", *sorted(RESULTS.glob("*.md"))):
         if path.exists() and marker.search(text := files.read_text(path)):
             found = True
             files.write_text(path, marker.sub(filled, text))
