@@ -11,13 +11,14 @@
 [5.0, 31.0]
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+
+from model import GPT
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -27,7 +28,7 @@ class LoRALinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
         super().__init__()
-        self.linear, self.scale, self.dropout, self.on = linear, alpha / rank, dropout, True
+        self.linear, self.scale, self.dropout = linear, alpha / rank, dropout
         device = linear.weight.device
         self.A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
@@ -36,58 +37,41 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
-        if not self.on:
-            return y
         adapted = F.dropout(x, self.dropout, self.training).to(self.A.dtype) @ self.A.T @ self.B.T
         return y + (self.scale * adapted).to(y.dtype)
 
 
-def add_lora(model: nn.Module, rank: int = 8, alpha: float = 8.0, dropout: float = 0.05) -> list[nn.Parameter]:
-    """Freeze the model, put an adapter on every attention projection, return the parameters to train."""
-    model.requires_grad_(False)
-    parameters = []
-    for module in list(model.modules()):
+def trainable_copy(
+    base: GPT, finetune: str = "lora", rank: int = 8, alpha: float = 8.0, dropout: float = 0.0
+) -> tuple[GPT, list[nn.Parameter]]:
+    """A student that starts as the base, and its parameters to train; the base itself never changes.
+
+    'full' trains a float32 copy of all weights. 'lora' trains adapters on the attention, and shares the base's frozen
+    weights instead of copying them.
+    """
+    if finetune == "full":
+        student = deepcopy(base).float().requires_grad_(True)
+        return student, list(student.parameters())
+    student, parameters = deepcopy(base, {id(p): p for p in base.parameters()}), []
+    student.requires_grad_(False)
+    for module in list(student.modules()):
         for name in TARGETS:
             if isinstance(linear := getattr(module, name, None), nn.Linear):
                 lora = LoRALinear(linear, rank, alpha, dropout)
                 setattr(module, name, lora)
                 parameters += [lora.A, lora.B]
-    return parameters
-
-
-def make_trainable(
-    model: nn.Module, finetune: str, rank: int, alpha: float, dropout: float = 0.0
-) -> list[nn.Parameter]:
-    """The parameters to train: new adapters on the frozen model ('lora'), or all its weights, made float32 ('full')."""
-    if finetune == "lora":
-        return add_lora(model, rank, alpha, dropout)
-    return list(model.float().requires_grad_(True).parameters())
-
-
-@contextmanager
-def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Within this context every adapter counts as zero: one model is the student outside, and the base inside."""
-    adapters = [module for module in model.modules() if isinstance(module, LoRALinear)]
-    before = [adapter.on for adapter in adapters]
-    try:
-        for adapter in adapters:
-            adapter.on = False
-        yield
-    finally:
-        for adapter, on in zip(adapters, before, strict=True):
-            adapter.on = on
+    return student, parameters
 
 
 @torch.no_grad()
-def merge_lora(model: nn.Module) -> None:
-    """Add every adapter to its frozen weight, W + (alpha / r) B A, and put the plain linear layers back.
+def merge_lora(student: nn.Module) -> None:
+    """Put plain linear layers with the weight W + (alpha / r) B A in the place of the adapted ones.
 
-    The sum is taken in float32 and rounded once to the weight's dtype. All parameters require gradients afterwards.
+    The sum is taken in float32 and rounded once to the weight's dtype.
     """
-    for module in list(model.modules()):
+    for module in list(student.modules()):
         for name in TARGETS:
             if isinstance(lora := getattr(module, name, None), LoRALinear):
-                weight = lora.linear.weight
-                weight.copy_(weight.to(lora.A.dtype) + lora.scale * lora.B @ lora.A)
+                W = lora.linear.weight
+                lora.linear.weight = nn.Parameter((W.to(lora.A.dtype) + lora.scale * lora.B @ lora.A).to(W.dtype))
                 setattr(module, name, lora.linear)
-    model.requires_grad_(True)

@@ -1,7 +1,7 @@
-"""The objectives as pure functions: generalized Jensen-Shannon divergence, masked mean, GRPO's clipped surrogate.
+"""The objectives as pure functions: generalized Jensen-Shannon divergence, importance ratio, GRPO's clipped surrogate.
 
-Notation of the ROSD paper: pi_S the student, pi_T the teacher, D the divergence, m_t the mask of the
-first error, rho_t the importance ratio.
+Notation of the ROSD paper: pi_S the student, pi_T the teacher, D the divergence, m_t the mask of the first error,
+rho_t the importance ratio. `train_rosd.py` puts them together:
 
     L = sum_t m_t min(rho_t, 2) D( pi_S(. | x, y_<t) || stopgrad pi_T(. | x, e, y_<t) ) / sum_t m_t
 
@@ -11,13 +11,13 @@ first error, rho_t the importance ratio.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-CHUNK = 1 << 25  # logits in memory at once, positions times vocabulary
+from model import GPT, pad, response_logprobs
+
+Pair = tuple[list[int], list[int]]  # prompt and response tokens
 
 
 def top_k_with_tail(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -60,35 +60,13 @@ def divergence(student: Tensor, teacher: Tensor, alpha: float = 0.5) -> Tensor:
     return alpha * kl(teacher, mixture) + (1 - alpha) * kl(student, mixture)
 
 
-def pad(rows: list[list], value: float = 0) -> Tensor:
-    """Rows of unequal length -> (B, longest), the value on the right."""
-    return torch.nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
-
-
-def in_chunks(f: Callable[..., Tensor], mask: Tensor, vocab_size: int, *tensors: Tensor) -> Tensor:
-    """f(*tensors): (B, T, ...) -> (B, T), where f makes logits at every position.
-
-    Where the logits of all positions exceed CHUNK, f sees the unmasked positions alone, a part of them at a time, and
-    runs a second time in the backward pass; the masked positions are 0 then.
-    """
-    if mask.numel() * vocab_size <= CHUNK:
-        return f(*tensors)
-    unmasked, size = mask > 0, max(1, CHUNK // vocab_size)
-    parts = zip(*(tensor[unmasked].split(size) for tensor in tensors), strict=True)
-    values = torch.cat([checkpoint(f, *part, use_reentrant=False) for part in parts])  # (number of unmasked positions,)
-    return values.new_zeros(mask.shape).masked_scatter(unmasked, values)
-
-
-def masked_mean(values: Tensor, mask: Tensor, count: Tensor | None = None) -> Tensor:
-    """sum m_t values_t / sum m_t over the whole batch; 0 where nothing is unmasked. values, mask (B, T) -> ().
-
-    count takes the place of sum m_t where values are a part of a batch: a micro-batch, or a process's share.
-    """
-    return (values * mask).sum() / (mask.sum() if count is None else count).clamp(min=1)
+def token_logprobs(log_S: Tensor, y: Tensor) -> Tensor:
+    """log pi_S(y_t): log-probs (B, T, V) and tokens (B, T) -> (B, T)."""
+    return log_S.gather(-1, y.unsqueeze(-1)).squeeze(-1)
 
 
 def importance_ratio(logp: Tensor, logp_sampling: Tensor) -> Tensor:
-    """pi_S(y_t) now / pi_S(y_t) when it was sampled; 1 at the first update of a batch. Both (B, T) -> (B, T)."""
+    """rho_t = pi_S(y_t) now / pi_S(y_t) when it was sampled; 1 at the first update of a batch. (B, T) -> (B, T)."""
     return (logp - logp_sampling.detach()).exp()
 
 
@@ -100,3 +78,16 @@ def group_advantage(rewards: Tensor) -> Tensor:
 def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_low: float = 0.2, clip_high: float = 0.28) -> Tensor:
     """GRPO's token loss -min(rho A, clip(rho, 1 - low, 1 + high) A), with DAPO's asymmetric clip. (B, T) -> (B, T)."""
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
+
+
+def next_token_loss(model: GPT, pairs: list[Pair], completion_only: bool = True) -> Tensor:
+    """Mean of -log p(y_t | x, y_<t) over all tokens of the responses, or of prompts and responses.
+
+    The loss of SPD's fine-tuning and of the pretraining.
+    """
+    if not completion_only:
+        pairs = [(prompt[:1], prompt[1:] + response) for prompt, response in pairs]
+    prompts, responses = map(list, zip(*pairs, strict=True))
+    y = pad(responses, -1).to(model.device)  # (B, T)
+    logp = token_logprobs(response_logprobs(model, prompts, responses), y.clamp(min=0))  # (B, T)
+    return -(logp * (y >= 0)).sum() / (y >= 0).sum()

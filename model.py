@@ -37,113 +37,85 @@ class GPTConfig:
     norm_eps: float = 1e-6
     qk_norm: bool = True  # normalize queries and keys: Qwen3 does, Qwen2 and Llama do not
     qkv_bias: bool = False  # biases on queries, keys and values: Qwen2 has them
-    tied: bool = True  # the output layer is the embedding; or else a matrix of its own, lm_head
-
-
-def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b, (..., in) and (out, in) -> (..., out)."""
-    if x.dtype == torch.bfloat16 and x.dim() == 3 and x.size(1) == 1 and bias is None:
-        return (weight @ x[:, 0].T).T[:, None]  # for x W^T a CPU would first copy W into another order
-    return F.linear(x, weight, bias)
-
-
-class Linear(nn.Linear):
-    def forward(self, x: Tensor) -> Tensor:
-        return product(x, self.weight, self.bias)
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32 inside; the result has weight's dtype."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
-        return (x * torch.rsqrt(norm.square() / x.size(-1) + self.eps)).to(self.weight.dtype) * self.weight
+    tied: bool = True  # the output layer is the embedding; otherwise it is a matrix of its own
 
 
 Rope = tuple[Tensor, Tensor]  # cos and sin
-Caches = list["KVCache"]  # one per layer
-
-
-class KVCache:
-    """One layer's keys and values so far, (B, n_kv_head, S, head_dim) each."""
-
-    def __init__(self) -> None:
-        self.k, self.v, self.length, self.reserved = None, None, 0, False
-
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Put k and v (B, n_kv_head, T, head_dim) behind what is there -> all of it, (B, n_kv_head, S, head_dim)."""
-        start, self.length = self.length, self.length + k.size(2)
-        if self.reserved:
-            self.k[:, :, start : self.length], self.v[:, :, start : self.length] = k, v
-            return self.k[:, :, : self.length], self.v[:, :, : self.length]
-        if start:
-            k, v = torch.cat((self.k, k), dim=2), torch.cat((self.v, v), dim=2)
-        self.k, self.v = k, v
-        return k, v
-
-    def select(self, rows: Tensor) -> None:
-        """Keep (or repeat) these rows of the batch."""
-        self.k, self.v = self.k.index_select(0, rows), self.v.index_select(0, rows)
-
-    def reserve(self, room: int) -> None:
-        """Make room for so many more positions, to be filled in place: faster, and without gradients."""
-        empty = self.k.new_empty(*self.k.shape[:2], room, self.k.size(3))
-        self.k, self.v, self.reserved = torch.cat((self.k, empty), dim=2), torch.cat((self.v, empty), dim=2), True
 
 
 def rope_tables(config: GPTConfig) -> Rope:
-    """cos and sin of the angle position * theta^(-2i / D), both (block_size, D), float32, the sign of sin included."""
-    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
-    angles = torch.outer(torch.arange(config.block_size), frequency)  # (block_size, D / 2)
-    return torch.cat((angles.cos(), angles.cos()), dim=-1), torch.cat((-angles.sin(), angles.sin()), dim=-1)
+    """cos and sin of the angle position * theta^(-2i / D), both (block_size, D), float32."""
+    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)  # (D / 2,)
+    angles = torch.outer(torch.arange(config.block_size), frequency).repeat(1, 2)  # (block_size, D)
+    return angles.cos(), angles.sin()
 
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the pairs (x_i, x_{i + D/2}) by their position's angles; x (B, T, H, D), cos and sin (1 or B, T, >= H, D).
+    """Rotate each pair (x_i, x_{i + D/2}) by its position's angle: x (B, T, H, D), cos and sin (1 or B, T, 1, D)."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
 
-    sin is negative in its first half: (x_i cos - x_{i + D/2} sin, x_{i + D/2} cos + x_i sin).
+
+class KVCache:
+    """The keys and values that one layer has computed so far, (B, n_kv_head, S, head_dim) each."""
+
+    def __init__(self) -> None:
+        self.k = self.v = None
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Add the keys and values of T further tokens, and return those of all S."""
+        self.k = k if self.k is None else torch.cat((self.k, k), dim=2)
+        self.v = v if self.v is None else torch.cat((self.v, v), dim=2)
+        return self.k, self.v
+
+    def select(self, rows: Tensor) -> None:
+        """Keep (or repeat) these rows of the batch."""
+        self.k, self.v = self.k[rows], self.v[rows]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """softmax(q k^T / sqrt(D) + mask) v with grouped queries: q (B, n_head, T, D), k and v (B, n_kv_head, S, D).
+
+    For a single query (T = 1), PyTorch's CPU kernel would first copy k and v for every query head. Passing the query
+    heads that share a key head as its queries avoids that: it takes a third off the sampling of SmolLM2-135M.
     """
-    return torch.addcmul(x * cos[:, :, : x.size(2)], x.roll(x.size(3) // 2, dims=-1), sin[:, :, : x.size(2)])
+    B, n_head, T, D = q.shape
+    if T == 1:
+        return F.scaled_dot_product_attention(q.reshape(B, k.size(1), -1, D), k, v, mask).reshape(B, n_head, 1, D)
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
 
 
 class Attention(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.n_kv_head, config.head_dim
-        self.q_proj = Linear(config.n_embd, config.n_head * config.head_dim, bias=config.qkv_bias)
-        self.k_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.qkv_bias)
-        self.v_proj = Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.qkv_bias)
-        self.o_proj = Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.head_dim = config.head_dim
+        self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.n_head * config.head_dim, config.n_embd, bias=False)
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_out = nn.Identity()  # the finished keys pass through it: a place for the hooks of subspace.py
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.n_head, self.head_dim)
-        k = self.k_proj(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.v_proj(x).view(B, T, self.n_kv_head, self.head_dim).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
-        q = apply_rope(self.q_norm(q), *rope).transpose(1, 2)  # (B, n_head, T, head_dim)
-        k = self.k_out(apply_rope(self.k_norm(k), *rope)).transpose(1, 2)  # (B, n_kv_head, T, head_dim)
+        q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_head, head_dim)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_kv_head, head_dim)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_kv_head, head_dim)
+        q, k = apply_rope(self.q_norm(q), *rope), self.k_out(apply_rope(self.k_norm(k), *rope))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         if cache is not None:
-            k, v = cache.extend(k, v)  # (B, n_kv_head, S, head_dim)
-        many = True  # a bool even where T is symbolic, as torch.compile needs
-        if T == 1:  # the queries that share a key head can pass as its tokens: (B, n_kv_head, n_head / n_kv_head, ..)
-            q, many = q.contiguous().view(B, self.n_kv_head, -1, self.head_dim), False
-        y = F.scaled_dot_product_attention(q, k, v, mask, is_causal=many and mask is None, enable_gqa=many)
-        return self.o_proj(y.reshape(B, self.n_head, T, self.head_dim).transpose(1, 2).flatten(2))
+            k, v = cache.append(k, v)  # (B, n_kv_head, S, head_dim)
+        y = attend(q, k, v, mask)  # (B, n_head, T, head_dim)
+        return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.n_embd, config.n_hidden, bias=False)
-        self.up_proj = Linear(config.n_embd, config.n_hidden, bias=False)
-        self.down_proj = Linear(config.n_hidden, config.n_embd, bias=False)
+        self.gate_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.up_proj = nn.Linear(config.n_embd, config.n_hidden, bias=False)
+        self.down_proj = nn.Linear(config.n_hidden, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -152,9 +124,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
-        self.attn_norm = RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.attn_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attn = Attention(config)
-        self.mlp_norm = RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.mlp_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
@@ -168,9 +140,9 @@ class GPT(nn.Module):
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.norm = RMSNorm(config.n_embd, eps=config.norm_eps)
+        self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         if not config.tied:
-            self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+            self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         for name, table in zip(("cos", "sin"), rope_tables(config), strict=True):
             self.register_buffer(name, table, persistent=False)
         for name, parameter in self.named_parameters():
@@ -198,91 +170,112 @@ class GPT(nn.Module):
             raise UserError(f"{length} tokens do not fit in block_size = {self.config.block_size}; give another --base")
 
     def hidden(
-        self, tokens: Tensor, positions: Tensor | None = None, mask: Tensor | None = None, caches: Caches | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        caches: list[KVCache] | None = None,
     ) -> Tensor:
-        """Last hidden states, before the output layer: tokens (B, T) -> (B, T, n_embd).
+        """Hidden states before the output layer: tokens (B, T) -> (B, T, n_embd).
 
-        positions (B, T), below block_size, count from 0 by default. mask, True where a query may look, broadcasts to
-        (B, heads, T, S) and is causal by default. caches hold the keys and values of all earlier positions; a call
-        that reads several tokens into filled ones must give the mask. Raises UserError if T exceeds block_size.
+        positions (1 or B, T), below block_size, count from 0 by default. mask, True where a query may look, broadcasts
+        to (B, n_head, T, S) and is causal by default. caches, one a layer, hold the keys and values of all earlier
+        tokens; a call that adds several tokens to them must give the mask. Raises UserError if T exceeds block_size.
         """
         self.check_length(tokens.size(1))
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)[None]
-        heads = (-1, -1, self.config.n_head, -1)  # a copy for every head is faster than broadcasting over them
         x = self.embed(tokens)  # (B, T, n_embd)
-        cos, sin = (f[positions].to(x).unsqueeze(2).expand(heads).contiguous() for f in (self.cos, self.sin))
-        if mask is not None:
-            mask = x.new_zeros(mask.shape).masked_fill(~mask, float("-inf"))  # from here on: added to the scores
+        rope = (
+            self.cos[positions].unsqueeze(2).to(x),
+            self.sin[positions].unsqueeze(2).to(x),
+        )  # (1 or B, T, 1, head_dim)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, (cos, sin), mask, cache)
+            x = block(x, rope, mask, cache)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output layer: (..., n_embd) -> (..., vocab_size)."""
-        return product(hidden, self.embed.weight if self.config.tied else self.lm_head.weight)
+        return F.linear(hidden, self.embed.weight if self.config.tied else self.lm_head.weight)
 
-    def forward(self, tokens: Tensor, *args: Any, **named: Any) -> Tensor:
-        """Logits of every next token: tokens (B, T) -> (B, T, vocab_size); the rest as for `hidden`."""
-        return self.logits(self.hidden(tokens, *args, **named))
-
-
-def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, Tensor, Caches]:
-    """Read prompts -> hidden state after each (B, n_embd), lengths (B, 1), True where not padding (B, P), caches."""
-    caches, device, mask = [KVCache() for _ in model.blocks], model.device, None
-    lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=device)
-    tokens = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
-    position = torch.arange(tokens.size(1), device=device)  # (P,), padding on the right, where no token looks
-    shared = min(int((tokens == tokens[0]).all(dim=0).cumprod(dim=0).sum()), int(lengths.min()) - 1)
-    same = shared if len(prompts) > 1 and shared >= 16 else 0  # a beginning that all share is read once, if it is long
-    if same:
-        model.hidden(tokens[:1, :same], caches=caches)
-        for cache in caches:
-            cache.select(torch.zeros_like(lengths[:, 0]))
-        mask = (position <= position[same:, None])[None, None]  # (1, 1, P - same, P)
-    hidden = model.hidden(tokens[:, same:], position[None, same:], mask, caches)  # (B, P - same, n_embd)
-    after = hidden[torch.arange(len(prompts), device=device), lengths[:, 0] - 1 - same]
-    return after, lengths, position < lengths, caches
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits of every next token: tokens (B, T) -> (B, T, vocab_size)."""
+        return self.logits(self.hidden(tokens))
 
 
-def response_hidden(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
-    """The hidden states that predict every token of every response -> (B, longest response, n_embd).
+# ---------------------------------------------------------------------------------------------- reading
 
-    Values beyond a row's response are arbitrary. Raises UserError if a prompt and response exceed block_size.
+
+def pad(rows: list[list], value: float = 0) -> Tensor:
+    """Rows of unequal length -> (B, longest), the value on the right."""
+    return pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+
+
+def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, list[KVCache]]:
+    """Read B prompts -> the hidden state after each (B, n_embd), True where a key is no padding (B, P), the caches.
+
+    Padding stands on the right. A long beginning that all prompts share, such as worked examples, is read only once:
+    on SmolLM2-135M that makes reflections three times as fast.
     """
-    model.check_length(max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)))
-    numbers = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    rows = torch.tensor([numbers[tuple(prompt)] for prompt in prompts], device=model.device)  # (B,)
-    last, lengths, real, caches = read_prompts(model, list(map(list, numbers)))
-    first = last.index_select(0, rows)[:, None]  # (B, 1, n_embd): it predicts response token 0
-    before = pad_sequence([torch.tensor(response[:-1], dtype=torch.long) for response in responses], batch_first=True)
-    T = before.size(1)  # one less than the longest response, whose last token predicts nothing that is wanted
+    device, caches = model.device, [KVCache() for _ in model.blocks]
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
+    tokens = pad(prompts).to(device)  # (B, P)
+    position, mask, start = torch.arange(tokens.size(1), device=device), None, 0
+    common = min(int((tokens == tokens[0]).all(dim=0).cumprod(dim=0).sum()), int(lengths.min()) - 1)
+    if len(prompts) > 1 and common >= 16:
+        start = common
+        model.hidden(tokens[:1, :start], caches=caches)
+        select_rows(caches, torch.zeros_like(lengths))
+        mask = position <= position[start:, None]  # (P - start, P)
+    hidden = model.hidden(tokens[:, start:], position[None, start:], mask, caches)  # (B, P - start, n_embd)
+    last = hidden[torch.arange(len(prompts), device=device), lengths - 1 - start]
+    return last, position < lengths[:, None], caches
+
+
+def select_rows(caches: list[KVCache], rows: Tensor) -> None:
     for cache in caches:
         cache.select(rows)
-    causal = torch.ones(T, T, dtype=torch.bool, device=model.device).tril().expand(len(rows), -1, -1)
-    mask = torch.cat((real[rows, None].expand(-1, T, -1), causal), dim=2)[:, None]  # (B, 1, T, P + T)
-    positions = (lengths[rows] + torch.arange(T, device=model.device)).clamp(max=model.config.block_size - 1)  # padding
-    return torch.cat((first, model.hidden(before.to(model.device), positions, mask, caches)), dim=1)
 
 
 def response_logprobs(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
-    """log pi(. | prompt, response_<t) for every t of every response -> (B, longest response, vocab_size), float32."""
-    return model.logits(response_hidden(model, prompts, responses)).float().log_softmax(dim=-1)
+    """log pi(. | prompt, response_<t) for every t of every response -> (B, longest response, vocab_size), float32.
+
+    Values beyond a row's response are arbitrary. Prompts that occur several times, as in a group, are read once.
+    Raises UserError if a prompt and its response exceed block_size.
+    """
+    model.check_length(max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)))
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    rows = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=model.device)  # (B,)
+    last, real, caches = read_prompts(model, list(map(list, number)))
+    last, real = last[rows, None], real[rows]  # (B, 1, n_embd): it predicts response token 0; (B, P)
+    select_rows(caches, rows)
+    before = pad_sequence([torch.tensor(response[:-1], dtype=torch.long) for response in responses], batch_first=True)
+    T = before.size(1)  # the last token of the longest response predicts nothing that is wanted
+    causal = torch.ones(T, T, dtype=torch.bool, device=model.device).tril()
+    mask = torch.cat((real[:, None].expand(-1, T, -1), causal.expand(len(rows), -1, -1)), dim=2)  # (B, T, P + T)
+    positions = real.sum(dim=1, keepdim=True) + torch.arange(T, device=model.device)  # (B, T)
+    positions = positions.clamp(max=model.config.block_size - 1)  # of padding
+    hidden = model.hidden(before.to(model.device), positions, mask[:, None], caches)  # (B, T, n_embd)
+    return model.logits(torch.cat((last, hidden), dim=1)).float().log_softmax(dim=-1)
+
+
+# ---------------------------------------------------------------------------------------------- sampling
 
 
 def next_token_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Sampling distribution over the next token, not renormalized: logits (B, V) -> (B, V), float32.
+
     top_k = 0 and top_p = 1 keep every token; temperature 0 keeps only the likeliest.
     """
     if temperature == 0:
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
-    logits = logits.to(torch.float32, memory_format=torch.contiguous_format) / temperature
+    logits = logits.float() / temperature
     if 0 < top_k < logits.size(-1):
         logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
     probs = logits.softmax(dim=-1)
     if top_p < 1:
         ordered, index = probs.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the tokens before this one already hold top_p
+        outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the tokens before this one already reach top_p
         outside[:, 0] = False  # the likeliest token always stays
         probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), 0.0)
     return probs
@@ -290,61 +283,69 @@ def next_token_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, t
 
 @torch.inference_mode()
 def sample(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: int | tuple[int, ...], samples: int = 1,
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tuple[int, ...], samples: int = 1,
     temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None,
 ) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
     """Sample responses, `samples` per prompt, side by side -> their tokens, and the log-probability of each token.
 
     A response ends with its first stop token. Log-probabilities are those of the sampling distribution: after
     temperature, top_k and top_p. Raises UserError if the longest prompt and max_new_tokens exceed block_size.
-    Each row inverts the cumulative distribution at uniform numbers of its own, so neither padding nor the other rows
+    Each row inverts the cumulative distribution at uniform numbers of its own: neither padding nor the other rows
     change what it samples. The generator must be a CPU generator.
     """
     if not prompts:
         return [], []
-    device, total = model.device, len(prompts) * samples
     model.check_length(max(map(len, prompts)) + max_new_tokens)
-    stops = torch.tensor([stop] if isinstance(stop, int) else stop, device=device)
+    device, total = model.device, len(prompts) * samples
     uniform = torch.rand(max_new_tokens, total, generator=generator).to(device)
-    responses = torch.zeros(total, max_new_tokens, dtype=torch.long, device=device)
-    chances = torch.ones(total, max_new_tokens, device=device)
-    lengths = torch.ones_like(responses[:, 0])
-    last, positions, real, caches = read_prompts(model, prompts)  # a length is the next position
-    padded = not real.all()
-    rows = torch.arange(total, device=device)  # the responses in the batch; all tensors below are about these
-    parent, unfinished = rows // samples, torch.ones_like(rows, dtype=torch.bool)
-    logits, positions, real = model.logits(last)[parent], positions[parent], real[parent]  # (rows, V), (rows, 1)
-    for cache in caches:
-        cache.select(parent)
-        cache.reserve(max_new_tokens)
+    stops = torch.tensor(stop, device=device)
+    tokens = torch.full((total, max_new_tokens), -1, device=device)
+    logprobs = torch.zeros(total, max_new_tokens, device=device)
+
+    last, real, caches = read_prompts(model, prompts)
+    rows = torch.arange(total, device=device)  # the responses that are not finished
+    logits, real = model.logits(last)[rows // samples], real[rows // samples]  # (rows, V), (rows, P)
+    position, padded = real.sum(dim=1, keepdim=True), not real.all()  # (rows, 1)
+    select_rows(caches, rows // samples)
     for t in range(max_new_tokens):
         probs = next_token_probs(logits, temperature, top_k, top_p)  # (rows, V)
         cdf = probs.cumsum(dim=-1)
-        token = torch.searchsorted(cdf, uniform[t, rows, None] * cdf[:, -1:], right=True)[:, 0]  # (rows,)
+        token = torch.searchsorted(cdf, uniform[t, rows, None] * cdf[:, -1:], right=True)  # (rows, 1)
         token = token.clamp(max=cdf.size(1) - 1)
-        responses[rows, t] = token
-        chances[rows, t] = (probs.gather(1, token[:, None]) / cdf[:, -1:])[:, 0]
-        unfinished = unfinished & (token[:, None] != stops).all(dim=1)
-        alive = unfinished.nonzero()[:, 0]
-        if len(alive) == 0 or t == max_new_tokens - 1:
+        tokens[rows, t] = token[:, 0]
+        logprobs[rows, t] = (probs.gather(1, token) / cdf[:, -1:]).log()[:, 0]
+        going = (token != stops).all(dim=1).nonzero()[:, 0]
+        if len(going) == 0 or t == max_new_tokens - 1:
             break
-        lengths[rows] += unfinished
-        if len(alive) < 0.8 * len(rows):  # finished rows leave the batch
-            rows, token, positions, real, unfinished = (x[alive] for x in (rows, token, positions, real, unfinished))
-            for cache in caches:
-                cache.select(alive)
+        if len(going) < len(rows):  # finished responses leave the batch
+            rows, token, position, real = rows[going], token[going], position[going], real[going]
+            select_rows(caches, going)
         real = F.pad(real, (0, 1), value=True)
-        logits = model(token[:, None], positions, real[:, None, None] if padded else None, caches)[:, -1]
-        positions = positions + 1
-    written = list(zip(responses.tolist(), chances.log().tolist(), lengths.tolist(), strict=True))
-    return [tokens[:end] for tokens, _, end in written], [logps[:end] for _, logps, end in written]
+        mask = real[:, None, None] if padded else None  # (rows, 1, 1, S)
+        logits = model.logits(model.hidden(token, position, mask, caches))[:, 0]  # (rows, V)
+        position = position + 1
+    lengths = (tokens >= 0).sum(dim=1).tolist()
+    return (
+        [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)],
+        [row[:n] for row, n in zip(logprobs.tolist(), lengths, strict=True)],
+    )
 
 
 def generate(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: int | tuple[int, ...], samples: int = 1,
-    at_once: int = 512, **sampling: Any,
-) -> list[list[int]]:  # fmt: skip
-    """The tokens that `sample` draws, at_once responses at a time: more take more memory and are no faster."""
-    step = max(1, at_once // samples)
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tuple[int, ...], samples: int = 1, **sampling: Any
+) -> list[list[int]]:
+    """The tokens that `sample` draws, for any number of prompts: as many at once as `rows_at_once` says."""
+    step = max(1, rows_at_once(model, max(map(len, prompts), default=0) + max_new_tokens) // samples)
     parts = (prompts[i : i + step] for i in range(0, len(prompts), step))
-    return [row for part in parts for row in sample(model, part, max_new_tokens, stop, samples, **sampling)[0]]
+    return [tokens for part in parts for tokens in sample(model, part, max_new_tokens, stop, samples, **sampling)[0]]
+
+
+def rows_at_once(model: GPT, length: int) -> int:
+    """How many responses to write side by side: their caches take at most 256 MB, on a GPU a quarter of its memory.
+
+    At most 512: more are no faster on a CPU.
+    """
+    shape, weight = model.config, model.embed.weight
+    row = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * length * weight.element_size()  # bytes
+    room = torch.cuda.get_device_properties(weight.device).total_memory // 4 if weight.is_cuda else 256 << 20
+    return max(1, min(512, room // row))

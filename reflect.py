@@ -8,93 +8,86 @@ q quotes the place where y- first goes wrong, e is the corrective idea. Locating
 
     k = Locate(q, y-)       m_t = 0 for t < k,  1 for t >= k
 
->>> reflection = parse_reflection("1-5=6<error_quote>6*2=8</error_quote><explanation>6*2=2</explanation>")
+>>> text = "1-5=6<error_quote>6*2=8</error_quote><explanation>6*2=2</explanation>"
+>>> y = list("1-5=6;6*2=8;#8")
+>>> reflection = parse_reflection(text, y)
 >>> reflection
-Reflection(quote='6*2=8', idea='6*2=2')
->>> rollout = list("1-5=6;6*2=8;#8")
->>> k, _ = locate(reflection.quote, rollout)
->>> k, error_mask([k], [len(rollout)], [len(rollout)]).int().tolist()
-(6, [[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]])
+Reflection(quote='6*2=8', idea='6*2=2', span=(6, 11))
+>>> k, _ = reflection.span
+>>> error_mask([k], [len(y)], len(y)).int().tolist()
+[[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]]
 
 `python reflect.py` prints a whole worked example.
 """
 
 import random
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from data import Problem, Task, Verdict, falsify
+from data import Problem, Task, Verdict
 from errors import UserError
-from harness.cli import option, parse_config, run_script
-from harness.run import TaskConfig, open_task_and_base, seeded
-from losses import divergence
-from model import GPT, generate, response_logprobs, sample
+from losses import group_advantage
+from model import GPT, generate, sample
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A response the student sampled, and what the verifier says of it."""
+    """A response that the student sampled, and what the verifier says of it."""
 
     problem: Problem
     tokens: list[int]  # with the closing stop token, if there is one
     logprobs: list[float]  # of each token, when it was sampled
     text: str
+    pieces: list[str]  # the text of each token
     verdict: Verdict
 
 
 @dataclass(frozen=True)
 class Reflection:
-    quote: str | None  # q; None where the text has none, as for a correct rollout
-    idea: str | None  # e; None where the text is malformed
+    quote: str | None = None  # q; None where the reflector quotes nothing, as for a correct rollout
+    idea: str | None = None  # e; None where the text is malformed
+    span: tuple[int, int] | None = None  # the tokens [k, end) of y- that hold q; None where q is not found
+
+
+NO_REFLECTION = Reflection()
+
+
+class Pair(NamedTuple):
+    y: Rollout
+    peer: Rollout | None  # y*: another, correct rollout of the group, if there is one
+    advantage: float  # GRPO's
 
 
 def sample_rollouts(
     student: GPT, task: Task, problems: list[Problem], group: int, generator: torch.Generator, temperature: float = 1.0
 ) -> list[Rollout]:
-    """G rollouts per problem from the student, each with its verdict; those of a problem lie side by side."""
-    prompts = [task.encode(task.student_prompt(problem)) for problem in problems]
-    written = sample(student, prompts, task.max_response, task.stop, group, temperature, generator=generator)
+    """G rollouts per problem from the student, each with its verdict; those of a problem stand side by side."""
+    prompts = [task.encode(task.prompt(problem)) for problem in problems]
+    responses = sample(student, prompts, task.max_response, task.stop, group, temperature, generator=generator)
     rollouts = []
-    for i, (tokens, logprobs) in enumerate(zip(*written, strict=True)):
+    for i, (tokens, logprobs) in enumerate(zip(*responses, strict=True)):
         problem, text = problems[i // group], task.decode(tokens)
-        rollouts.append(Rollout(problem, tokens, logprobs, text, task.verify(problem, text)))
+        verdict = task.verify(problem, text, ended=tokens[-1] in task.stop)
+        rollouts.append(Rollout(problem, tokens, logprobs, text, task.pieces(tokens), verdict))
     return rollouts
 
 
-def choose_peers(rollouts: list[Rollout], group: int, rule: str = "shortest") -> list[Rollout | None]:
-    """y* of each rollout: another, correct rollout of its group of G; None where there is no other."""
-    peers: list[Rollout | None] = []
+def pair_with_peers(rollouts: list[Rollout], group: int, rule: str = "shortest") -> list[Pair]:
+    """Every rollout with its peer y*: another, correct rollout of its group, the shortest or the first; or None."""
+    pairs = []
     for start in range(0, len(rollouts), group):
         members = rollouts[start : start + group]
-        correct = [rollout for rollout in members if rollout.verdict.correct]
+        correct = [y for y in members if y.verdict.correct]
         if rule == "shortest":
-            correct.sort(key=lambda rollout: len(rollout.tokens))
-        for rollout in members:
-            others = [peer for peer in correct if peer is not rollout]
-            peers.append(others[0] if others else None)
-    return peers
-
-
-def pair_up(rollouts: list[Rollout], config: Any) -> list[tuple[Rollout, Rollout | None]]:
-    """Every rollout that the method can learn from, and its correct peer y*, if it needs one.
-
-    A wrong rollout in a group without a correct one has no peer, and is skipped unless the teacher holds the golden
-    solution. A group's only correct rollout has none either, and is skipped where the teacher holds a peer's solution.
-    config has group, peer, context, and what else to skip: groups without a wrong rollout (solved), all wrong or all
-    right rollouts (learn_from).
-    """
-    pairs, group = [], config.group
-    for i, (rollout, peer) in enumerate(zip(rollouts, choose_peers(rollouts, group, config.peer), strict=True)):
-        right = rollout.verdict.correct
-        solved = all(member.verdict.correct for member in rollouts[i - i % group :][:group])
-        alone_suffices = config.context == "gold" or (config.context == "reflection" and right)
-        skipped = (solved and config.solved == "drop") or config.learn_from == ("wrong" if right else "right")
-        if (peer or alone_suffices) and not skipped:
-            pairs.append((rollout, peer))
+            correct.sort(key=lambda y: len(y.tokens))
+        rewards = torch.tensor([[float(y.verdict.correct) for y in members]])
+        for y, advantage in zip(members, group_advantage(rewards)[0].tolist(), strict=True):
+            pairs.append(Pair(y, next((peer for peer in correct if peer is not y), None), advantage))
     return pairs
 
 
@@ -104,148 +97,147 @@ def pair_up(rollouts: list[Rollout], config: Any) -> list[tuple[Rollout, Rollout
 def write_reflections(
     reflector: GPT,
     task: Task,
-    rollouts: list[Rollout],
-    peers: list[str | None],
-    told_answer: bool = False,
+    pairs: list[Pair],
+    give_answer: bool = False,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
-    at_once: int = 512,
-) -> list[str]:
-    """The text the reflector writes on each rollout; a wrong one is paired with a correct peer's text.
+) -> list[Reflection]:
+    """(e, q) ~ pi(. | x, y*, y-) for each wrong rollout, e ~ pi(. | x, y+) for each correct one.
 
-    Greedily, equal rollouts with equal peers are reflected on once. at_once reflections are in memory at a time.
+    A wrong rollout without a peer is compared with the golden solution, which only OPSD needs.
     """
     prompts = []
-    for rollout, peer in zip(rollouts, peers, strict=True):
-        beside = None if rollout.verdict.correct else peer
-        prompts.append(task.reflector_prompt(rollout.problem, rollout.text, beside, told_answer))
-    asked = list(dict.fromkeys(prompts)) if temperature == 0 else prompts
-    tokens = [task.encode(prompt) for prompt in asked]
+    for y, peer, _ in pairs:
+        solution = None if y.verdict.correct else peer.text if peer else y.problem.solution
+        prompts.append(task.reflector_prompt(y.problem, y.text, solution, give_answer))
+    unique = list(dict.fromkeys(prompts)) if temperature == 0 else prompts  # greedily, equal prompts have equal answers
+    tokens = [task.encode(prompt) for prompt in unique]
     sampling = {"temperature": temperature, "generator": generator}
-    written = generate(reflector, tokens, task.max_reflection, task.stop, at_once=at_once, **sampling)
-    texts = [task.decode(answer) for answer in written]
-    if temperature > 0:
-        return texts
-    by_prompt = dict(zip(asked, texts, strict=True))
-    return [by_prompt[prompt] for prompt in prompts]
+    texts = list(map(task.decode, generate(reflector, tokens, task.max_reflection, task.stop, **sampling)))
+    if temperature == 0:
+        by_prompt = dict(zip(unique, texts, strict=True))
+        texts = [by_prompt[prompt] for prompt in prompts]
+    return [parse_reflection(text, y.pieces) for text, (y, *_) in zip(texts, pairs, strict=True)]
 
 
-def parse_reflection(text: str) -> Reflection:
-    """Quote and corrective idea of any text; malformed text is a normal outcome and gives None, never an error."""
-    flags = re.DOTALL | re.IGNORECASE  # as the released code reads them
+def parse_reflection(text: str, pieces: list[str]) -> Reflection:
+    """Read a reflector's text, and locate its quote in a rollout, given as the texts of its tokens.
+
+    Malformed text is a normal outcome and gives None, never an error.
+    """
+    flags = re.DOTALL | re.IGNORECASE  # as the released code reads the tags
     quote = re.search(r"<error_quote>(.+?)</error_quote>", text, flags)
     idea = re.search(r"<explanation>(.+?)</explanation>", text, flags)
-    return Reflection(quote and quote[1], (idea and idea[1].strip()) or None)
-
-
-def spoil_some(
-    read: list[Reflection], rollouts: list[Rollout], task: Task, config: Any, rng: random.Random
-) -> list[Reflection]:
-    """The reflections, some of which mislead on purpose, to separate the causes of a gain.
-
-    config has the shares spoil_idea and spoil_quote. A spoiled idea is false, or (spoil_kind 'other') that of another
-    problem. A spoiled quote of a wrong rollout is a random piece of it, at most as long as the quote was.
-    """
-    spoiled = []
-    for rollout, reflection in zip(rollouts, read, strict=True):
-        q, e, tokens = reflection.quote, reflection.idea, task.pieces(rollout.tokens)
-        if rng.random() < config.spoil_idea and e is not None:
-            others = [r.idea for r, o in zip(read, rollouts, strict=True) if r.idea and o.problem != rollout.problem]
-            e = falsify(e, rng) if config.spoil_kind == "false" else rng.choice(others or [e])
-        if rng.random() < config.spoil_quote and not rollout.verdict.correct and tokens:
-            q = "".join(tokens[rng.randrange(len(tokens)) :])[: max(1, len(q or ""))]
-        spoiled.append(Reflection(q, e))
-    return spoiled
+    q = quote[1] if quote else None
+    e = idea[1].strip() or None if idea else None
+    return Reflection(q, e, locate(q, pieces))
 
 
 # ---------------------------------------------------------------------------------------------- localization
 
 
-def token_at(character: int, tokens: list[str]) -> int:
-    """Index of the token that holds a character of the text the tokens join to."""
-    end = 0
-    for index, token in enumerate(tokens):
-        end += len(token)
-        if character < end:
-            return index
-    return len(tokens)
+def locate(quote: str | None, pieces: list[str]) -> tuple[int, int] | None:
+    """k = Locate(q, y-), and where the quote ends: tokens [k, end) hold its first occurrence; None if y- has none.
 
-
-def locate(quote: str | None, tokens: list[str]) -> tuple[int, int] | None:
-    """k = Locate(q, y-), and where the quote ends: [k, end) hold its first occurrence; None where y- has none.
-
-    tokens are the texts of the rollout's tokens. A quote that begins inside a token is located at that token. If
-    it is absent, it is looked for without the white space around it, as in the released code.
+    A quote that begins inside a token is located at that token. If it is absent, it is looked for without the white
+    space around it, as in the released code.
     """
-    text = "".join(tokens)
-    for form in (quote or "", (quote or "").strip()):
-        if form and (character := text.find(form)) >= 0:
-            return token_at(character, tokens), token_at(character + len(form) - 1, tokens) + 1
+    text = "".join(pieces)
+    for q in (quote or "", (quote or "").strip()):
+        if q and (character := text.find(q)) >= 0:
+            end = token_at(character + len(q) - 1, pieces) + 1
+            while end < len(pieces) - 1 and not pieces[end]:  # further bytes of the last character
+                end += 1
+            return token_at(character, pieces), end
     return None
 
 
-def true_position(rollout: Rollout, tokens: list[str]) -> int:
-    """The oracle's k: the token where the verifier's first error begins; 0 where it names none."""
-    return token_at(rollout.verdict.error[0], tokens) if rollout.verdict.error else 0
+def token_at(character: int, pieces: list[str]) -> int:
+    """Index of the token that holds a character of the text that the pieces join to."""
+    end = 0
+    for index, piece in enumerate(pieces):
+        end += len(piece)
+        if character < end:
+            return index
+    return len(pieces)
 
 
-def error_mask(starts: list[int], ends: list[int], lengths: list[int]) -> Tensor:
-    """m_t of every rollout: 1 for start <= t < end, else 0 -> (B, max length), float."""
-    t = torch.arange(max(lengths))
+def true_position(y: Rollout) -> int:
+    """The oracle's k: the token where the verifier's first error begins; 0 where it knows none."""
+    return token_at(y.verdict.error[0], y.pieces) if y.verdict.error else 0
+
+
+class Mask(NamedTuple):
+    needs_quote: bool
+    span: Callable[[Rollout, Reflection], tuple[int, int]]  # the tokens [start, end) of a wrong rollout with m_t = 1
+
+
+MASKS = {  # a quote that is not found leaves the whole response
+    "whole": Mask(False, lambda y, r: (0, len(y.tokens))),
+    "suffix": Mask(True, lambda y, r: (r.span[0] if r.span else 0, len(y.tokens))),  # the paper's equation
+    "span": Mask(True, lambda y, r: r.span or (0, len(y.tokens))),  # the paper's abstract: the erroneous span
+    "oracle": Mask(False, lambda y, r: (true_position(y), len(y.tokens))),
+}
+
+
+def error_mask(starts: list[int], ends: list[int], T: int) -> Tensor:
+    """m_t of every rollout: 1 for start <= t < end, else 0 -> (B, T), float."""
+    t = torch.arange(T)
     return ((t >= torch.tensor(starts)[:, None]) & (t < torch.tensor(ends)[:, None])).float()
 
 
 # ---------------------------------------------------------------------------------------------- worked example
 
 
-@dataclass(frozen=True)
-class Config(TaskConfig):
-    domain: str = option("", "domain of the problem; the task's first where none is given")
-    seed: int = option(6, "which problem")
-
-
-def example(model: GPT, task: Task, domain: str, seed: int) -> tuple[Rollout, Rollout, list[Rollout]]:
-    """A wrong rollout that goes wrong late, its correct peer, and the group of 8 both come from."""
-    rng, generator = random.Random(seed), seeded("example", seed)
+def example(model: GPT, task: Task, domain: str, rng: random.Random, generator: torch.Generator) -> tuple[Pair, list]:
+    """A wrong rollout that goes wrong late, with its correct peer, and the group of 8 that both come from."""
     for _ in range(200):
         group = sample_rollouts(model, task, task.problems(domain, 1, rng, test=True), 8, generator)
-        wrong = [r for r in group if not r.verdict.correct and (r.verdict.error or not task.knows_first_error)]
-        if len({rollout.text for rollout in wrong}) > 1 and any(rollout.verdict.correct for rollout in group):
-            latest = max(wrong, key=lambda rollout: rollout.verdict.error or (0, 0))
-            return latest, choose_peers(group, 8)[group.index(latest)], group
+        wrong = [pair for pair in pair_with_peers(group, 8) if pair.peer and not pair.y.verdict.correct]
+        wrong = [pair for pair in wrong if pair.y.verdict.error or not task.knows_first_error]
+        if len({pair.y.text for pair in wrong}) > 1:
+            return max(wrong, key=lambda pair: pair.y.verdict.error or (0, 0)), group
     raise UserError("in 200 problems no group had a right and two wrong rollouts; give the base model with --base")
 
 
 @torch.no_grad()
 def main() -> None:
+    from harness.cli import option, parse_config
+    from harness.run import TaskConfig, open_task_and_base, seeded
+    from losses import divergence
+    from model import response_logprobs
+
+    @dataclass(frozen=True)
+    class Config(TaskConfig):
+        domain: str = option("", "domain of the problem; unset: the task's first")
+        seed: int = option(6, "which problem")
+
     config = parse_config(Config, "One worked example of first-error reflection.")
     task, model = open_task_and_base(config, config.domain)
-    wrong, peer, _ = example(model, task, config.domain or task.domains[0], config.seed)
-    written = write_reflections(model, task, [wrong], [peer.text])[0]
-    reflection, tokens = parse_reflection(written), task.pieces(wrong.tokens)
-    found = locate(reflection.quote, tokens)
-    k = found[0] if found else None
-    print(f"problem x            {wrong.problem.question}")
+    sampling = random.Random(config.seed), seeded("example", config.seed)
+    pair, _ = example(model, task, config.domain or task.domains[0], *sampling)
+    (reflection,), (y, peer, _) = write_reflections(model, task, [pair]), pair
+    truth = f", and the verifier's own first error is at {true_position(y)}" if y.verdict.error else ""
+    print(f"problem x            {y.problem.question}")
     print(f"correct peer y*      {peer.text}")
-    print(f"wrong rollout y-     {wrong.text}")
-    print(f"reflector writes     {written}")
+    print(f"wrong rollout y-     {y.text}")
     print(f"error quote q        {reflection.quote}")
     print(f"corrective idea e    {reflection.idea}")
-    truth = f", and the verifier's own first error is at {true_position(wrong, tokens)}" if wrong.verdict.error else ""
-    print(f"k = Locate(q, y-)    {k}{truth}")
+    print(f"k = Locate(q, y-)    {reflection.span[0] if reflection.span else 'not found'}{truth}")
     if reflection.idea is None:
         print("The reflection is malformed: this rollout is left out of the loss.")
         return
-    prompts = [task.student_prompt(wrong.problem), task.teacher_prompt(wrong.problem, idea=reflection.idea)]
-    student, teacher = (response_logprobs(model, [task.encode(prompt)], [wrong.tokens])[0] for prompt in prompts)
-    D = divergence(student, teacher)  # (T,)
+    prompts = [task.prompt(y.problem), task.prompt(y.problem, idea=reflection.idea)]
+    log_S, log_T = (response_logprobs(model, [task.encode(prompt)], [y.tokens])[0] for prompt in prompts)  # (T, V)
+    D, (start, end) = divergence(log_S, log_T), MASKS["suffix"].span(y, reflection)
     print("\ntoken   m_t  student's and teacher's favourite   D(pi_S || pi_T)")
-    for t, token in enumerate(tokens):
-        favourites = [task.pieces([int(p[t].argmax())])[0] + f" {p[t].max().exp():4.0%}" for p in (student, teacher)]
-        mask, bar = int(t >= (k or 0)), "#" * int(50 * D[t])
-        line = f"{token:8s} {mask}   {favourites[0]:16s} {favourites[1]:16s}   {D[t]:.3f} {bar}"
-        print(line.replace("\n", "↵"))
+    for t, piece in enumerate(y.pieces):
+        student, teacher = (f"{task.pieces([int(p[t].argmax())])[0]} {p[t].max().exp():4.0%}" for p in (log_S, log_T))
+        row = f"{piece:8s} {int(start <= t < end)}   {student:16s} {teacher:16s}   {D[t]:.3f} {'#' * int(50 * D[t])}"
+        print(row.replace("\n", "↵"))
 
 
 if __name__ == "__main__":
+    from harness.cli import run_script
+
     run_script(main)

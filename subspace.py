@@ -12,8 +12,8 @@ and while the model generates, K <- K P_K and V <- V P_V. The idea: gradient row
 for correctness, rows of V from what later layers read for it, so that projection keeps those and blunts the rest.
 
 >>> G = torch.tensor([[3.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
->>> singular_values, V = principal_directions(G)
->>> [round(s, 3) for s in singular_values.tolist()], (projector(V, 1).round(decimals=3) + 0.0).tolist()
+>>> s, V = principal_directions(G)
+>>> [round(x, 3) for x in s.tolist()], (projector(V, 1).round(decimals=3) + 0.0).tolist()
 ([4.243, 1.0], [[1.0, 0.0], [0.0, 0.0]])
 
 `python subspace.py` prints every layer's spectrum, and how many of 200 answers are right with and without projection.
@@ -31,34 +31,11 @@ from torch import Tensor, nn
 
 from data import Task
 from errors import UserError
-from evaluate import answer
-from harness.cli import markdown_table, option, parse_config, run_script
-from harness.run import TaskConfig, open_task_and_base, seeded
-from losses import CHUNK
 from model import GPT
 
-Place = tuple[int, str]  # (layer counted from 0, "k" or "v")
+Site = tuple[int, str]  # (layer counted from 0, "k" or "v")
 COORDINATES = ("linear", "head", "norm", "rope")
-LOSSES = ("aligned", "steps", "full")
-
-
-@dataclass(frozen=True)
-class SubspaceConfig:
-    """Step 1: which subspace, and where it acts; layers, rank and project default to what suits data/base.pt best."""
-
-    calibration_domain: tuple[str, ...] = option((), "domains of the calibration set; none means the training domain")
-    calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
-    loss: str = option("aligned", "calibration loss: on results, on whole steps, or on everything", "aligned", LOSSES)
-    subspace: str = option("gradient", "where the subspace comes from", "gradient", ("gradient", "random"))
-    layers: str = option("1", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L")
-    rank: str = option("35%", "rank of the projectors: a number, a share like 50%, or energy:0.99", "50%")
-    project: str = option("k", "what is projected", "kv", ("kv", "k", "v"))
-    coordinate: str = option(
-        "linear",
-        "P acts on all heads of K and V, on each, after K's norm, or after RoPE",
-        "not stated",
-        COORDINATES,
-    )
+LOSSES = ("aligned", "steps", "full")  # which positions S has
 
 
 @dataclass(frozen=True)
@@ -70,17 +47,17 @@ class Example:
     S: list[int]  # positions in the solution on which being right depends
 
 
-def calibration_set(task: Task, domains: tuple[str, ...], config: SubspaceConfig, seed: int) -> list[Example]:
-    """Training problems of the domains in turn, each with its golden solution."""
+def calibration_set(task: Task, domains: tuple[str, ...], size: int, loss: str, seed: int) -> list[Example]:
+    """Training problems of the domains in turn, each with its golden solution and the positions S of a loss of LOSSES."""
     rng = random.Random(f"calibration {seed}")
     examples = []
-    for i in range(config.calibration_size):
+    for i in range(size):
         problem = task.problem(domains[i % len(domains)], rng)
         solution = [*task.encode(problem.solution), task.end()]
-        S = task.decisive(task.pieces(solution), config.loss)
+        S = task.decisive(task.pieces(solution), loss)
         if not S:
             raise UserError(f"the solution {problem.solution!r} has no position that decides; give another --loss")
-        examples.append(Example(task.encode(task.student_prompt(problem)), solution, S))
+        examples.append(Example(task.encode(task.prompt(problem)), solution, S))
     return examples
 
 
@@ -95,21 +72,25 @@ def target_layers(spec: str, n_layer: int) -> list[int]:
     return sorted({int(number) - 1 for number in numbers})
 
 
-def place_width(model: GPT, coordinate: str) -> int:
-    """d: the dimensions a projector acts in, of one head or of all heads flattened."""
-    return model.config.head_dim * (1 if coordinate == "head" else model.config.n_kv_head)
+def choose_rank(spec: str, d: int) -> int:
+    """A rank between 1 and d, from a number like '16' or a share of d like '50%'."""
+    form = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", spec)
+    rank = (round(d * float(form[1]) / 100) if form[2] else float(form[1])) if form else 0.0
+    if not form or rank != int(rank) or rank > d or float(form[1]) == 0:
+        raise UserError(f"rank {spec!r}: give a number from 1 to {d}, the dimensions to project, or a share like 50%")
+    return max(1, int(rank))
 
 
-def place_name(place: Place) -> str:
-    return f"layer {place[0] + 1} {place[1].upper()}"
+def site_name(site: Site) -> str:
+    return f"layer {site[0] + 1} {site[1].upper()}"
 
 
 # ---------------------------------------------------------------------------------------------- hooks
 
 
-def hook_module(model: GPT, place: Place, coordinate: str) -> nn.Module:
-    """The module whose output is projected at a place; values have no norm and no rotation, so theirs never changes."""
-    layer, kind = place
+def site_module(model: GPT, site: Site, coordinate: str) -> nn.Module:
+    """The module whose output is projected at a site; values have no norm and no rotation, so theirs never changes."""
+    layer, kind = site
     attention = model.blocks[layer].attn
     if kind == "v":
         return attention.v_proj
@@ -118,27 +99,22 @@ def hook_module(model: GPT, place: Place, coordinate: str) -> nn.Module:
 
 @contextmanager
 def hooked(
-    model: GPT, places: list[Place], coordinate: str, act: Callable[[Place, Tensor], Tensor | None]
+    model: GPT, sites: list[Site], coordinate: str, act: Callable[[Site, Tensor], Tensor | None]
 ) -> Iterator[None]:
-    """Within this context `act` sees the keys and values of every forward pass, and may replace them.
+    """Within this context `act` sees the keys and values of every forward pass, and may replace them."""
 
-    RuntimeError where the model ran and a hook did not fire, as in compiled blocks.
-    """
-    fired: set[Place | str] = set()
+    def hook(site: Site, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+        return act(site, output)
 
-    def see(place: Place, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-        fired.add(place)
-        return act(place, output)
-
-    handles = [hook_module(model, place, coordinate).register_forward_hook(partial(see, place)) for place in places]
-    handles.append(model.embed.register_forward_hook(lambda *_: fired.add("model")))
+    handles = [site_module(model, site, coordinate).register_forward_hook(partial(hook, site)) for site in sites]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-    if "model" in fired and (silent := [place_name(place) for place in places if place not in fired]):
-        raise RuntimeError(f"the model ran, but its hooks at {', '.join(silent)} did not fire; is it compiled?")
+
+
+# ---------------------------------------------------------------------------------------------- gradients, SVD
 
 
 def aligned_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
@@ -151,18 +127,16 @@ def aligned_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
 
 
 def capability_gradients(
-    model: GPT, examples: list[Example], places: list[Place], coordinate: str = "linear", batch: int = 64
-) -> dict[Place, Tensor]:
-    """dL/dK_t and dL/dV_t at all positions of all examples, stacked: place -> (M, d).
+    model: GPT, examples: list[Example], sites: list[Site], coordinate: str = "linear", batch: int = 64
+) -> dict[Site, Tensor]:
+    """dL/dK_t and dL/dV_t at all positions of all examples, stacked: site -> G (M, d).
 
     One backward pass per batch: no example attends to another, so each row of the gradient of the summed losses
-    depends on its own example's loss alone. A batch is smaller where its logits would exceed losses.CHUNK. Turns on
-    the model's gradients.
+    depends on its own example's loss alone. A batch is smaller where its logits would exceed 2^25 numbers.
     """
-    model.requires_grad_(True)
-    rows: dict[Place, list[Tensor]] = {place: [] for place in places}
+    rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
     longest = max(len(example.prompt) + len(example.solution) for example in examples)
-    batch = max(1, min(batch, CHUNK // (longest * model.config.vocab_size)))
+    batch = max(1, min(batch, 2**25 // (longest * model.config.vocab_size)))
     for start in range(0, len(examples), batch):
         chunk = examples[start : start + batch]
         lengths = torch.tensor([len(e.prompt) + len(e.solution) for e in chunk])
@@ -171,110 +145,82 @@ def capability_gradients(
         for i, example in enumerate(chunk):
             tokens[i, : lengths[i]] = torch.tensor(example.prompt + example.solution)
             weights[i, [len(example.prompt) + t for t in example.S]] = 1 / len(example.S)
-        outputs: dict[Place, Tensor] = {}
-        with hooked(model, places, coordinate, outputs.__setitem__):  # which returns None: nothing is replaced
+        outputs: dict[Site, Tensor] = {}
+
+        def keep(site: Site, output: Tensor, outputs: dict = outputs) -> Tensor:
+            outputs[site] = output if output.requires_grad else output.requires_grad_()  # the base is frozen
+            return outputs[site]
+
+        with hooked(model, sites, coordinate, keep):
             logits = model(tokens.to(model.device))
         loss = aligned_loss(logits, tokens.to(model.device), weights.to(model.device))
-        gradients = torch.autograd.grad(loss, [outputs[place] for place in places])
-        real = torch.arange(tokens.size(1)) < lengths[:, None]  # (B, T)
-        for place, gradient in zip(places, gradients, strict=True):
-            rows[place].append(gradient.reshape(*tokens.shape, -1).cpu()[real])  # (tokens of the batch, d)
-    return {place: torch.cat(parts) for place, parts in rows.items()}
+        gradients = torch.autograd.grad(loss, [outputs[site] for site in sites])
+        real = torch.arange(tokens.size(1)) < lengths[:, None]  # (B, T), no padding
+        for site, gradient in zip(sites, gradients, strict=True):
+            rows[site].append(gradient.reshape(*tokens.shape, -1).cpu()[real])  # (tokens of the batch, d)
+    return {site: torch.cat(parts) for site, parts in rows.items()}
 
 
 def principal_directions(G: Tensor) -> tuple[Tensor, Tensor]:
-    """Singular values (d,), falling, and right singular vectors as the columns of V (d, d), of G (M, d).
-
-    Where M is much larger than d they come from the Gram matrix G^T G = V diag(s^2) V^T, in float64.
-    """
-    G = G.double()
-    if not G.isfinite().all():
-        raise UserError("the calibration gradients hold a number that is not finite; give another --base")
-    if G.size(0) > 4 * G.size(1):
-        squares, V = torch.linalg.eigh(G.T @ G)
-        return squares.clamp(min=0).sqrt().flip(0).float(), V.flip(1).float()
-    _, singular_values, Vt = torch.linalg.svd(G, full_matrices=True)
-    padded = torch.zeros(G.size(1), dtype=G.dtype)
-    padded[: len(singular_values)] = singular_values
-    return padded.float(), Vt.T.float()
-
-
-def condense(G: Tensor) -> Tensor:
-    """d rows with the singular values and right singular vectors of all rows of G: (M, d) -> (d, d)."""
-    singular_values, V = principal_directions(G)
-    return singular_values[:, None] * V.T
-
-
-def choose_rank(spec: str, singular_values: Tensor) -> int:
-    """Rank from a number ('16'), a fraction of d ('50%') or the energy sum s_i^2 to retain ('energy:0.99')."""
-    d = len(singular_values)
-    form = re.fullmatch(r"energy:(0?\.\d+|1(?:\.0*)?)|(\d+(?:\.\d+)?)%|([1-9]\d*)", spec)
-    if form is None:
-        raise UserError(f"rank {spec!r}: give a number like 16, a share like 50%, or an energy like energy:0.99")
-    if form[1]:
-        energy = singular_values.square().cumsum(0) / singular_values.square().sum()
-        return min(d, int((energy < float(form[1])).sum()) + 1)
-    if form[3] and int(form[3]) > d:
-        raise UserError(f"rank {spec}: what is projected has only {d} dimensions, give at most {d}")
-    return max(1, min(d, round(d * float(form[2]) / 100))) if form[2] else int(form[3])
+    """G = U diag(s) V^T: G (M, d) -> singular values s (min(M, d),), falling, and V (d, min(M, d)), in float64."""
+    _, s, Vt = torch.linalg.svd(G.double(), full_matrices=False)
+    return s, Vt.T
 
 
 def projector(V: Tensor, rank: int) -> Tensor:
-    """P = V_r V_r^T, the orthogonal projector onto the first r columns of V (d, d) -> (d, d)."""
-    return V[:, :rank] @ V[:, :rank].T
+    """P = V_r V_r^T, the orthogonal projector onto the first r columns of V (d, ...) -> (d, d), float32."""
+    return (V[:, :rank] @ V[:, :rank].T).float()
 
 
 def make_projectors(
-    gradients: dict[Place, Tensor], config: SubspaceConfig, n_kv_head: int, seed: int = 0
-) -> dict[Place, Tensor]:
-    """One projector per place, or one per head; with subspace 'random', a random subspace of the same rank instead.
+    gradients: dict[Site, Tensor], rank: str = "50%", subspace: str = "gradient", heads: int = 1, seed: int = 0
+) -> dict[Site, Tensor]:
+    """site -> P (d, d) of the gradients G (M, d), or of as many heads; 'random' takes a random subspace of equal rank.
 
     UserError where the gradients span fewer directions than the rank asks for: the others would be arbitrary.
     """
     generator = torch.Generator().manual_seed(seed)
     projectors = {}
-    for place, G in gradients.items():
+    for site, G in gradients.items():
         blocks = []
-        for part in G.chunk(n_kv_head if config.coordinate == "head" else 1, dim=1):
-            singular_values, V = principal_directions(part)
-            r = choose_rank(config.rank, singular_values)
-            spanned = int((singular_values > 1e-6 * singular_values[0]).sum())
-            if config.subspace == "random":
-                V = torch.linalg.qr(torch.randn(V.shape, generator=generator)).Q
-            elif spanned < r:
-                where = f"the gradients at {place_name(place)} span {spanned} of the {r} directions of --rank"
-                raise UserError(f"{where} {config.rank}; give a lower rank or a larger --calibration-size")
+        for G_head in G.chunk(heads, dim=1):  # (M, d / heads)
+            d = G_head.size(1)
+            r = choose_rank(rank, d)
+            if subspace == "random":
+                V = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
+            else:
+                s, V = principal_directions(G_head)
+                spanned = int((s > 1e-6 * s[0]).sum())
+                if spanned < r:
+                    what = f"the gradients at {site_name(site)} span {spanned} of the {r} directions of --rank {rank}"
+                    raise UserError(f"{what}; give a lower rank or a larger --calibration-size")
             blocks.append(projector(V, r))
-        projectors[place] = torch.block_diag(*blocks)
+        projectors[site] = torch.block_diag(*blocks)
     return projectors
 
 
-def calibrate(model: GPT, examples: list[Example], config: SubspaceConfig, seed: int = 0) -> dict[Place, Tensor]:
-    """SPD's step 1 in one call: the projectors P_K, P_V of every target layer."""
-    places = [(layer, kind) for layer in target_layers(config.layers, model.config.n_layer) for kind in config.project]
-    gradients = capability_gradients(model, examples, places, config.coordinate)
-    return make_projectors(gradients, config, model.config.n_kv_head, seed)
+# ---------------------------------------------------------------------------------------------- projection
 
 
 @contextmanager
-def project_kv(model: GPT, projectors: dict[Place, Tensor], coordinate: str = "linear") -> Iterator[None]:
-    """Within this context K <- K P_K and V <- V P_V at the projectors' places; the model is always restored."""
+def project_kv(model: GPT, projectors: dict[Site, Tensor], coordinate: str = "linear") -> Iterator[None]:
+    """Within this context K <- K P_K and V <- V P_V at the projectors' sites; the model is always restored."""
 
-    def project(place: Place, output: Tensor) -> Tensor:
-        return (output.flatten(2) @ projectors[place].to(output)).view_as(output)
+    def project(site: Site, output: Tensor) -> Tensor:
+        return (output.flatten(2) @ projectors[site].to(output)).view_as(output)
 
     with hooked(model, list(projectors), coordinate, project):
         yield
 
 
 @torch.no_grad()
-def fold(model: GPT, projectors: dict[Place, Tensor]) -> None:
+def fold(model: GPT, projectors: dict[Site, Tensor]) -> None:
     """Linear-coordinate projectors written into the weights, in place: P (W x + b), so W' = P W and b' = P b.
 
     No script needs it. It shows that inference under projection costs nothing.
     """
-    for place, P in projectors.items():
-        linear = hook_module(model, place, "linear")
+    for site, P in projectors.items():
+        linear = site_module(model, site, "linear")
         linear.weight.copy_(P.to(linear.weight) @ linear.weight)
         if linear.bias is not None:
             linear.bias.copy_(P.to(linear.bias) @ linear.bias)
@@ -283,45 +229,42 @@ def fold(model: GPT, projectors: dict[Place, Tensor]) -> None:
 # ---------------------------------------------------------------------------------------------- worked example
 
 
-@dataclass(frozen=True)
-class Config(SubspaceConfig, TaskConfig):
-    domain: str = option("exam", "domain of the calibration set and the prompts")
-    temperature: float = option(1.0, "sampling temperature of the answers; 0 is greedy", minimum=0)
-
-
-def spectra(model: GPT, examples: list[Example], config: Config) -> dict[Place, tuple[Tensor, int]]:
-    """place -> singular values (d,), of all heads together, and the rank chosen, of every layer."""
-    places = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
-    found = {}
-    for place, G in capability_gradients(model, examples, places, config.coordinate).items():
-        singular_values, _ = principal_directions(G)
-        found[place] = singular_values, choose_rank(config.rank, singular_values)
-    return found
-
-
-def bars(singular_values: Tensor) -> str:
-    """One bar per value: its share of the first."""
-    shares = singular_values / singular_values[0].clamp(min=1e-30)
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * share))] for share in shares.tolist())
+def bars(s: Tensor) -> str:
+    """One bar per singular value: its share of the first."""
+    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * share))] for share in (s / s[0].clamp(min=1e-30)).tolist())
 
 
 def main() -> None:
-    config = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
-    task, model = open_task_and_base(config, config.domain, *config.calibration_domain)
-    choose_rank(config.rank, torch.ones(place_width(model, config.coordinate)))  # a bad one is told at once
-    chosen, rows = target_layers(config.layers, model.config.n_layer), []
-    examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
-    for place, (s, r) in spectra(model, examples, config).items():
-        kept = f"{s[:r].square().sum() / s.square().sum():.1%}"
-        mark = "projected" if place[0] in chosen and place[1] in config.project else ""
-        rows.append([place_name(place), bars(s), f"{r} of {len(s)}", kept, mark])
-    print(markdown_table(["place", "singular values s_i / s_1", "r", "energy kept", ""], rows))
+    from evaluate import answer
+    from harness.cli import markdown_table, option, parse_config
+    from harness.run import TaskConfig, open_task_and_base, seeded
+    from train_spd import SubspaceConfig
 
-    projectors = calibrate(model, examples, config, config.seed)
-    problems = task.problems(config.domain, 200, random.Random(f"prompt {config.seed}"), test=True)
-    for name, active in (("without", {}), ("with", projectors)):
-        with project_kv(model, active, config.coordinate):
-            sampling = {"temperature": config.temperature, "generator": seeded("demo", config.seed)}
+    @dataclass(frozen=True)
+    class Config(SubspaceConfig, TaskConfig):
+        domain: str = option("exam", "domain of the calibration set and the prompts")
+        temperature: float = option(1.0, "sampling temperature of the answers; 0 is greedy", minimum=0)
+
+    c = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
+    task, model = open_task_and_base(c, c.domain, *c.calibration_domain)
+    targets, rows = target_layers(c.layers, model.config.n_layer), []
+    examples = calibration_set(task, c.calibration_domain or (c.domain,), c.calibration_size, c.loss, c.seed)
+    sites = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
+    gradients = capability_gradients(model, examples, sites, c.coordinate)
+    for site, G in gradients.items():
+        s, r = principal_directions(G)[0], choose_rank(c.rank, G.size(1))
+        kept = f"{s[:r].square().sum() / s.square().sum():.1%}"
+        mark = "projected" if site[0] in targets and site[1] in c.project else ""
+        rows.append([site_name(site), bars(s), f"{r} of {len(s)}", kept, mark])
+    print(markdown_table(["site", "singular values s_i / s_1", "r", "energy kept", ""], rows))
+
+    heads = model.config.n_kv_head if c.coordinate == "head" else 1
+    chosen = {site: G for site, G in gradients.items() if site[0] in targets and site[1] in c.project}
+    P = make_projectors(chosen, c.rank, c.subspace, heads, c.seed)
+    problems = task.problems(c.domain, 200, random.Random(f"prompt {c.seed}"), test=True)
+    for name, active in (("without", {}), ("with", P)):
+        with project_kv(model, active, c.coordinate):
+            sampling = {"temperature": c.temperature, "generator": seeded("demo", c.seed)}
             answers, verdicts = answer(model, task, problems, **sampling)
         right = sum(verdict.correct for verdict in verdicts)
         print(f"\n{name} projection: {right} of {len(problems)} answers are right; the first three are")
@@ -330,4 +273,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from harness.cli import run_script
+
     run_script(main)
