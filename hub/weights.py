@@ -70,8 +70,9 @@ def read_shape(folder: Path | str, block_size: int) -> dict[str, Any]:
     folder = Path(folder)
     raw = read_json(folder / "config.json")
     family, named, layers = raw.get("model_type"), raw.get("architectures"), raw.get("layer_types")
-    rope = raw.get("rope_scaling") or raw.get("rope_parameters") or {}  # the first wins in `transformers`
-    rope = rope if isinstance(rope, dict) else {"rope_type": rope}
+    ropes = [raw[name] for name in ("rope_scaling", "rope_parameters") if raw.get(name) is not None]
+    plain = all(isinstance(rope, dict) for rope in ropes)
+    rope = next(filter(None, ropes), {}) if plain else {"rope_type": ropes}  # `transformers`, too, takes the first
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     extra = sorted(set(rope) - {"rope_type", "type", "rope_theta"})
     refusals = {
