@@ -48,6 +48,10 @@ def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
         raise UserError(f"{path} is not valid JSON; download it again") from error
 
 
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
 def refuse(folder: Path, refusals: dict[str, Any]) -> None:
     """UserError that names the first of these features that a folder has."""
     for feature, present in refusals.items():
@@ -166,7 +170,7 @@ def read_files(folder: Path) -> dict[str, Tensor]:
             with safe_open(path, framework="pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise UserError(f"{path} is damaged or cut short ({error}); download it again") from error
+            raise UserError(f"{path} is damaged or cut short ({one_line(error)}); download it again") from error
         if shards and tensors.keys() != {name for name, shard in shards.items() if shard == path.name}:
             raise UserError(f"{path} holds other tensors than {index.name} says; download it again")
         found |= tensors

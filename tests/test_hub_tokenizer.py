@@ -236,7 +236,11 @@ def test_stops_are_those_of_all_files_and_the_end_of_turn(tmp_path: Path) -> Non
         ("tokenizer_config.json", {"chat_template": "{{ raise_exception('not today') }}"}, r"fails \(not today\)"),
         ("tokenizer_config.json", {"chat_template": "{{ messages[99].content }}"}, "fails"),
         ("tokenizer_config.json", {"chat_template": "{{ ''.__class__ }}"}, "looks into Python"),
-        ("tokenizer_config.json", {"chat_template": "{{ pad_token }}" + TURNS}, "an unnamed pad_token"),
+        (
+            "tokenizer_config.json",
+            {"chat_template": "{{ pad_token }}" + TURNS},
+            "a pad_token, which tokenizer_config.json does not name",
+        ),
         ("tokenizer_config.json", {"chat_template": "{{ messages }}"}, "without a token behind an answer"),
     ],
     ids=str,
