@@ -174,7 +174,7 @@ class GPT(nn.Module):
         for name, table in zip(("cos", "sin"), rope_tables(config), strict=True):
             self.register_buffer(name, table, persistent=False)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and not parameter.is_meta:  # for those torch would load its compiler, for 2 s
                 nn.init.normal_(parameter, std=0.02 if name == "embed.weight" else 0.5 * parameter.size(1) ** -0.5)
 
     @classmethod
