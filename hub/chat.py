@@ -36,7 +36,7 @@ class Template:
             raise UserError(f"the chat template of {folder} writes a {name}, which tokenizer_config.json does not name")
 
     def render(self, turns: list[tuple[str, str]]) -> str:
-        """The prompt for the assistant's answer to turns of (role, text); a model that can think is told not to."""
+        """The prompt for the assistant's answer to turns of (role, text); thinking is off where the template asks."""
         messages = [{"role": role, "content": text} for role, text in turns]
         settings = {"tools": None, "documents": None, "add_generation_prompt": True, "enable_thinking": False}
         try:
@@ -72,7 +72,7 @@ def compile_template(folder: Path, source: str) -> tuple[Any, set[str]]:
     )
     world.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     world.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
-    world.globals["dict"] = lambda *pairs, **named: dict(*pairs, **named)  # the class itself would open the sandbox
+    world.globals["dict"] = lambda *pairs, **named: dict(*pairs, **named)  # the class would be a way out of the sandbox
     try:
         return world.from_string(source), meta.find_undeclared_variables(world.parse(source))
     except TemplateError as error:

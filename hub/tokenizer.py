@@ -6,6 +6,7 @@
 
 import codecs
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
@@ -31,6 +32,7 @@ class Tokenizer:
     def __init__(self, folder: Path | str) -> None:
         folder = Path(folder)
         self.library = open_library(folder)
+        self.bytes_of = cache(self.bytes_of)  # the same tokens come again and again
         self.added = {id: token.content for id, token in self.library.get_added_tokens_decoder().items()}
         self.vocab_size = max(self.library.get_vocab().values(), default=-1) + 1
         longest_first = sorted(map(re.escape, self.added.values()), key=len, reverse=True)
@@ -48,14 +50,14 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Text -> ids; special tokens written in the text become one id each, and none is added.
 
-        Raises UserError where the ids do not hold the whole text, apart from its Unicode normal form.
+        Raises UserError where the ids decode to another text, its Unicode normal form aside.
         """
         try:
             ids = self.library.encode(text, add_special_tokens=False).ids
         except TypeError as error:  # half of a surrogate pair
             raise UserError(f"{text[:40]!r} is no valid Unicode; leave it out") from error
-        held = b"".join(map(self.bytes_of, ids)).decode("utf-8", "replace")
-        if normalize("NFC", held) != normalize("NFC", text):
+        decoded = b"".join(map(self.bytes_of, ids)).decode("utf-8", "replace")
+        if normalize("NFC", decoded) != normalize("NFC", text):
             raise UserError(f"{text[:40]!r} holds a character outside the tokenizer's vocabulary; leave it out")
         return ids
 
@@ -76,12 +78,12 @@ class Tokenizer:
             if id in self.stops:
                 break
             for byte in self.bytes_of(id):
-                if not utf8.getstate()[0]:  # no bytes are waiting
-                    first = i  # the token in which the current character begins
-                text = utf8.decode(bytes([byte]))  # two characters where this byte breaks off the current one
+                if not utf8.getstate()[0]:  # no character is incomplete, a new one begins
+                    first = i
+                text = utf8.decode(bytes([byte]))  # two characters if this byte does not continue the incomplete one
                 texts[first] += text[:1]
                 texts[i] += text[1:]
-                if len(utf8.getstate()[0]) == 1:
+                if len(utf8.getstate()[0]) == 1:  # this byte begins a character
                     first = i
         if ids:
             texts[first] += utf8.decode(b"", final=True)
