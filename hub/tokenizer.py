@@ -42,9 +42,9 @@ class Tokenizer:
             settings |= read_json(folder / "special_tokens_map.json", optional=True)
         self.template = Template(folder, settings, check_named(folder, settings, self.library))
         chat = self.chat([("user", "a"), ("assistant", ANSWER), ("user", "b")])
-        end = self.special.match(chat, chat.find(ANSWER) + 1)
-        refuse(folder, {"a chat template without a token behind an answer": ANSWER not in chat or end is None})
-        self.end = self.encode(end[0])[0]
+        end = re.search(f"{ANSWER}({self.special.pattern})", chat)
+        refuse(folder, {"a chat template without a token behind an answer": end is None})
+        self.end = self.encode(end[1])[0]
         self.stops = stop_tokens(folder, self.end)
 
     def encode(self, text: str) -> list[int]:
