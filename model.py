@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from errors import UserError
-from hub.weights import check_shapes, read_folder
+from hub.weights import read_shape, read_weights
 
 
 @dataclass(frozen=True)
@@ -146,17 +146,15 @@ class GPT(nn.Module):
         for name, table in zip(("cos", "sin"), rope_tables(config), strict=True):
             self.register_buffer(name, table, persistent=False)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
+            if parameter.dim() == 2 and not parameter.is_meta:  # for those torch would load its compiler, for 2 s
                 nn.init.normal_(parameter, std=0.02 if name == "embed.weight" else 0.5 * parameter.size(1) ** -0.5)
 
     @classmethod
     def from_pretrained(cls, folder: Path | str, dtype: torch.dtype | None = None, block_size: int = 4096) -> "GPT":
-        """The model of a Hugging Face folder on this disk, in its own dtype or the given one; or UserError."""
-        shape, weights = read_folder(folder, block_size)
+        """The model of a Hugging Face folder on this disk, in its config's dtype or the given one; or UserError."""
         with torch.device("meta"):  # allocates and initializes nothing
-            model = cls(GPTConfig(**shape))
-        check_shapes(folder, weights, model.state_dict())
-        model.load_state_dict({n: x.to(dtype or x.dtype, copy=True) for n, x in weights.items()}, assign=True)
+            model = cls(GPTConfig(**read_shape(folder, block_size)))
+        model.load_state_dict(read_weights(folder, model.state_dict(), dtype), assign=True)
         model.cos, model.sin = rope_tables(model.config)
         return model.eval()
 

@@ -21,6 +21,7 @@ from model import GPT, GPTConfig
 ROOT = Path(__file__).parents[1]
 BASE_CHECKPOINT = ROOT / "data" / "base.pt"
 HUB_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+HUB_FILES += ("special_tokens_map.json", "added_tokens.json")  # all that decides what a model does, beside its weights
 
 
 def make_folder(path: Path) -> Path:
@@ -127,9 +128,12 @@ def save_model(folder: Path, model: GPT, base: Path | str) -> None:
     for name in HUB_FILES:
         if (Path(base) / name).is_file():
             write_text(folder / name, read_text(Path(base) / name))
+    dtype = str(model.embed.weight.dtype).removeprefix("torch.")  # which need not be the base's
+    write_json(folder / "config.json", read_json(folder / "config.json") | {"dtype": dtype, "torch_dtype": dtype})
     with replacing(folder / "model.safetensors") as temporary:
         weights = {their_name(name): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, temporary, {"format": "pt"})
+        temporary.chmod(0o644)
 
 
 def load_checkpoint(path: Path | str) -> GPT:
@@ -164,8 +168,9 @@ def check_finite(model: torch.nn.Module, what: str, remedy: str) -> None:
 def checksum(path: Path | str) -> str:
     """Which bytes a checkpoint or a Hugging Face folder holds, whatever its name: eight hexadecimal digits."""
     folder, sum = Path(path), 0
-    parts = [folder / "config.json", *sorted(folder.glob("*.safetensors"))] if folder.is_dir() else [find_file(path)]
-    for part in parts:
+    parts = [folder / name for name in HUB_FILES if (folder / name).is_file()] + sorted(folder.glob("*.safetensors"))
+    for part in parts if folder.is_dir() else [find_file(path)]:
+        sum = zlib.crc32(part.name.encode() if folder.is_dir() else b"", sum)  # a checkpoint may have any name
         with part.open("rb") as file:
             while block := file.read(1 << 24):
                 sum = zlib.crc32(block, sum)

@@ -1,18 +1,20 @@
-"""Tokenizers written by `tokenizers`, read back without it: equal ids, equal text; chat formats and stop tokens."""
+"""Tokenizers and chat templates of Hugging Face folders: ids and prompts equal those of transformers, or a refusal."""
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 
+from errors import UserError
 from hub.tokenizer import Tokenizer
 
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-LLAMA3 = QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 SAMPLE = """
 The quick brown fox doesn't jump over 1234567890 lazy dogs; they're CAN'T I'LL we've I'd  two  spaces   three
 def f(x, y=2):
@@ -20,30 +22,14 @@ def f(x, y=2):
 naïve café über Ångström 日本語テキスト 한국어 русский язык العربية
 ١٢٣ ½ Ⅷ x² 😀👩‍👩‍👧 <b>html</b> {"json": [1, 2.5e-3]} ... !!! ?? ->
 """
-PIECES = [
-    *SAMPLE.split(),
-    *(" ", "  ", "\n", "\n\n", "\t", "\r\n", "\u00a0", "\u3000", "\u0085", "\u200b", "\x00", "\x1c", "'", "''"),
-    *(
-        "'s",
-        "'S",
-        "'ſ",
-        "'ll",
-        "K",
-        "é",
-        "e\u0301",
-        "\u0301",
-        "\u0338",
-        "Å",
-        "ﬁ",
-        "٣",
-        "²",
-        "½",
-        "0",
-        "00",
-        "123",
-        "4567",
-    ),
-    *("<|im_start|>", "<|im_end|>", "<|eot_id|>", "<think>", "<|im", "_end|>", "🏳️‍🌈", "𝔘", "\U0001f1e9\U0001f1ea"),
+TEXTS = [
+    "",
+    SAMPLE,
+    "a<|im_end|>b <|eot_id|> <think> <|im",
+    " hi  there ",
+    "e\u0301 \u1112\u1161\u11ab",
+    "\x00\u200b\u3000",
+    "𝔘",
 ]
 SPECIALS = {
     "Qwen3": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"],
@@ -53,6 +39,37 @@ SPECIALS = {
 }
 NO_REGEX = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 BYTE_LEVEL = NO_REGEX | {"use_regex": True}
+TURNS = r"{%- for m in messages %}{{- '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
+ASK = r"{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+THINK = r"{%- if enable_thinking is defined and not enable_thinking %}{{- '<think>\n\n</think>\n\n' }}{%- endif %}"
+SYSTEM = r"{{- '<|im_start|>system\nBe brief.<|im_end|>\n' }}"
+LLAMA3 = (
+    r"{{- bos_token }}{%- for m in messages %}{{- '<|start_header_id|>' + m.role + '<|end_header_id|>\n\n' }}"
+    r"{{- m.content | trim + '<|eot_id|>' }}{%- endfor %}"
+    r"{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
+)
+TEMPLATES: dict[str, Any] = {
+    "Qwen3": TURNS + ASK + THINK,
+    "Qwen2": SYSTEM + TURNS + ASK,
+    "SmolLM2": TURNS + ASK,
+    "Llama3": LLAMA3,
+}
+MORE_TEMPLATES = {
+    "system for tools only": "{%- if tools %}" + SYSTEM + "{%- endif %}" + TURNS + ASK,
+    "commented out": "{# " + SYSTEM + " #}" + TURNS + ASK,
+    "raw": "{% raw %}<|im_start|>system\n{{ no variable }}<|im_end|>\n{% endraw %}" + TURNS + ASK,
+    "variable": "{% set x = 'Be ' ~ 'brief.' %}{{- '<|im_start|>system\n' + x + '<|im_end|>\n' }}" + TURNS + ASK,
+    "trim": TURNS.replace("m.content", "m.content | trim") + ASK,
+    "bos": "{{- bos_token }}" + TURNS + ASK,
+    "starts to think": TURNS + ASK + r"{{- '<think>\n' }}",
+    "named": [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": TURNS + ASK}],
+    "lines": "{% for m in messages %}\n  {% if m.role != 'system' %}\n<|im_start|>{{ m.role }}\n"
+    "{{ m.content }}<|im_end|>\n  {% endif %}\n{% endfor %}\n" + ASK,
+    "generation": "{% for m in messages %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}{% endfor %}",
+    "language": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}"
+    "{% if ns.n > 9 %}{% break %}{% endif %}{{ m.content }}<|im_end|>{{ dict(a=ns.n) | tojson }}"
+    "{{ strftime_now('%%') }}{% endfor %}",
+}  # fmt: skip
 
 
 def split_by(regex: str, **changes: Any) -> dict[str, Any]:
@@ -63,14 +80,16 @@ def split_by(regex: str, **changes: Any) -> dict[str, Any]:
 PRE_TOKENIZERS = {
     "Qwen3": split_by(QWEN2),
     "Qwen2": split_by(QWEN2),
-    "Llama3": split_by(LLAMA3),
+    "Llama3": split_by(QWEN2.replace(r"|\p{N}|", r"|\p{N}{1,3}|")),
     "SmolLM2": {"type": "Sequence", "pretokenizers": [{"type": "Digits", "individual_digits": True}, BYTE_LEVEL]},
 }
 
 
-def write_tokenizer(folder: Path, family: str, **changes: Any) -> Any:
-    """A small byte-level BPE with the family's pre-tokenizer and special tokens; returns that of `tokenizers`."""
-    tokenizers = pytest.importorskip("tokenizers")
+def write_tokenizer(folder: Path, family: str, template: Any = None, **changes: Any) -> Any:
+    """A small byte-level BPE with the family's pre-tokenizer, special tokens and template; returns transformers'."""
+    transformers = pytest.importorskip("transformers")
+    import tokenizers
+
     first = SPECIALS[family] if family == "SmolLM2" else []  # SmolLM2's special tokens are the first ids
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet() if family != "SmolLM2" else []
@@ -83,137 +102,163 @@ def write_tokenizer(folder: Path, family: str, **changes: Any) -> Any:
     tokenizer.train_from_iterator([SAMPLE] * 3, trainer)
     tokenizer.add_special_tokens(SPECIALS[family])
     raw = json.loads(tokenizer.to_str())
-    raw["model"]["ignore_merges"] = family == "Llama3"
+    raw["model"] |= {"ignore_merges": family == "Llama3"} | changes.pop("model", {})
+    raw["added_tokens"] += changes.pop("added", [])
     folder.mkdir(exist_ok=True)
-    (folder / "tokenizer.json").write_text(json.dumps(raw | changes), encoding="utf-8")
-    return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    write(folder, "tokenizer.json", raw | changes)
+    settings = {"bos_token": SPECIALS[family][0], "chat_template": template or TEMPLATES[family]}
+    write(folder, "tokenizer_config.json", settings)
+    return transformers.PreTrainedTokenizerFast.from_pretrained(folder)
+
+
+def write(folder: Path, name: str, content: Any) -> None:
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
 
 
 def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
-    return tokenizer.encoding.decode([tokenizer.ranks[id] for id in ids])
+    """What the library that transformers uses makes of ids."""
+    return tokenizer.library.decode(ids, skip_special_tokens=False)
+
+
+def compare(theirs: Any, folder: Path) -> int:
+    """How many texts are refused, those that decode to another text; all other ids and a chat are transformers'."""
+    ours, refused = Tokenizer(folder), 0
+    for text in TEXTS:
+        ids = theirs(text, add_special_tokens=False).input_ids
+        if normalize("NFC", theirs.decode(ids)) == normalize("NFC", text):
+            assert ours.encode(text) == ids
+        else:
+            refused += 1
+            with pytest.raises(UserError, match="outside the tokenizer's vocabulary"):
+                ours.encode(text)
+    turns = [("user", " Hi {2}?\n"), ("assistant", "4"), ("user", "no")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    prompt = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False, enable_thinking=False)
+    assert ours.chat(turns) == prompt
+    return refused
 
 
 @pytest.mark.parametrize("family", PRE_TOKENIZERS)
-def test_ids_equal_those_of_tokenizers_on_varied_texts(tmp_path: Path, family: str) -> None:
-    theirs, rng = write_tokenizer(tmp_path, family), random.Random(0)
-    ours = Tokenizer(tmp_path)
-    texts = ["", *PIECES, *("".join(rng.choices([*PIECES, " "], k=rng.randint(1, 12))) for _ in range(1000))]
-    missing = {byte for byte in range(256) if ours.ids[ours.encoding.encode_single_token(bytes([byte]))] < 0}
-    assert (len(missing) > 0) == (family == "SmolLM2")
-    compared = 0
-    for text in texts:
-        if missing.isdisjoint(ours.special.sub("", text).encode()):
-            expected = theirs.encode(text, add_special_tokens=False).ids
-            assert ours.encode(text) == expected, repr(text)
-            assert decode(ours, expected) == theirs.decode(expected, skip_special_tokens=False)
-            compared += 1
-        else:
-            with pytest.raises(ValueError, match="outside the tokenizer's vocabulary"):
-                ours.encode(text)
-    assert compared > 300
-    assert ours.vocab_size == theirs.get_vocab_size()
+def test_ids_and_prompts_equal_those_of_transformers(tmp_path: Path, family: str) -> None:
+    theirs = write_tokenizer(tmp_path, family)
+    assert (compare(theirs, tmp_path) > 0) == (family == "SmolLM2"), "only its vocabulary lacks some bytes"
+    ours, end = Tokenizer(tmp_path), "<|eot_id|>" if family == "Llama3" else "<|im_end|>"
+    assert (ours.vocab_size, ours.end) == (len(theirs), theirs.convert_tokens_to_ids(end))
 
 
-def test_ids_need_not_follow_the_order_of_merges(tmp_path: Path) -> None:
-    write_tokenizer(tmp_path, "Qwen2")
-    raw = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    ids = list(raw["model"]["vocab"].values())
-    random.Random(0).shuffle(ids)
-    raw["model"]["vocab"] = dict(zip(raw["model"]["vocab"], ids, strict=True))
-    (tmp_path / "tokenizer.json").write_text(json.dumps(raw), encoding="utf-8")
-    theirs = pytest.importorskip("tokenizers").Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    ours = Tokenizer(tmp_path)
-    assert ours.encode(SAMPLE) == theirs.encode(SAMPLE).ids
-    assert decode(ours, ours.encode(SAMPLE)) == SAMPLE
+@pytest.mark.parametrize("name", MORE_TEMPLATES)
+def test_templates_render_as_in_transformers(tmp_path: Path, name: str) -> None:
+    theirs = write_tokenizer(tmp_path, "Qwen3", MORE_TEMPLATES[name])
+    compare(theirs, tmp_path)
+    if isinstance(MORE_TEMPLATES[name], str):  # in a file of its own it comes before that of the settings
+        write(tmp_path, "chat_template.jinja", MORE_TEMPLATES[name])
+        write(tmp_path, "tokenizer_config.json", {"chat_template": "{{ 1 }}", "bos_token": "<|endoftext|>"})
+        compare(theirs, tmp_path)
+
+
+ADDED = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized", "special"), False)
+SHORT = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    ("change", "loses"),
     [
-        ({"normalizer": {"type": "Lowercase"}}, "the normalizer Lowercase"),
-        ({"model": {"type": "Unigram", "vocab": []}}, "a tokenizer of type Unigram"),
-        ({"model": {"type": "BPE", "vocab": {"abc": 0}, "merges": []}}, "tokens that no merge makes"),
-        ({"added_tokens": []}, "no chat format"),
-        ({"pre_tokenizer": None}, "cuts text"),
-        ({"pre_tokenizer": {"type": "Metaspace"}}, "cuts text"),
-        ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, "cuts text"),
-        ({"pre_tokenizer": NO_REGEX}, "cuts text"),
-        ({"pre_tokenizer": split_by(QWEN2, behavior="Removed")}, "cuts text"),
-        ({"pre_tokenizer": split_by(QWEN2, invert=True)}, "cuts text"),
+        ({"added": [ADDED | {"id": 700, "content": "er", "single_word": True}]}, False),
+        ({"added": [ADDED | {"id": 700, "content": "er"}]}, False),
+        ({"added": [ADDED | {"id": 700, "content": "한", "normalized": True}]}, False),
+        ({"pre_tokenizer": NO_REGEX}, False),
+        ({"pre_tokenizer": split_by(QWEN2, behavior="MergedWithPrevious")}, False),
+        ({"truncation": SHORT}, False),
+        ({"model": {"end_of_word_suffix": "!"}}, True),
+        ({"pre_tokenizer": split_by(r"\p{L}+", behavior="Removed", invert=True)}, True),
+        ({"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True}}, True),
+        ({"normalizer": {"type": "Lowercase"}}, True),
     ],
     ids=str,
 )
-def test_other_tokenizers_are_refused_by_name(tmp_path: Path, change: dict[str, Any], named: str) -> None:
-    write_tokenizer(tmp_path, "Qwen2")
-    raw = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
-    (tmp_path / "tokenizer.json").write_text(json.dumps(raw | change), encoding="utf-8")
-    with pytest.raises(ValueError, match=named):
-        Tokenizer(tmp_path)
-
-
-def test_missing_tokenizer_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"tokenizer\.json is missing"):
-        Tokenizer(tmp_path)
-
-
-# ---------------------------------------------------------------------------------------------- chat
-
-
-def test_chat_is_written_in_the_format_of_the_special_tokens(tmp_path: Path) -> None:
-    turns = [("user", "Hi."), ("assistant", "2 + {2}?")]
-    chatml = "<|im_start|>user\nHi.<|im_end|>\n<|im_start|>assistant\n2 + {2}?<|im_end|>\n<|im_start|>assistant\n"
-    expected = {
-        "Qwen3": chatml + "<think>\n\n</think>\n\n",
-        "Qwen2": chatml,
-        "SmolLM2": chatml,
-        "Llama3": "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nHi.<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n2 + {2}?<|eot_id|>"
-        "<|start_header_id|>assistant<|end_header_id|>\n\n",
-    }
-    for family, prompt in expected.items():
-        write_tokenizer(tmp_path / family, family)
-        tokenizer = Tokenizer(tmp_path / family)
-        assert tokenizer.chat(turns) == prompt
-        assert (tokenizer.chat([("user", " hi\n")]) == tokenizer.chat([("user", "hi")])) == (family == "Llama3")
-        if family != "SmolLM2":  # whose small vocabulary lacks some of these characters
-            assert decode(tokenizer, tokenizer.encode(prompt)) == prompt
-
-
-@pytest.mark.parametrize(("template", "prefix"), [("{% if enable_thinking %}", True), ("{{ messages }}", False)])
-@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
-def test_models_whose_template_cannot_think_get_no_empty_thought(
-    tmp_path: Path, template: str, prefix: bool, place: str
+def test_all_that_changes_ids_counts_and_what_loses_text_is_refused(
+    tmp_path: Path, change: dict[str, Any], loses: bool
 ) -> None:
+    theirs = write_tokenizer(tmp_path, "Qwen2", **change)
+    theirs.backend_tokenizer.no_truncation()
+    assert (compare(theirs, tmp_path) > 0) == loses
+
+
+def test_no_text_is_too_long_or_ends_in_a_traceback(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, "Qwen3")
-    (tmp_path / place).write_text(json.dumps({"chat_template": template}), encoding="utf-8")
-    assert Tokenizer(tmp_path).chat([("user", "hi")]).endswith("</think>\n\n") == prefix
+    tokenizer = Tokenizer(tmp_path)
+    assert decode(tokenizer, tokenizer.encode(" " * 1_000_000)) == " " * 1_000_000
+    with pytest.raises(UserError, match="no valid Unicode"):
+        tokenizer.encode("half a pair: \ud800")
 
 
-TEMPLATES = {  # what the programs of these folders do with a chat, cut to what matters here
-    "SmolLM2": "{% for m in messages %}{% if loop.first and m.role != 'system' %}"
-    "{{ '<|im_start|>system\nYou are a helper named Smol<|im_end|>\n' }}{% endif %}",
-    "Qwen2": r"{%- if messages[0].role != 'system' %}"
-    r"{{- '<|im_start|>system\nYou\'re Qwen.\n\nBox: \\boxed{}.<|im_end|>\n' }}{%- endif %}{% for m in messages %}",
-    "Qwen3": r"{%- if messages[0].role == 'system' %}"
-    r"{{- '<|im_start|>system\n' + messages[0].content + '<|im_end|>\n' }}{%- endif %}{% for m in messages[off:] %}",
-}
-
-
-@pytest.mark.parametrize("family", TEMPLATES)
-def test_a_chat_gets_the_system_message_of_the_template(tmp_path: Path, family: str) -> None:
-    jinja2 = pytest.importorskip("jinja2")
-    write_tokenizer(tmp_path, family)
-    turn = "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}<|im_start|>assistant\n"
-    (tmp_path / "chat_template.jinja").write_text(TEMPLATES[family] + turn, encoding="utf-8")
-    messages = [{"role": "user", "content": "hi"}]
-    template = jinja2.Environment(keep_trailing_newline=True).from_string(TEMPLATES[family] + turn)
-    assert Tokenizer(tmp_path).chat([("user", "hi")]) == template.render(messages=messages, off=0)
+def test_pieces_join_to_the_text_and_a_character_belongs_to_its_first_token(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path, "Qwen3")
+    tokenizer, rng = Tokenizer(tmp_path), random.Random(0)
+    split = tokenizer.encode("\U0001d518!")
+    assert len(split) == 5 and tokenizer.pieces(split) == ["\U0001d518", "", "", "", "!"]
+    assert tokenizer.pieces([split[0], *tokenizer.encode("7"), split[0]]) == ["\ufffd", "7", "\ufffd"]
+    ids = [id for id in range(tokenizer.vocab_size) if id not in tokenizer.stops]
+    for tokens in [[], tokenizer.encode(SAMPLE), *(rng.choices(ids, k=rng.randint(1, 30)) for _ in range(300))]:
+        pieces = tokenizer.pieces(tokens)
+        assert len(pieces) == len(tokens) and "".join(pieces) == decode(tokenizer, tokens)
+        ended = tokenizer.pieces([*tokens, tokenizer.end, *tokens])
+        assert "".join(ended) == "".join(pieces) and len(ended) == 2 * len(tokens) + 1
+    assert tokenizer.pieces([tokenizer.vocab_size, *tokenizer.encode("a")]) == ["", "a"], "a row of no token"
 
 
 def test_stops_are_those_of_all_files_and_the_end_of_turn(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, "Qwen2")
-    turn = Tokenizer(tmp_path).end
-    assert Tokenizer(tmp_path).stops == (turn,)
-    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}), encoding="utf-8")
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, turn]}), encoding="utf-8")
-    assert Tokenizer(tmp_path).stops == tuple(sorted((5, 7, turn)))
+    end = Tokenizer(tmp_path).end
+    assert Tokenizer(tmp_path).stops == (end,)
+    write(tmp_path, "config.json", {"eos_token_id": 5})
+    write(tmp_path, "generation_config.json", {"eos_token_id": [7, end]})
+    assert Tokenizer(tmp_path).stops == tuple(sorted((5, 7, end)))
+    write(tmp_path, "config.json", {"eos_token_id": "5"})
+    with pytest.raises(UserError, match="eos_token_id"):
+        Tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "named"),
+    [
+        ("tokenizer.json", {"model": {"type": "BPE"}}, "is no tokenizer"),
+        ("tokenizer.json", {"pre_tokenizer": split_by("(")}, "is no tokenizer"),
+        ("tokenizer.json", {"decoder": {"type": "Fuse"}}, "decoder that is not byte-level"),
+        ("tokenizer.json", {"added_tokens": [ADDED | {"id": 0, "content": "!", "rstrip": True}]}, "white space"),
+        ("tokenizer_config.json", {"eos_token": "<|gone|>"}, "differ from file to file"),
+        ("tokenizer_config.json", {"additional_special_tokens": ["<|gone|>"]}, "differ from file to file"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"600": {"content": "<|im_end|>"}}}, "differ from file"),
+        ("added_tokens.json", {"<|im_end|>": 3}, "differ from file to file"),
+        ("tokenizer_config.json", {"chat_template": None}, "no chat template"),
+        ("tokenizer_config.json", {"chat_template": [{"name": "tools", "template": ""}]}, "no chat template"),
+        ("tokenizer_config.json", {"chat_template": "{% if %}"}, "is no template"),
+        ("tokenizer_config.json", {"chat_template": "{{ raise_exception('not today') }}"}, r"fails \(not today\)"),
+        ("tokenizer_config.json", {"chat_template": "{{ messages[99].content }}"}, "fails"),
+        ("tokenizer_config.json", {"chat_template": "{{ ''.__class__ }}"}, "looks into Python"),
+        (
+            "tokenizer_config.json",
+            {"chat_template": "{{ pad_token }}" + TURNS},
+            "a pad_token, which tokenizer_config.json does not name",
+        ),
+        ("tokenizer_config.json", {"chat_template": "{{ messages }}"}, "without a token behind an answer"),
+    ],
+    ids=str,
+)
+def test_other_folders_are_refused_by_name(tmp_path: Path, file: str, change: dict[str, Any], named: str) -> None:
+    write_tokenizer(tmp_path, "Qwen2")
+    raw = json.loads((tmp_path / file).read_text(encoding="utf-8")) if (tmp_path / file).exists() else {}
+    write(tmp_path, file, raw | change)
+    with pytest.raises(UserError, match=named) as error:
+        Tokenizer(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("module", ["tokenizers", "jinja2"])
+def test_a_missing_library_is_named_with_its_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    write_tokenizer(tmp_path, "Qwen2")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=r'pip install -e "\.\[real\]"'):
+        Tokenizer(tmp_path)
