@@ -161,13 +161,9 @@ def test_characters_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- Reasoning Gym
 
 REFUSED = {
-    "running it as code": {
-        "countdown",
-        "intermediate_integration",
-        "polynomial_multiplication",
-        "puzzle24",
-        "simple_integration",
-    },
+    "running it as code": set(
+        ["countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"]
+    ),
     "no golden answers": {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"},
     "at least one dataset": {"composite"},  # its settings are datasets
 }

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import ROWS, WORKED, find, write_lines
 from test_hub import write_model
-from test_hub_tokenizer import SAMPLE, decode, write_tokenizer
+from test_hub_tokenizer import write_tokenizer
 
 import reflect
 import train_rosd
@@ -23,7 +23,6 @@ from data.sources import WordProblem, is_test
 from data.words import Words
 from harness.cli import run_script
 from harness.run import Run
-from hub.tokenizer import Tokenizer
 from model import GPT
 from reflect import locate, parse_reflection
 
@@ -54,9 +53,7 @@ def test_worked_examples_are_training_problems_of_the_domain_and_never_the_probl
         assert len(used) == 3 and not any(is_test(question) for question in used if question != problem.question)
 
 
-def test_examples_of_a_reflector_are_wrong_attempts_for_a_wrong_one_and_right_ones_for_a_right_one(
-    folder: Path, file: Path
-) -> None:
+def test_examples_of_a_reflector_are_as_wrong_or_right_as_the_attempt(folder: Path, file: Path) -> None:
     task = load_task(str(file), folder, shots=2, max_response=16)
     problem = find(task, "eggs", "Ann")
     for peer in ("PEER", None):
@@ -76,9 +73,7 @@ def test_examples_of_a_reflector_are_wrong_attempts_for_a_wrong_one_and_right_on
         ("2 * 36 = <<2*36=72>>72 in all.\n#### 72", "2 * 36 = 77 in all.\nThe answer is 77", "= 77"),
     ],
 )
-def test_a_wrong_attempt_of_an_example_ends_wrongly(
-    folder: Path, tmp_path: Path, answer: str, attempt: str, quote: str
-) -> None:
+def test_a_wrong_example_ends_wrongly(folder: Path, tmp_path: Path, answer: str, attempt: str, quote: str) -> None:
     rows = [{"question": f"What is number {n}?", "answer": answer} for n in range(40)]
     task = load_task(str(write_lines(tmp_path / "rows.jsonl", rows)), folder, shots=1, max_response=16)
     prompt = task.reflector_prompt(task.problem("rows", random.Random(0)), "ATTEMPT", "PEER", False)
@@ -97,9 +92,7 @@ def test_a_wrong_attempt_of_an_example_ends_wrongly(
         ("No idea", None),
     ],
 )
-def test_the_oracle_quotes_the_wrong_result_and_names_the_right_one(
-    task: Task, response: str, quote: str | None
-) -> None:
+def test_the_oracle_quotes_the_wrong_result_and_names_the_right(task: Task, response: str, quote: str | None) -> None:
     read = parse_reflection(task.true_reflection(find(task, "eggs", "Ann"), response))
     assert (read.quote, read.idea) == (quote, "The result is 72.")
     assert quote is None or locate(quote, list(response)) is not None
@@ -111,16 +104,9 @@ def test_what_a_model_wrote_cannot_pass_for_special_tokens(task: Task) -> None:
     assert plain.count(task.end()) == odd.count(task.end()) == 1
 
 
-def test_pieces_join_to_the_decoded_text_of_any_tokens(folder: Path, task: Task) -> None:
-    tokenizer, rng = Tokenizer(folder), random.Random(0)
-    ids = [id for id in tokenizer.ranks if id not in tokenizer.stops]
-    for tokens in [[], tokenizer.encode(SAMPLE), *(rng.choices(ids, k=rng.randint(1, 30)) for _ in range(500))]:
-        pieces = task.pieces(tokens)
-        assert len(pieces) == len(tokens) and "".join(pieces) == decode(tokenizer, tokens) == task.decode(tokens)
-        assert task.decode([*tokens, task.end(), *tokens]) == decode(tokenizer, tokens)
-        assert "".join(task.pieces([*tokens, 639])) == decode(tokenizer, tokens)  # a row of no token
-    split = task.encode("\U0001d518")  # four tokens, one character
-    assert task.pieces(split) == ["\U0001d518", "", "", ""]
+def test_a_response_ends_at_its_stop_token(task: Task) -> None:
+    tokens = task.encode("It is 日 72.")
+    assert task.decode([*tokens, task.end(), *tokens]) == "".join(task.pieces(tokens)) == "It is 日 72."
 
 
 def test_decisive_tokens_are_results_and_the_answer(task: Task) -> None:
@@ -201,9 +187,7 @@ def test_the_loops_run_and_resume_on_a_file(loop: str, folder: Path, file: Path,
 
 
 @pytest.mark.parametrize("loop", ["opsd", "spd"])
-def test_both_loops_run_on_reasoning_gym_with_worked_examples(
-    loop: str, folder: Path, tmp_path: Path, run: Callable
-) -> None:
+def test_both_loops_run_on_reasoning_gym_with_examples(loop: str, folder: Path, tmp_path: Path, run: Callable) -> None:
     pytest.importorskip("reasoning_gym")
     run(loop, "--base", folder, "--task", "gym:chain_sum,gcd", "--shots", 1, "--out", tmp_path)
     results = json.loads(next(tmp_path.glob("*/results.json")).read_text(encoding="utf-8"))
@@ -224,7 +208,7 @@ def test_a_file_that_changed_is_another_run(folder: Path, tmp_path: Path, run: C
 
 
 @pytest.mark.parametrize("finetune", ["full", "lora"])
-def test_a_trained_model_is_a_folder_for_every_reader(
+def test_transformers_reads_a_trained_model(
     finetune: str, folder: Path, file: Path, tmp_path: Path, run: Callable
 ) -> None:
     transformers = pytest.importorskip("transformers")
@@ -241,9 +225,7 @@ def test_a_trained_model_is_a_folder_for_every_reader(
 
 
 @pytest.mark.usefixtures("right_half_of_the_time")
-def test_the_worked_example_runs_without_a_true_first_error(
-    folder: Path, file: Path, monkeypatch: Any, capsys: Any
-) -> None:
+def test_the_demo_runs_without_a_true_first_error(folder: Path, file: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(Words, "max_reflection", 6)
     text = "<error_quote>x</error_quote><explanation>It is\n5.</explanation>"
     monkeypatch.setattr(reflect, "write_reflections", lambda *_: [text])
@@ -264,7 +246,7 @@ def test_the_worked_example_runs_without_a_true_first_error(
     ],
     ids=" ".join,
 )
-def test_loops_refuse_in_one_sentence_and_leave_no_folder(
+def test_a_refused_run_leaves_no_folder(
     flags: list[str], cause: str, folder: Path, file: Path, tmp_path: Path, run: Callable, capsys: Any
 ) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -274,9 +256,7 @@ def test_loops_refuse_in_one_sentence_and_leave_no_folder(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_vocabulary_too_small_for_the_tokenizer_is_refused(
-    file: Path, tmp_path: Path, run: Callable, capsys: Any
-) -> None:
+def test_too_small_a_vocabulary_is_refused(file: Path, tmp_path: Path, run: Callable, capsys: Any) -> None:
     write_tokenizer(tmp_path, "Qwen3")
     write_model(tmp_path, "Qwen3", vocab_size=100, max_position_embeddings=2048)
     with pytest.raises(SystemExit):
