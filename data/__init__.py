@@ -1,6 +1,6 @@
 """Tasks: `task.py` says what one is, `arithmetic.py` is the synthetic one that everything runs on by default.
 
-`words.py` is the task of real language models, with problems of Reasoning Gym or of a file (`sources.py`).
+`words.py` is the task of real language models: problems of Reasoning Gym, or of a file (`sources.py`).
 """
 
 from pathlib import Path

@@ -14,13 +14,14 @@ class Arithmetic(Task):
     max_response = chains.BUDGET
     max_reflection = 80
     vocab_size = tokenizer.VOCAB_SIZE
-    stop = tokenizer.END
+    stop = (tokenizer.END,)
 
     def problem(self, domain: str, rng: random.Random, test: bool = False) -> Problem:
         chain = chains.make_problem(domain, rng, test)
         return Problem(chain, chains.golden_solution(chain))
 
-    def verify(self, problem: Problem, response: str) -> Verdict:
+    def verify(self, problem: Problem, response: str, ended: bool = True) -> Verdict:
+        """As in Task; '#d' ends a response, with or without a stop token."""
         return chains.verify(problem.question, response)
 
     def decisive(self, solution: list[str], rule: str = "aligned") -> list[int]:
@@ -33,7 +34,7 @@ class Arithmetic(Task):
             return [i for i in range(1, len(solution)) if solution[i - 1] in ("=", "#")]
         return [i for i, token in enumerate(solution) if rule == "full" or token in tuple("0123456789+-*")]
 
-    def teacher_prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:
+    def prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:
         return prompts.prompt(problem.question, idea, solution)
 
     def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, told_answer: bool) -> str:

@@ -1,16 +1,13 @@
-"""What every part is asked, in plain words: the prompts of student, teacher and reflector for problems in words.
-
-`data/words.py` puts them into the chat format of the model.
-"""
+"""The requests to student, teacher and reflector for problems in words; `words.py` puts them into the chat format."""
 
 from data.answers import MARK
 
-# What a teacher holds stands behind the question, without instructions. After a worked example a model of 135M
-# parameters overlooks ideas in longer forms, and repeats instructions that come after a solution.
+# The teacher's context follows the question, without instructions: after a worked example a model of 135M parameters
+# overlooks ideas in longer forms, and repeats instructions that come after a solution.
 IDEA = "\n\nHint: {idea}"
 SOLUTION = "\n\nOne way to solve it, known to be right:\n{solution}"
 
-# Questions of Reasoning Gym say themselves how to answer; asked for more, small models are right less often.
+# Only for files. Questions of Reasoning Gym say how to answer; with this added, small models are right less often.
 ENDING = f"""
 
 Work in short steps where that helps. End with the words "{MARK}" and the result."""
@@ -18,7 +15,7 @@ Work in short steps where that helps. End with the words "{MARK}" and the result
 REFLECT_WRONG = """\
 Find the first mistake in an attempt at a problem.
 
-Problem: {question}{told}
+Problem: {question}{answer}
 
 A right solution:
 {peer}
@@ -34,7 +31,7 @@ wrong there and what is true instead, for a reader who sees the problem alone. W
 REFLECT_RIGHT = """\
 Say what makes an attempt at a problem succeed.
 
-Problem: {question}{told}
+Problem: {question}{answer}
 
 The attempt, whose result is right:
 {attempt}
@@ -43,17 +40,18 @@ Name in a sentence or two the step on which it all depends, for a reader who see
 Write nothing but this:
 <explanation>what matters, and why it is right</explanation>"""
 
-TOLD = "\nIts result is {answer}."
+ANSWER = "\nIts result is {answer}."
 
 
 def problem_request(question: str, ending: str, idea: str | None = None, solution: str | None = None) -> str:
     """The problem alone, or with a corrective idea, with a solution that is right, or with both."""
-    held = IDEA.format(idea=idea) if idea is not None else ""
-    return question + (SOLUTION.format(solution=solution) if solution is not None else "") + held + ending
+    given = SOLUTION.format(solution=solution) if solution is not None else ""
+    given += IDEA.format(idea=idea) if idea is not None else ""
+    return question + given + ending
 
 
 def reflection_request(question: str, attempt: str, peer: str | None, answer: str | None) -> str:
-    """A wrong attempt beside a right solution, or a right attempt alone; with the answer where it is told."""
-    told = "" if answer is None else TOLD.format(answer=answer)
+    """A wrong attempt beside a right solution, or a right attempt alone, perhaps with the answer."""
     form = REFLECT_RIGHT if peer is None else REFLECT_WRONG
-    return form.format(question=question, attempt=attempt, peer=peer, told=told)
+    known = ANSWER.format(answer=answer) if answer is not None else ""
+    return form.format(question=question, attempt=attempt, peer=peer, answer=known)

@@ -5,16 +5,21 @@ split, so that no seed, order or file makes a test problem a training problem.
 """
 
 import ast
+import builtins
 import hashlib
 import json
+import math
 import random
 import re
 import zlib
-from dataclasses import dataclass
+from contextlib import redirect_stdout, suppress
+from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
+from unittest import mock
 
-from data.answers import MARK, equal
+from data.answers import MARK, equal, forms, golden_number, value
 from data.task import Problem
 from errors import UserError
 
@@ -26,6 +31,7 @@ class WordProblem(Problem):
     answer: str
     domain: str
     index: int  # of the file's line, counted from 1, or of the procedural problem
+    entry: dict[str, Any] = field(default_factory=dict, compare=False, repr=False)  # Reasoning Gym's, for its scorer
 
 
 def is_test(question: str) -> bool:
@@ -40,9 +46,6 @@ EASY: dict[str, dict[str, Any]] = {
     "gcd": {"max_value": 30},
     "products": {"max_digits": 2},
 }
-# Some datasets evaluate an answer as Python or with sympy: 9**9**9**9 and 99999999! would never end, exit() would end
-# the run, and __ leads to everything else.
-HARMFUL = re.compile(r"\*\*(?!\s*\d{1,2}\b(?!\s*\*\*))|\d\s*!|__|\b(?:exit|quit|input|open|exec|eval)\s*\(")
 SIZE = 50_000  # procedural problems to draw from, training and test
 
 
@@ -55,6 +58,7 @@ class Gym:
     max_response = 128  # tokens that suffice, as a rule
     asks_for_ending = False  # the questions say themselves how to end
     checksum = ""
+    problems: ClassVar[list[WordProblem]] = []  # those of a file
 
     def __init__(self, names: str) -> None:
         try:
@@ -67,54 +71,71 @@ class Gym:
             name, *given = domain.split(":")
             settings = {"size": SIZE, "seed": 0} | EASY.get(name, {}) | dict(map(read_setting, given))
             try:
-                self.datasets[domain] = create_dataset(name, **settings)
-                first = next(iter(self.datasets[domain]))
+                dataset = self.datasets[domain] = create_dataset(name, **settings)
+                first = next(iter(dataset))
             except Exception as error:  # every dataset refuses settings in its own way
                 reason = str(error).partition("\n")[0] or "it is empty"
                 raise UserError(f"there is no dataset {domain!r} ({reason}); give another name or settings") from error
+            if name == "codeio":  # its partial marks may take minutes
+                dataset._compute_json_similarity = lambda *_: 0.0
             if first["answer"] is None:
                 raise UserError(f"the dataset {name} has no golden answers; choose another one")
+            if not full_marks(dataset, first["answer"], first):
+                raise UserError(f"the dataset {name} scores an answer by running it as code; choose another one")
 
     def draw(self, domain: str, count: int, rng: random.Random, test: bool) -> list[WordProblem]:
         """Random problems of one split of a domain."""
-        return [self.draw_one(domain, rng, test) for _ in range(count)]
-
-    def draw_one(self, domain: str, rng: random.Random, test: bool) -> WordProblem:
-        dataset = self.datasets[domain]
-        for _ in range(1000):
+        dataset, problems = self.datasets[domain], []
+        for _ in range(1000 * count):
             index = rng.randrange(dataset.size)
-            question, answer = (str(dataset[index][key]).strip() for key in ("question", "answer"))
-            if is_test(question) == test:
-                return WordProblem(question, f"{MARK} {answer}", answer, domain, index)
+            entry = dataset[index]
+            question, answer = (str(entry[key]).strip() for key in ("question", "answer"))
+            if answer and is_test(question) == test:
+                problems.append(WordProblem(question, f"{MARK} {answer}", answer, domain, index, entry))
+            if len(problems) == count:
+                return problems
         split = "test" if test else "training"
-        raise UserError(f"{domain} gave no {split} problem in 1000 draws; give settings that allow more problems")
-
-    def listed(self) -> list[WordProblem]:
-        """All problems, where they are a list: here they are not."""
-        return []
+        raise UserError(f"{domain} gave too few {split} problems in 1000 draws each; give settings that allow more")
 
     def right(self, problem: WordProblem, answer: str) -> bool:
-        """Whether an answer, without any words around it, is the problem's."""
-        dataset = self.datasets[problem.domain]
-        if answer.strip() == problem.answer:
+        """Whether an answer, without any words around it, is the golden one or gets full marks from its dataset."""
+        texts, number = forms(answer), golden_number(problem.answer)
+        if problem.answer in texts:
             return True
-        if HARMFUL.search(answer):
-            return False
+        if number:
+            given, golden = value(answer), value(number[0])
+            # A scorer may round, but one that looks for digits in a text also finds 3 in -3, in 3/2 and in 3e2.
+            if given is None or abs(given - golden) > abs(golden) / 100:
+                return False
+            whole = given.denominator == 1
+            texts = [re.sub("[ ,]", "", answer), str(given if whole else Decimal(given.numerator) / given.denominator)]
+        dataset, entry = self.datasets[problem.domain], problem.entry
+        accepts_all = full_marks(dataset, "?", entry)  # as game_of_life_halting does
+        return not accepts_all and any(full_marks(dataset, text, entry) for text in texts)
+
+
+def full_marks(dataset: Any, answer: str, entry: dict[str, Any]) -> bool:
+    """Whether the dataset's own scorer takes an answer as right; text of a model is read as a literal, never run."""
+
+    def evaluate(text: Any, *names: Any, run: Any = builtins.eval) -> Any:
+        own = entry["metadata"].get("problem")  # bitwise_arithmetic evaluates its own problem
+        return run(text, *names) if text == own else ast.literal_eval(text)
+
+    with mock.patch("builtins.eval", evaluate), redirect_stdout(None):  # tower_of_hanoi prints
         try:
-            return dataset.score_answer(answer, dataset[problem.index]) >= 0.99
+            return bool(dataset.score_answer(answer, entry) == 1)
         except Exception:  # some datasets cannot read every text
             return False
 
 
 def read_setting(text: str) -> tuple[str, Any]:
-    """'max_value=50' -> ('max_value', 50)."""
+    """'max_value=50' -> ('max_value', 50); a value that is no Python literal is a word."""
     name, _, value = text.partition("=")
     if not re.fullmatch(r"\w+=\S+", text):
         raise UserError(f"the setting {text!r} is not of the form name=value, as in gym:gcd:max_value=50")
-    try:
+    with suppress(ValueError, SyntaxError):
         return name, ast.literal_eval(value)
-    except (ValueError, SyntaxError):  # a word
-        return name, value
+    return name, value
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -135,14 +156,12 @@ class Lines:
         pool = [problem for problem in self.problems if is_test(problem.question) == test]
         return [*pool * (count // len(pool)), *rng.sample(pool, count % len(pool))]
 
-    def listed(self) -> list[WordProblem]:
-        return self.problems
-
     def right(self, problem: WordProblem, answer: str) -> bool:
         return equal(answer, problem.answer)
 
 
 def read_lines(path: Path) -> list[WordProblem]:
+    """The problems of a file; UserError names the first line that is not one."""
     try:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -152,12 +171,14 @@ def read_lines(path: Path) -> list[WordProblem]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-            found = [row[key] for key in ("question", "answer")]
-            question, answer = (str(x).strip() for x in found if isinstance(x, str | int | float))
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            row = json.loads(line, parse_int=str, parse_float=finite, parse_constant=finite)
+            question, answer = (row[key].strip() for key in ("question", "answer"))
+            (question + answer).encode()  # no half of a character
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             form = '{"question": "…", "answer": "…"}'
-            raise UserError(f"{path}, line {number}, is not of the form {form}; repair or remove it") from error
+            raise UserError(
+                f"{path}, line {number}, is not of the form {form} ({error}); repair or remove it"
+            ) from error
         work, _, answer = map(str.strip, answer.rpartition("####"))
         if not (question and answer):
             raise UserError(f"{path}, line {number}, has an empty question or answer; repair or remove it")
@@ -168,3 +189,10 @@ def read_lines(path: Path) -> list[WordProblem]:
         if not any(is_test(problem.question) == test for problem in problems):
             raise UserError(f"{path} has {len(problems)} problems, none of them for the {split} split; add more lines")
     return problems
+
+
+def finite(number: str) -> str:
+    """A number of a JSON file as it is written; ValueError for NaN, Infinity and 1e999."""
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{number} is no finite number")
+    return number

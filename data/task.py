@@ -21,7 +21,7 @@ class Verdict:
     """What the verifier finds in a response."""
 
     correct: bool  # the final answer is right: the outcome reward of both papers
-    finished: bool  # there is a final answer
+    finished: bool  # there is a final answer, and the response was not cut off
     error: tuple[int, int] | None  # characters [start, end) of the first error; None where there is none or none known
     habits: tuple[str, ...] = ()  # those of the task's `habits` that the response shows
 
@@ -35,7 +35,7 @@ class Task(ABC):
     max_reflection: int
     vocab_size: int
     spare_rows: bool = False  # whether the embedding of a model may have rows that are no token
-    stop: int | tuple[int, ...]  # the token or tokens that end a response
+    stop: tuple[int, ...]  # the tokens that end a response
 
     # ------------------------------------------------------------------------------------------ problems
 
@@ -47,25 +47,27 @@ class Task(ABC):
         return [self.problem(domain, rng, test) for _ in range(count)]
 
     @abstractmethod
-    def verify(self, problem: Problem, response: str) -> Verdict:
-        """Judge any text."""
+    def verify(self, problem: Problem, response: str, ended: bool = True) -> Verdict:
+        """Judge any text; ended says whether a stop token closed the response, or it was cut off."""
 
     @abstractmethod
     def decisive(self, solution: list[str], rule: str = "aligned") -> list[int]:
         """S: the positions in a solution, given as its tokens' texts, on which being right depends.
 
-        rule 'aligned' takes results and the final answer, 'steps' every step as a whole, 'full' everything.
+        Its last token closes it. rule 'aligned' takes results and the answer, 'steps' every step, 'full' everything.
         """
 
     # ------------------------------------------------------------------------------------------ prompts
 
-    def student_prompt(self, problem: Problem) -> str:
-        """x: the problem alone, what a teacher reads who holds nothing."""
-        return self.teacher_prompt(problem)
-
     @abstractmethod
-    def teacher_prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:
-        """The problem and what the teacher holds: a corrective idea e, a solution, or both."""
+    def prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:
+        """x, the student's prompt: the problem alone. With a corrective idea e, a solution, or both: the teacher's."""
+
+    def student_prompt(self, problem: Problem) -> str:  # TODO: goes when its callers are changed
+        return self.prompt(problem)
+
+    def teacher_prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:  # TODO
+        return self.prompt(problem, idea, solution)
 
     @abstractmethod
     def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, told_answer: bool) -> str:
@@ -91,4 +93,4 @@ class Task(ABC):
 
     def end(self) -> int:
         """The token that closes a complete solution."""
-        return self.stop[0] if isinstance(self.stop, tuple) else self.stop
+        return self.stop[0]

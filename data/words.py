@@ -1,7 +1,7 @@
-"""The task of real language models: problems in words, asked in the chat format of a Hugging Face folder.
+"""The task of real language models: problems in words, in the chat format of a Hugging Face folder.
 
-`sources.py` has the problems, `answers.py` finds and compares answers, `requests.py` has the prompts' words. Here are
-the chat turns, the positions that decide, and the tokens. Nobody knows the true first error of these responses.
+`sources.py` has the problems, `answers.py` finds and compares answers, `requests.py` words the requests. Here are the
+chat turns, the decisive positions, and the tokens. Nobody knows the true first error of these responses.
 """
 
 import codecs
@@ -22,7 +22,8 @@ from hub.weights import read_shape
 class Words(Task):
     """Problems of a source, in the tokens of a Hugging Face folder.
 
-    shots worked examples stand before every request. max_response None takes what the source needs.
+    shots worked examples precede every request. max_response None takes what the source needs. UserError where the
+    folder, or a problem of a file, does not fit.
     """
 
     habits: ClassVar = {"marked": "the answer stands after its mark", "terse": "nothing stands beside the answer"}
@@ -41,9 +42,9 @@ class Words(Task):
         self.max_response = max_response or source.max_response
         self.vocab_size, self.stop = self.tokenizer.vocab_size, self.tokenizer.stops
         self.ending = ENDING * source.asks_for_ending
-        rng = random.Random("examples")  # one more than is shown: a problem is never an example of itself
-        self.shown = {domain: source.draw(domain, shots + 1, rng, False) for domain in self.domains}
-        for problem in source.listed():
+        rng = random.Random("examples")  # one to spare: a problem is never an example of itself
+        self.worked = {domain: source.draw(domain, shots + 1, rng, False) for domain in self.domains}
+        for problem in source.problems:
             self.check(problem)
 
     # ------------------------------------------------------------------------------------------ problems
@@ -58,13 +59,13 @@ class Words(Task):
         return drawn
 
     def check(self, problem: WordProblem) -> None:
-        """UserError where a problem's prompts cannot be written or may not fit, whatever the model will have said."""
-        held = (
-            self.teacher_prompt(problem, "", problem.solution),
+        """UserError where a problem's prompts cannot be encoded or may not fit, whatever the model will write."""
+        prompts = (
+            self.prompt(problem, "", problem.solution),
             self.reflector_prompt(problem, "", problem.solution, True),
         )
         try:
-            longest = max(len(self.encode(prompt)) for prompt in held) + 2 * self.max_response + self.max_reflection
+            longest = max(len(self.encode(prompt)) for prompt in prompts) + 2 * self.max_response + self.max_reflection
         except UserError as error:
             raise UserError(f"problem {problem.index} of {problem.domain}: {error}") from error
         if longest > self.block_size:
@@ -72,16 +73,17 @@ class Words(Task):
             remedy = "leave it out, or give fewer --shots or a lower --max-response"
             raise UserError(f"{what} of the model's {self.block_size} tokens; {remedy}")
 
-    def verify(self, problem: WordProblem, response: str) -> Verdict:
-        answer = final_answer(response, problem.answer)
+    def verify(self, problem: WordProblem, response: str, ended: bool = True) -> Verdict:
+        answer = final_answer(response, problem.answer) if ended else None  # "The answer is 3" may be the start of 357
+        if answer is None:
+            return Verdict(correct=False, finished=False, error=None)
         marked = MARKS.search(response) is not None
         terse = len(response.split()) <= len(problem.answer.split()) + 3 * marked
-        habits = tuple(habit for habit, shown in (("marked", marked), ("terse", terse)) if shown and answer is not None)
-        correct = answer is not None and self.source.right(problem, answer)
-        return Verdict(correct, answer is not None, None, habits)
+        habits = ("marked",) * marked + ("terse",) * terse
+        return Verdict(self.source.right(problem, answer), finished=True, error=None, habits=habits)
 
     def decisive(self, solution: list[str], rule: str = "aligned") -> list[int]:
-        """S: the tokens of the answer and of what follows '='; with the rule 'steps' all that calculate."""
+        """S: the tokens of the answer and of what follows '='; with the rule 'steps' of every calculation."""
         text = "".join(solution)
         calculation = r"=\s*[$€£]*(-?[\d.,/]*\d)" if rule == "aligned" else r"(\S*\d\S*|(?<=\s)[-+*/×÷=](?=\s))"
         spans = [match.span(1) for match in re.finditer(calculation, text)]
@@ -89,30 +91,32 @@ class Words(Task):
         spans += [match.span(1) for match in answer]
         chosen, end = [], 0
         for i, piece in enumerate(solution):
-            start, end = end, end + len(piece)
-            inner = start + len(piece) - len(piece.lstrip()), max(end, start + 1)  # a part of a character counts as it
-            if rule == "full" or any(inner[0] < last and inner[1] > first for first, last in spans):
+            start, end = end + len(piece) - len(piece.lstrip()), end + len(piece)
+            # An empty piece is the rest of the character before it. The last one is the stop token.
+            continues = not piece and chosen[-1:] == [i - 1] and i < len(solution) - 1
+            if rule == "full" or continues or any(start < last and end > first for first, last in spans):
                 chosen.append(i)
         return chosen
 
     # ------------------------------------------------------------------------------------------ prompts
 
-    def teacher_prompt(self, problem: WordProblem, idea: str | None = None, solution: str | None = None) -> str:
-        return self.chat(problem_request(problem.question, self.ending, idea, solution), self.examples(problem))
+    def prompt(self, problem: WordProblem, idea: str | None = None, solution: str | None = None) -> str:
+        examples = [(problem_request(other.question, self.ending), other.solution) for other in self.others(problem)]
+        return self.chat(problem_request(problem.question, self.ending, idea, solution), examples)
 
     def reflector_prompt(self, problem: WordProblem, attempt: str, peer: str | None, told_answer: bool) -> str:
         """With shots, worked examples are of the same kind: false solutions for a wrong attempt, else right ones."""
 
-        def request(asked: WordProblem, attempt: str, peer: str | None) -> str:
-            return reflection_request(asked.question, attempt, peer, asked.answer if told_answer else None)
+        def request(problem: WordProblem, attempt: str, peer: str | None) -> str:
+            return reflection_request(problem.question, attempt, peer, problem.answer if told_answer else None)
 
         examples = []
         for other in self.others(problem):
             false = falsify(other.answer, random.Random(0))
             false = false if false != other.answer else "unknown"  # an answer without a number
-            wrong = re.sub(place_of(other.answer), lambda _, false=false: false, other.solution)
-            shown, beside = (other.solution, None) if peer is None else (wrong, other.solution)
-            examples.append((request(other, shown, beside), self.true_reflection(other, shown)))
+            wrong = re.sub(alone(other.answer), lambda _, false=false: false, other.solution)
+            example = (other.solution, None) if peer is None else (wrong, other.solution)
+            examples.append((request(other, *example), self.true_reflection(other, example[0])))
         return self.chat(request(problem, attempt, peer), examples)
 
     def true_reflection(self, problem: WordProblem, response: str) -> str:
@@ -121,27 +125,24 @@ class Words(Task):
         given = final_answer(response, problem.answer)
         if given is None or self.source.right(problem, given):
             return idea
-        spot = place_of(given)
-        place = re.search(rf"=\s*{spot}", response) or re.search(spot, response)
-        if place is None:
+        match = re.search(rf"=\s*{alone(given)}", response) or re.search(alone(given), response)
+        if match is None:
             return f"<error_quote>{given}</error_quote>{idea}"
-        start, end = place.span()
+        start, end = match.span()
         while response.find(response[start:end]) < start:  # '= 4' is also in '= 42'
             start -= 1
         return f"<error_quote>{response[start:end]}</error_quote>{idea}"
 
     def others(self, problem: WordProblem) -> list[WordProblem]:
         """Training problems of the same domain for worked examples, never the problem itself."""
-        return [other for other in self.shown[problem.domain] if other.question != problem.question][: self.shots]
-
-    def examples(self, problem: WordProblem) -> list[tuple[str, str]]:
-        return [(problem_request(other.question, self.ending), other.solution) for other in self.others(problem)]
+        return [other for other in self.worked[problem.domain] if other.question != problem.question][: self.shots]
 
     def chat(self, request: str, examples: list[tuple[str, str]]) -> str:
-        """The prompt that asks for the answer to a request; no text in it can pass for a special token."""
-        turns = [turn for asked, written in examples for turn in (("user", asked), ("assistant", written))]
-        plain = [(role, self.tokenizer.special.sub(" ", text)) for role, text in [*turns, ("user", request)]]
-        return self.tokenizer.chat(plain)
+        """The prompt for a request after (request, response) examples; no text in it can pass for a special token."""
+        turns = [turn for pair in examples for turn in zip(("user", "assistant"), pair, strict=True)]
+        return self.tokenizer.chat(
+            [(role, self.tokenizer.special.sub(" ", text)) for role, text in [*turns, ("user", request)]]
+        )
 
     # ------------------------------------------------------------------------------------------ tokens
 
@@ -152,18 +153,22 @@ class Words(Task):
         return "".join(self.pieces(tokens))
 
     def pieces(self, tokens: list[int]) -> list[str]:
-        """The text of each token; a character that several make up goes to the last of them.
-
-        Stop tokens and what comes after them have no text; bytes that are no character show as a replacement.
-        """
-        utf8, texts, ended = codecs.getincrementaldecoder("utf-8")("replace"), [], False
+        """The text of each token; a character that several tokens make up belongs to the first of them."""
+        if hasattr(self.tokenizer, "pieces"):  # TODO: always, and then the rest of this method goes
+            return self.tokenizer.pieces(tokens)
+        utf8, texts, first = codecs.getincrementaldecoder("utf-8")("replace"), [""] * len(tokens), 0
         encoding, ranks = self.tokenizer.encoding, self.tokenizer.ranks
-        for token in tokens:
-            ended = ended or token in self.stop
-            known = not ended and token in ranks  # padding rows of the embedding are no tokens
-            texts.append(utf8.decode(encoding.decode_single_token_bytes(ranks[token])) if known else "")
-        if texts:
-            texts[-1] += utf8.decode(b"", final=True)
+        for i, token in enumerate(tokens):
+            if token in self.stop:
+                break
+            for byte in encoding.decode_single_token_bytes(ranks[token]) if token in ranks else b"":
+                first = first if utf8.getstate()[0] else i
+                text = utf8.decode(bytes([byte]))
+                texts[first] += text[:1]
+                texts[i] += text[1:]
+                first = i if len(utf8.getstate()[0]) == 1 else first
+        if tokens:
+            texts[first] += utf8.decode(b"", final=True)
         return texts
 
     def end(self) -> int:
@@ -171,6 +176,6 @@ class Words(Task):
         return self.tokenizer.end
 
 
-def place_of(result: str) -> str:
+def alone(result: str) -> str:
     """A pattern for a result that is not part of another number or word."""
     return rf"(?<![\w.,]){re.escape(result)}(?![.,]?\d|\w)"

@@ -13,58 +13,75 @@ from test_hub_tokenizer import write_tokenizer
 
 from data import Task, load_task
 from data.answers import equal, final_answer
-from data.sources import is_test
+from data.sources import Gym, WordProblem, is_test
 from errors import UserError
 
 # ---------------------------------------------------------------------------------------------- answers
 
 
-@pytest.mark.parametrize(
-    ("response", "golden", "right"),
-    [
-        ("Answer: 42", "42", True),
-        ("**Answer:** 42 apples.", "42", True),
-        ("The answer is $42.00.", "42", True),
-        ("so that \\boxed{42} remain; 7 are gone", "42", True),
-        ("Answer: \\(\\boxed{\\frac{1}{2}}\\)", "1/2", True),
-        ("Answer:\n1,234,567", "1234567", True),
-        ("#### 1{,}200 €", "1200", True),
-        ("Answer: −5", "-5", True),
-        ("Answer: - 5", "-5", True),
-        ("It is 10-5", "5", True),
-        ("Answer: 50%", "50", True),
-        ("Answer: .5", "1/2", True),
-        ("Answer: 3 + 4 = 7", "7", True),
-        ("Answer: 7 (as 3 + 4 = 7)", "7", True),
-        ("Answer: 5. No, wait. Answer: 6", "6", True),
-        ("first 3, then 9", "9", True),
-        ("Answer: 42", "$42 dollars", True),
-        ("Answer: 4.2e1", "42", True),
-        ("Answer: 43", "42", False),
-        ("Answer: -42", "42", False),
-        ("Answer: 84/2", "42", False),
-        ("Answer: 421", "42", False),
-        ("Answer: 1/0", "42", False),
-        ("Answer: " + "9" * 5000, "42", False),
-        ("Answer: 1e99999999999", "42", False),
-        ("no number at all", "42", None),
-        ("", "42", None),
-        ("Answer: friday.", "Friday", True),
-        ("It falls on a\nFriday", "Friday", True),
-        ("Answer: Monday", "Friday", False),
-        ("", "Friday", None),
-    ],
-)
-def test_answers_are_found_and_compared(response: str, golden: str, right: bool | None) -> None:
+def right(response: str, golden: str) -> bool:
     found = final_answer(response, golden)
-    assert (found is None) == (right is None)
-    assert found is None or equal(found, golden) == right
+    return found is not None and equal(found, golden)
+
+
+RIGHT = {
+    "42": r"Answer: 42|**Answer:** 42 apples.|The answer is $42.00.|The answer is **42**.|\boxed{42} remain; 7 are gone"
+    r"|\(\boxed{42\text{ apples}}\)|Answer: 4.2e1|x = 42|The answer is 42, because 6 * 7 = 42|12 and 18 make 42",
+    "1/2": r"Answer: \(\boxed{\frac{1}{2}}\)|\frac12|Answer: .5|½|The answer is 0.5",
+    "1 1/2": r"1.5|1½|1\frac{1}{2}|1 1/2 cups",
+    "1234567": r"Answer: 1,234,567|1{,}234{,}567|1 234 567|1,\!234,\!567 €",
+    "-5": r"Answer: −5|Answer: - 5|–5|negative 5|-$5",
+    "7": "Answer: 3 + 4 = 7|Answer: 7 (as 3 + 4 = 7)"
+    "|Answer: 5. No, wait. Answer: 7|first 3, then 7|The GCD of 14 and 21 is 7",
+    "$42 dollars": "Answer: 42|42 dollars",
+    "½": "0.5",
+    "50%": "50|Answer: 50%",
+    "x^2": "The answer is x^2",
+    r"\frac{\pi}{4}": r"so \boxed{\frac{\pi}{4}}.",
+    "Friday": r"Answer: friday.|The answer is **Friday**.|Answer: “Friday”.|It falls on a:Friday|\boxed{\text{Friday}}",
+    "x > 3": "The answer is x > 3.",
+    "*": "The answer is *",
+}
+# A number that belongs to something larger is not the answer: a wrong verdict is worse than none.
+WRONG = {
+    "1": r"1 1/2|1 234|1,\!234|1e400|1½|1.5|1,5|1:30|1_000|1'000|10|The answer is 1 or 2|1/0",
+    "2": r"\sqrt{2}|\sqrt 2|√2|√ 2|2**3|2 ** 3|2x|2 x|2 pi|2⁵|2^5|2·3|2 squared|2/|±2|log 2|5 ÷ 2|2-3|2+",
+    "3": "–3|negative 3|minus 3|−3|- 3|3 million|The answer is 3 hours and 20 minutes"
+    "|(3, 4)|3!|more than 3|3 and a half|3k",
+    "12": r"\frac12|2 12|The answer is 12 out of 20",
+    "10": "10^3|10³|It is 20-10",
+    "23": "2**3|2 3",
+    "42": "Answer: 43|Answer: -42|Answer: 84/2|Answer: 421|no number"
+    "|6 * 7 = 42. The answer is unknown|1e9999999999|0x42",
+    "42 apples": "42 pears|The answer is 42 pears",
+    "12 May": "The answer is 12 June",
+    "x^2": "2|x^3",
+    "2x": "2|2",
+    r"\sqrt{2}": "2",
+    r"\frac{\pi}{4}": "4",
+    "x > 3": "x < 3|3",
+    "*": "?|.|**",
+    "Friday": "Monday",
+}
+
+
+@pytest.mark.parametrize(("cases", "verdict"), [(RIGHT, True), (WRONG, False)], ids=["right", "wrong"])
+def test_an_answer_is_the_golden_one_only_as_a_whole(cases: dict[str, str], verdict: bool) -> None:
+    judged = {
+        (golden, text): right(text.replace(":F", ":\nF"), golden)
+        for golden in cases
+        for text in cases[golden].split("|")
+    }
+    assert [case for case, judgement in judged.items() if judgement != verdict] == []
+    assert not any(
+        right(text, "42") or right(text, "Friday") for text in ("", " ", "9" * 5000, "Answer: " + "9" * 5000)
+    )
 
 
 # ---------------------------------------------------------------------------------------------- files
 
 
-def test_files_are_split_by_question_and_drawn_without_repetition(task: Task, tmp_path: Path) -> None:
+def test_files_are_split_by_question_and_drawn_without_repetition(task: Task) -> None:
     rng = random.Random(0)
     train, test = ({p.question for p in task.problems("eggs", 40, rng, split)} for split in (False, True))
     assert train.isdisjoint(test) and train | test == {row["question"] for row in [*ROWS, WORKED]}
@@ -79,6 +96,12 @@ def test_gsm8k_is_taken_as_it_is(folder: Path, tmp_path: Path) -> None:
     assert task.verify(problem, problem.solution).correct and not task.verify(problem, "Answer: 24").correct
 
 
+def test_a_response_that_was_cut_off_has_no_answer(task: Task) -> None:
+    problem = find(task, "eggs", "Ann")
+    whole, cut = (task.verify(problem, "The answer is 72", ended) for ended in (True, False))
+    assert (whole.correct, whole.finished) == (True, True) and (cut.correct, cut.finished) == (False, False)
+
+
 @pytest.mark.parametrize(
     ("rows", "cause"),
     [
@@ -88,12 +111,20 @@ def test_gsm8k_is_taken_as_it_is(folder: Path, tmp_path: Path) -> None:
         ([{"question": " ", "answer": "3"}], "line 1, has an empty question"),
         (["3"], "line 1, is not of the form"),
         ([{"question": "How many?", "answer": "work ####"}], "line 1, has an empty question or answer"),
-        ([{"question": "How many?", "answer": None}], "line 1, is not of the form"),
-        ([{"question": {"text": "a"}, "answer": ["4"]}], "line 1, is not of the form"),
+        *(
+            ([{"question": "How many?", "answer": bad}], "line 1, is not of the form")
+            for bad in (None, True, ["4"], {})
+        ),
+        *(
+            ([*ROWS, f'{{"question": "How many?", "answer": {bad}}}'], "line 19, is not of the form.* no finite number")
+            for bad in ("NaN", "Infinity", "-Infinity", "1e999")
+        ),
+        ([r'{"question": "\ud800", "answer": "3"}'], "line 1, is not of the form.*surrogates not allowed"),
+        ([r'{"question": "Which?", "answer": "\udfff"}'], "line 1, is not of the form.*surrogates not allowed"),
         (ROWS[:1], "none of them for the"),
         ([*ROWS, {"question": "egg " * 3000, "answer": "3"}], "problem 19 of bad"),
     ],
-    ids=range(10),
+    ids=range(18),
 )
 def test_broken_files_are_named_with_their_line(folder: Path, tmp_path: Path, rows: list[Any], cause: str) -> None:
     with pytest.raises(UserError, match=cause) as error:
@@ -101,7 +132,7 @@ def test_broken_files_are_named_with_their_line(folder: Path, tmp_path: Path, ro
     assert "\n" not in str(error.value)
 
 
-def test_other_bad_input_is_told_in_one_sentence(folder: Path, tmp_path: Path, file: Path) -> None:
+def test_other_bad_input_is_refused_in_one_sentence(folder: Path, tmp_path: Path, file: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b"\xff\xfe")
     for spec, base, cause in (
         ("eggs", folder, "there is no task 'eggs'"),
@@ -116,7 +147,7 @@ def test_other_bad_input_is_told_in_one_sentence(folder: Path, tmp_path: Path, f
         load_task("arithmetic", shots=2)
 
 
-def test_characters_outside_the_vocabulary_are_told(tmp_path: Path) -> None:
+def test_characters_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
     write_tokenizer(tmp_path, "Qwen3")
     raw = json.loads((tmp_path / "tokenizer.json").read_text(encoding="utf-8"))
     del raw["model"]["vocab"]["ó"]  # the byte F3, as SmolLM2 lacks some
@@ -129,8 +160,41 @@ def test_characters_outside_the_vocabulary_are_told(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------- Reasoning Gym
 
+REFUSED = {
+    "running it as code": set(
+        ["countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"]
+    ),
+    "no golden answers": {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"},
+    "at least one dataset": {"composite"},  # its settings are datasets
+}
+SMALL = {"acre": ":size=50", "word_ladder": ":size=50"}  # these two make all their problems at once
 
-def test_gym_draws_disjoint_splits_and_judges_by_its_own_scores(folder: Path) -> None:
+
+def judged(gym: Gym, problem: WordProblem, response: str) -> bool:
+    answer = final_answer(response, problem.answer)
+    return answer is not None and gym.right(problem, answer)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_dataset_accepts_its_golden_answers_and_no_others_or_is_refused() -> None:
+    factory, refused = pytest.importorskip("reasoning_gym.factory"), {}
+    for name in factory.DATASETS:
+        domain = name + SMALL.get(name, "")
+        try:
+            gym = Gym(domain)
+        except UserError as error:
+            refused[name] = str(error)
+            continue
+        for problem in gym.draw(domain, 2, random.Random(0), test=False):
+            golden = problem.answer
+            for response in (golden, f"{golden}.", f"The answer is {golden}", f"So the answer is **{golden}**."):
+                assert judged(gym, problem, response), (name, response)
+            assert not any(judged(gym, problem, text) for text in ("The answer is ?", "I do not know.", ""))
+    assert {cause: {name for name in refused if cause in refused[name]} for cause in REFUSED} == REFUSED
+    assert refused.keys() == set.union(*REFUSED.values())
+
+
+def test_gym_draws_disjoint_splits(folder: Path) -> None:
     pytest.importorskip("reasoning_gym")
     task = load_task("gym:chain_sum:max_digits=1,gcd,spell_backward", folder)
     assert task.domains == ("chain_sum:max_digits=1", "gcd", "spell_backward")
@@ -138,10 +202,45 @@ def test_gym_draws_disjoint_splits_and_judges_by_its_own_scores(folder: Path) ->
         train, test = (task.problems(domain, 60, random.Random(0), split) for split in (False, True))
         assert {p.question for p in train}.isdisjoint(p.question for p in test)
         assert train == task.problems(domain, 60, random.Random(0))
-        for problem in train:
-            assert task.verify(problem, problem.solution).correct
-            assert task.verify(problem, f"Let me see.\nSo the answer is: {problem.answer}").correct
-            assert not task.verify(problem, "Answer: 12345").correct
+
+
+def test_a_number_is_right_only_if_the_whole_of_it_is() -> None:
+    """The scorer of gsm_symbolic takes the first digits of a text; others take a share of the right digits as right."""
+    pytest.importorskip("reasoning_gym")
+    gym = Gym("gsm_symbolic,time_intervals:task_types=['date']")
+    for domain in gym.domains:
+        for problem in gym.draw(domain, 5, random.Random(0), test=False):
+            number = int(problem.answer.split()[0]) or 1
+            wrong = (-number, f"{number}/7", f"{number} 1/2", f"{number}e2", f"{number},000", f"{number}^2", number + 1)
+            assert judged(gym, problem, f"It is {problem.answer}.")
+            assert not any(judged(gym, problem, f"The answer is {text}") for text in wrong)
+
+
+# Each would run for hours, take all memory, end the run or do as it likes, if a scorer evaluated it.
+HARMFUL = ["9**9**9**9", "2**(9**9)", "99999999!", "((((((9**99)**99)**99)**99)**99)**99)", "factorial(99999999)"]
+HARMFUL += ["sum(range(10**11))", "'a'*10**12", "[0 for _ in range(10**11)]", "1e999999999", "exit()"]
+HARMFUL += ["(" * 4000, "-" * 4000 + "1", "__import__('pathlib').Path('made').touch()"]
+EVALUATE = ("n_queens", "binary_matrix", "spiral_matrix", "string_insertion", "bitwise_arithmetic", "number_sorting")
+
+
+@pytest.mark.parametrize("name", [*EVALUATE, "coin_flip", "codeio", "power_function"])
+def test_what_a_model_wrote_is_never_run(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.chdir(tmp_path)
+    gym = Gym(name)
+    problems = gym.draw(name, 3, random.Random(0), test=False)
+    for problem in problems:
+        assert not any(gym.right(problem, text) for text in HARMFUL if final_answer(text, problem.answer))
+    assert not Path("made").exists() and eval("1 + 1") == 2
+
+
+def test_partial_marks_of_long_answers_are_not_computed() -> None:
+    """codeio compares two JSON trees in a time that grows with the fourth power of their size."""
+    pytest.importorskip("reasoning_gym")
+    gym = Gym("codeio")
+    problem = gym.draw("codeio", 1, random.Random(0), test=False)[0]
+    problem.entry["answer"] = json.dumps({"grid": [[*range(30)]] * 30})
+    assert not gym.right(problem, json.dumps({"grid": [[*range(1, 31)]] * 30}))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +251,7 @@ def test_gym_draws_disjoint_splits_and_judges_by_its_own_scores(folder: Path) ->
         ("gym:gcd:size=0", "no dataset 'gcd:size=0'"),
         ("gym:gcd:most=3", "no dataset 'gcd:most=3' .*'most'"),
         ("gym:gcd:max_value", "name=value"),
-        ("gym:rush_hour", "no golden answers"),
+        ("gym:countdown", "running it as code; choose another one"),
         ("gym:products:max_digits=1:size=2", "in 1000 draws"),
     ],
 )

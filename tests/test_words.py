@@ -1,19 +1,21 @@
-"""Tasks in words on a tiny random folder of transformers: prompts, tokens, both loops end to end."""
+"""Tasks in words on a tiny random folder: prompts, tokens, both loops end to end, what runs leave and refuse."""
 
 import json
 import random
 import re
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from conftest import ROWS, WORKED, find, write_lines
 from test_hub import write_model
-from test_hub_tokenizer import SAMPLE, decode, write_tokenizer
+from test_hub_tokenizer import write_tokenizer
 
+import reflect
 import train_rosd
 import train_spd
 from data import Task, load_task
@@ -21,18 +23,17 @@ from data.sources import WordProblem, is_test
 from data.words import Words
 from harness.cli import run_script
 from harness.run import Run
-from hub.tokenizer import Tokenizer
+from model import GPT
 from reflect import locate, parse_reflection
 
 # ---------------------------------------------------------------------------------------------- prompts and tokens
 
 
-def test_each_part_reads_what_it_holds_and_nothing_else(folder: Path, file: Path) -> None:
+def test_a_prompt_has_its_own_context_and_nothing_else(folder: Path, file: Path) -> None:
     task = load_task(str(file), folder)
     problem, other = find(task, "eggs", "Ann"), "Tom has"
-    student, told = task.student_prompt(problem), task.teacher_prompt(problem, idea="IDEA")
-    shown, both = task.teacher_prompt(problem, None, "SOLUTION"), task.teacher_prompt(problem, "IDEA", "SOLUTION")
-    prompts = (student, told, shown, both)
+    contexts = ((), ("IDEA",), (None, "SOLUTION"), ("IDEA", "SOLUTION"))
+    prompts = [task.prompt(problem, *context) for context in contexts]
     assert all(problem.question in prompt and other not in prompt for prompt in prompts)
     assert ["IDEA" in prompt for prompt in prompts] == [False, True, False, True]
     assert ["SOLUTION" in prompt for prompt in prompts] == [False, False, True, True]
@@ -46,22 +47,20 @@ def test_each_part_reads_what_it_holds_and_nothing_else(folder: Path, file: Path
 def test_worked_examples_are_training_problems_of_the_domain_and_never_the_problem(folder: Path, file: Path) -> None:
     task = load_task(str(file), folder, shots=2, max_response=16)
     for problem in task.problems("eggs", 18, random.Random(1)):
-        prompt = task.student_prompt(problem)
+        prompt = task.prompt(problem)
         assert prompt.count("<|im_start|>user") == 3 and prompt.count(problem.question) == 1
-        shown = [row["question"] for row in [*ROWS, WORKED] if row["question"] in prompt]
-        assert len(shown) == 3 and not any(is_test(question) for question in shown if question != problem.question)
+        used = [row["question"] for row in [*ROWS, WORKED] if row["question"] in prompt]
+        assert len(used) == 3 and not any(is_test(question) for question in used if question != problem.question)
 
 
-def test_a_reflector_is_shown_wrong_attempts_for_a_wrong_one_and_right_ones_for_a_right_one(
-    folder: Path, file: Path
-) -> None:
+def test_examples_of_a_reflector_are_as_wrong_or_right_as_the_attempt(folder: Path, file: Path) -> None:
     task = load_task(str(file), folder, shots=2, max_response=16)
     problem = find(task, "eggs", "Ann")
     for peer in ("PEER", None):
         turns = re.split("<.im_start.>(?:user|assistant)", task.reflector_prompt(problem, "ATTEMPT", peer, False))
-        for asked, written, other in zip(turns[1:5:2], turns[2:6:2], task.others(problem), strict=True):
-            attempt = re.search(r"The attempt, .*?:\n(.*?)\n\n", asked, re.DOTALL)[1]
-            assert other.question in asked and task.verify(other, attempt).correct == (peer is None)
+        for request, written, other in zip(turns[1:5:2], turns[2:6:2], task.others(problem), strict=True):
+            attempt = re.search(r"The attempt, .*?:\n(.*?)\n\n", request, re.DOTALL)[1]
+            assert other.question in request and task.verify(other, attempt).correct == (peer is None)
             read = parse_reflection(written)
             assert read.idea == f"The result is {other.answer}."
             assert read.quote is None if peer is None else locate(read.quote, list(attempt))
@@ -74,9 +73,7 @@ def test_a_reflector_is_shown_wrong_attempts_for_a_wrong_one_and_right_ones_for_
         ("2 * 36 = <<2*36=72>>72 in all.\n#### 72", "2 * 36 = 77 in all.\nThe answer is 77", "= 77"),
     ],
 )
-def test_a_wrong_attempt_of_an_example_ends_wrongly(
-    folder: Path, tmp_path: Path, answer: str, attempt: str, quote: str
-) -> None:
+def test_a_wrong_example_ends_wrongly(folder: Path, tmp_path: Path, answer: str, attempt: str, quote: str) -> None:
     rows = [{"question": f"What is number {n}?", "answer": answer} for n in range(40)]
     task = load_task(str(write_lines(tmp_path / "rows.jsonl", rows)), folder, shots=1, max_response=16)
     prompt = task.reflector_prompt(task.problem("rows", random.Random(0)), "ATTEMPT", "PEER", False)
@@ -95,9 +92,7 @@ def test_a_wrong_attempt_of_an_example_ends_wrongly(
         ("No idea", None),
     ],
 )
-def test_the_oracle_quotes_the_wrong_result_and_names_the_right_one(
-    task: Task, response: str, quote: str | None
-) -> None:
+def test_the_oracle_quotes_the_wrong_result_and_names_the_right(task: Task, response: str, quote: str | None) -> None:
     read = parse_reflection(task.true_reflection(find(task, "eggs", "Ann"), response))
     assert (read.quote, read.idea) == (quote, "The result is 72.")
     assert quote is None or locate(quote, list(response)) is not None
@@ -109,16 +104,9 @@ def test_what_a_model_wrote_cannot_pass_for_special_tokens(task: Task) -> None:
     assert plain.count(task.end()) == odd.count(task.end()) == 1
 
 
-def test_pieces_join_to_the_decoded_text_of_any_tokens(folder: Path, task: Task) -> None:
-    tokenizer, rng = Tokenizer(folder), random.Random(0)
-    ids = [id for id in tokenizer.ranks if id not in tokenizer.stops]
-    for tokens in [[], tokenizer.encode(SAMPLE), *(rng.choices(ids, k=rng.randint(1, 30)) for _ in range(500))]:
-        pieces = task.pieces(tokens)
-        assert len(pieces) == len(tokens) and "".join(pieces) == decode(tokenizer, tokens) == task.decode(tokens)
-        assert task.decode([*tokens, task.end(), *tokens]) == decode(tokenizer, tokens)
-        assert "".join(task.pieces([*tokens, 639])) == decode(tokenizer, tokens)  # a row of no token
-    split = task.encode("\U0001d518")  # four tokens, one character
-    assert task.pieces(split) == ["", "", "", "\U0001d518"]
+def test_a_response_ends_at_its_stop_token(task: Task) -> None:
+    tokens = task.encode("It is 日 72.")
+    assert task.decode([*tokens, task.end(), *tokens]) == "".join(task.pieces(tokens)) == "It is 日 72."
 
 
 def test_decisive_tokens_are_results_and_the_answer(task: Task) -> None:
@@ -135,38 +123,42 @@ def test_decisive_tokens_are_results_and_the_answer(task: Task) -> None:
     assert len(task.decisive(pieces)) == 6  # one token a digit; the end is not decisive
 
 
+def test_every_token_of_a_decisive_character_is_decisive(task: Task) -> None:
+    solution = task.encode("The answer is \U0001d518")  # the last four tokens are one character
+    pieces = task.pieces([*solution, task.end()])
+    assert task.decisive(pieces)[-4:] == [len(solution) - 4 + i for i in range(4)]
+
+
 # ---------------------------------------------------------------------------------------------- the loops
 
-SMALL = ["--eval-problems", "2", "--eval-samples", "1", "--max-response", "6", "--no-baseline", "--threads", "1"]
+SMALL = ["--eval-problems", "2", "--eval-samples", "1", "--max-response", "6", "--no-baseline", "--device", "cpu"]
+ROSD = ["--steps", "2", "--batch", "2", "--group", "2"]
+SPD = ["--epochs", "2", "--prompts", "4", "--batch", "2", "--calibration-size", "8", "--layers", "last", "--rank", "2"]
 LOOPS = {
-    "rosd": (train_rosd, ["--steps", "2", "--batch", "2", "--group", "2"]),
-    "sdpo": (train_rosd, ["--method", "sdpo", "--steps", "2", "--batch", "2", "--group", "2"]),
-    "opsd": (train_rosd, ["--method", "opsd", "--steps", "2", "--batch", "2", "--group", "2"]),
-    "spd": (
-        train_spd,
-        [
-            "--epochs",
-            "2",
-            "--prompts",
-            "4",
-            "--batch",
-            "2",
-            "--calibration-size",
-            "8",
-            "--layers",
-            "last",
-            "--rank",
-            "2",
-        ],
-    ),
+    "rosd": (train_rosd, ROSD),
+    "sdpo": (train_rosd, ["--method", "sdpo", *ROSD]),
+    "opsd": (train_rosd, ["--method", "opsd", *ROSD]),
+    "spd": (train_spd, SPD),
 }
 
 
-def run(monkeypatch: pytest.MonkeyPatch, script: ModuleType, *flags: object) -> None:
-    threads = torch.get_num_threads()
-    monkeypatch.setattr(sys, "argv", ["train", *SMALL, *map(str, flags)])
-    run_script(script.main)
-    torch.set_num_threads(threads)
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Runs a loop with flags; if interrupted, to the first state that it saves."""
+    save = Run.save
+
+    def save_and_stop(self: Run) -> None:
+        save(self)
+        raise KeyboardInterrupt
+
+    def run(loop: str, *flags: object, interrupted: bool = False) -> None:
+        script, own = LOOPS[loop]
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) if interrupted else nullcontext():
+            patch.setattr(sys, "argv", ["train", *SMALL, *own, *map(str, flags)])
+            patch.setattr(Run, "save", save_and_stop if interrupted else save)
+            run_script(script.main)
+
+    return run
 
 
 @pytest.fixture
@@ -174,7 +166,7 @@ def right_half_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A random model is never right: here every even response is."""
     real = Words.verify
 
-    def verify(self: Words, problem: WordProblem, response: str) -> Any:
+    def verify(self: Words, problem: WordProblem, response: str, ended: bool = True) -> Any:
         return real(self, problem, problem.solution if len(response) % 2 else response)
 
     monkeypatch.setattr(Words, "verify", verify)
@@ -182,39 +174,65 @@ def right_half_of_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.usefixtures("right_half_of_the_time")
-def test_the_loops_run_and_resume_on_a_file(
-    loop: str, folder: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    script, flags = LOOPS[loop]
-    flags = [*flags, "--base", folder, "--task", file]
-    run(monkeypatch, script, *flags, "--out", tmp_path / "whole")
+def test_the_loops_run_and_resume_on_a_file(loop: str, folder: Path, file: Path, tmp_path: Path, run: Callable) -> None:
+    flags = ["--base", folder, "--task", file]
+    run(loop, *flags, "--out", tmp_path / "whole")
     results = json.loads(next(tmp_path.glob("whole/*/results.json")).read_text(encoding="utf-8"))
     assert results["after"]["eggs"].keys() >= {"mean", "marked", "terse", "unfinished"}
     whole = next(tmp_path.glob("whole/*/metrics.jsonl")).read_text(encoding="utf-8")
     assert "quote_accuracy" not in whole
-
-    def save_and_stop(self: Run) -> None:
-        save(self)
-        raise KeyboardInterrupt
-
-    save = Run.save
-    with monkeypatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(Run, "save", save_and_stop)
-        run(monkeypatch, script, *flags, "--out", tmp_path / "cut")
-    run(monkeypatch, script, *flags, "--out", tmp_path / "cut", "--resume")
+    run(loop, *flags, "--out", tmp_path / "cut", interrupted=True)
+    run(loop, *flags, "--out", tmp_path / "cut", "--resume")
     assert next(tmp_path.glob("cut/*/metrics.jsonl")).read_text(encoding="utf-8") == whole
 
 
-def test_both_loops_run_on_reasoning_gym_with_worked_examples(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("loop", ["opsd", "spd"])
+def test_both_loops_run_on_reasoning_gym_with_examples(loop: str, folder: Path, tmp_path: Path, run: Callable) -> None:
     pytest.importorskip("reasoning_gym")
-    for loop in ("opsd", "spd"):
-        script, flags = LOOPS[loop]
-        out = ["--base", folder, "--task", "gym:chain_sum,gcd", "--shots", 1, "--out", tmp_path / loop]
-        run(monkeypatch, script, *flags, *out)
-        results = json.loads(next((tmp_path / loop).glob("*/results.json")).read_text(encoding="utf-8"))
-        assert results["config"]["domain"] == "chain_sum" and set(results["after"]) == {"chain_sum", "gcd"}
+    run(loop, "--base", folder, "--task", "gym:chain_sum,gcd", "--shots", 1, "--out", tmp_path)
+    results = json.loads(next(tmp_path.glob("*/results.json")).read_text(encoding="utf-8"))
+    assert results["config"]["domain"] == "chain_sum" and set(results["after"]) == {"chain_sum", "gcd"}
+
+
+def test_a_file_that_changed_is_another_run(folder: Path, tmp_path: Path, run: Callable, capsys: Any) -> None:
+    file = write_lines(tmp_path / "rows.jsonl", ROWS)
+    flags = ["--base", folder, "--task", file, "--out", tmp_path / "out"]
+    run("opsd", *flags, interrupted=True)
+    write_lines(file, [{**ROWS[0], "answer": "99"}, *ROWS[1:]])
+    with pytest.raises(SystemExit):
+        run("opsd", *flags, "--resume")
+    assert "comes from a run with another problems" in capsys.readouterr().err
+    write_lines(file, ROWS)
+    run("opsd", *flags, "--resume")
+    assert list(tmp_path.glob("out/*/results.json"))
+
+
+@pytest.mark.parametrize("finetune", ["full", "lora"])
+def test_transformers_reads_a_trained_model(
+    finetune: str, folder: Path, file: Path, tmp_path: Path, run: Callable
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    flags = ["--task", file, "--learning-rate", "0.01", "--finetune", finetune]
+    run("opsd", *flags, "--base", folder, "--out", tmp_path / "one")
+    written = next(tmp_path.glob("one/*/model"))
+    ours, base = GPT.from_pretrained(written), GPT.from_pretrained(folder)
+    assert not torch.equal(ours.blocks[0].attn.q_proj.weight, base.blocks[0].attn.q_proj.weight)
+    tokens = torch.randint(300, (2, 20))
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(written)
+    torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-4, rtol=0)
+    run("opsd", *flags, "--base", written, "--out", tmp_path / "two")
+    assert len(list(tmp_path.glob("two/*/model/tokenizer.json"))) == 1
+
+
+@pytest.mark.usefixtures("right_half_of_the_time")
+def test_the_demo_runs_without_a_true_first_error(folder: Path, file: Path, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.setattr(Words, "max_reflection", 6)
+    text = "<error_quote>x</error_quote><explanation>It is\n5.</explanation>"
+    monkeypatch.setattr(reflect, "write_reflections", lambda *_: [text])
+    monkeypatch.setattr(sys, "argv", ["reflect.py", "--base", str(folder), "--task", str(file)])
+    run_script(reflect.main)
+    printed = capsys.readouterr().out
+    assert "D(pi_S || pi_T)" in printed and "verifier's own first error" not in printed
 
 
 @pytest.mark.parametrize(
@@ -228,26 +246,19 @@ def test_both_loops_run_on_reasoning_gym_with_worked_examples(
     ],
     ids=" ".join,
 )
-def test_loops_refuse_in_one_sentence(
-    flags: list[str],
-    cause: str,
-    folder: Path,
-    file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture,
+def test_a_refused_run_leaves_no_folder(
+    flags: list[str], cause: str, folder: Path, file: Path, tmp_path: Path, run: Callable, capsys: Any
 ) -> None:
     with pytest.raises(SystemExit) as stop:
-        run(monkeypatch, train_rosd, "--base", folder, "--task", file, "--out", tmp_path, *flags)
+        run("rosd", "--base", folder, "--task", file, "--out", tmp_path / "out", *flags)
     printed = capsys.readouterr().err.strip().splitlines()
     assert stop.value.code == 2 and cause in printed[-1] and printed[-1].startswith("error: ")
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_vocabulary_too_small_for_the_tokenizer_is_told(
-    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
+def test_too_small_a_vocabulary_is_refused(file: Path, tmp_path: Path, run: Callable, capsys: Any) -> None:
     write_tokenizer(tmp_path, "Qwen3")
     write_model(tmp_path, "Qwen3", vocab_size=100, max_position_embeddings=2048)
     with pytest.raises(SystemExit):
-        run(monkeypatch, train_rosd, "--base", tmp_path, "--task", file, "--out", tmp_path / "out")
+        run("rosd", "--base", tmp_path, "--task", file, "--out", tmp_path / "out")
     assert "has a vocabulary of 100 tokens" in capsys.readouterr().err
