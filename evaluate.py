@@ -13,10 +13,12 @@ def answer(
     model: GPT, task: Task, problems: list[Problem], samples: int = 1, **sampling: Any
 ) -> tuple[list[str], list[Verdict]]:
     """The texts of a model's responses, and their verdicts; the samples of a problem lie side by side."""
-    prompts = [task.encode(task.student_prompt(problem)) for problem in problems]
+    prompts = [task.encode(task.prompt(problem)) for problem in problems]
     written = generate(model, prompts, task.max_response, task.stop, samples, **sampling)
-    texts = list(map(task.decode, written))
-    return texts, [task.verify(problems[i // samples], text) for i, text in enumerate(texts)]
+    texts, verdicts = list(map(task.decode, written)), []
+    for i, (text, tokens) in enumerate(zip(texts, written, strict=True)):
+        verdicts.append(task.verify(problems[i // samples], text, ended=tokens[-1] in task.stop))
+    return texts, verdicts
 
 
 def evaluate(
@@ -51,14 +53,16 @@ def evaluate(
 
 def evaluate_run(model: GPT, task: Task, config: RunConfig) -> dict[str, dict]:
     """All domains, with the problems, samples and sampling of a run's settings."""
-    sampling = {"temperature": config.eval_temperature, "top_p": config.eval_top_p, "at_once": config.eval_batch}
+    sampling = {"temperature": config.eval_temperature, "top_p": config.eval_top_p}
     return evaluate(model, task, task.domains, config.eval_problems, config.eval_samples, config.seed, **sampling)
 
 
-def quick_test(model: GPT, task: Task) -> dict[str, float]:
-    """domain -> accuracy on a few problems, the same for every seed: a point of a learning curve."""
+def quick_test(model: GPT, task: Task, every: int, step: int) -> dict[str, dict[str, float]]:
+    """After every so many steps, accuracy on a few problems, the same for every seed: a point of a learning curve."""
+    if not every or (step + 1) % every:
+        return {}
     scores = evaluate(model, task, task.domains, problems=32, samples=4, seed=1)
-    return {domain: entry["mean"] for domain, entry in scores.items()}
+    return {"tested": {domain: entry["mean"] for domain, entry in scores.items()}}
 
 
 def out_of_domain(scores: dict[str, dict], home: str) -> float | None:

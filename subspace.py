@@ -48,7 +48,7 @@ class Example:
 
 
 def calibration_set(task: Task, domains: tuple[str, ...], size: int, loss: str, seed: int) -> list[Example]:
-    """Training problems of the domains in turn, each with its golden solution and the positions S of a loss of LOSSES."""
+    """Training problems of the domains in turn, with golden solutions and the positions S of one of LOSSES."""
     rng = random.Random(f"calibration {seed}")
     examples = []
     for i in range(size):

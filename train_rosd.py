@@ -118,8 +118,8 @@ class MethodConfig:
 
 
 @dataclass(frozen=True)
-class Config(MethodConfig, Controls, RunConfig):
-    """training"""
+class TrainingConfig(RunConfig):
+    """the training"""
 
     steps: int = option(30, "training steps", minimum=1)
     batch: int = option(32, "problems a step", "32", minimum=1)
@@ -131,12 +131,15 @@ class Config(MethodConfig, Controls, RunConfig):
     micro_batch: int = option(64, "rollouts per backward pass; the gradient stays the same", minimum=1)
     grad_clip: float = 1.0  # paper: 1.0
 
+
+@dataclass(frozen=True)
+class Config(MethodConfig, Controls, TrainingConfig):
     def __post_init__(self) -> None:
         if self.finetune == "lora" and self.ema:
             raise UserError("--finetune lora has no weights of the teacher for --ema to move; give --finetune full")
 
 
-def defaults_of(method: str, preset: str) -> dict[str, object]:
+def defaults_of(method: str, preset: str = "paper", **_: object) -> dict[str, object]:
     """The defaults that depend on the method and the preset."""
     own = {name: getattr(METHODS[method], name) for name in ("context", "mask")} if method in METHODS else {}
     return own | (RELEASED.get(method, {}) if preset == "released" else {})
@@ -151,10 +154,10 @@ def configure(method: str = "rosd", preset: str = "paper", **settings: object) -
 
 def train(config: Config) -> dict:
     """One run -> the content of its results.json."""
-    with Run(config, defaults_of(config.method, config.preset)) as run:
+    with Run(config, configure(config.method, config.preset)) as run:
         if run.results:
             return run.results
-        task, base, loss_of = run.task, run.base, METHODS[config.method].loss
+        config, task, base, loss_of = run.config, run.task, run.base, METHODS[config.method].loss
         # One model plays three parts. The base is frozen; adapters of the student share its weights and leave it alone.
         torch.manual_seed(config.seed)
         student, weights = trainable_copy(base, config.finetune)

@@ -40,12 +40,10 @@ from subspace import (
     target_layers,
 )
 
-METHODS = {
-    "spd": {"temperature": 0.0},  # completions under projection
-    "psr": {"temperature": 1.0},  # plain self-retraining, on samples as they come
-    "ssd": {
-        "temperature": 0.0
-    },  # simple self-distillation: spd unprojected; --temperature, --top-k and --top-p vary it
+METHODS = {  # the sampling temperature of the completions
+    "spd": 0.0,
+    "psr": 1.0,  # plain self-retraining, on samples as they come
+    "ssd": 0.0,  # simple self-distillation: SPD without projection; --temperature, --top-k and --top-p vary it
 }
 
 
@@ -83,17 +81,21 @@ class Config(SubspaceConfig, RunConfig):
     weight_decay: float = 0.01  # paper: 0.01
 
 
-def defaults_of(method: str, _: str = "", task: str = "arithmetic") -> dict[str, object]:
-    """The defaults that depend on the method and the task: a mark makes the base check nearly every step of `exam`."""
-    return METHODS.get(method, {}) | ({"domain": "exam"} if task == "arithmetic" else {})
+def defaults_of(method: str, task: str) -> dict[str, object]:
+    """The defaults that depend on the method and the task. In `exam` a mark makes the base check nearly every step."""
+    return {"temperature": METHODS.get(method), "domain": "exam" if task == "arithmetic" else ""}
+
+
+def configure(method: str = "spd", task: str = "arithmetic", **settings: object) -> Config:
+    return Config(**{**defaults_of(method, task), "method": method, "task": task, **settings})
 
 
 def train(config: Config) -> dict:
     """One run -> the content of its results.json."""
-    with Run(config, defaults_of(config.method, task=config.task)) as run:
+    with Run(config, configure(config.method, config.task)) as run:
         if run.results:
             return run.results
-        config, task, base, seed = run.config, run.task, run.base, run.config.seed
+        config, task, base, seed = run.config, run.task, run.base, config.seed
 
         # 1. Calibrate: G = dL_align/dK and dL_align/dV, P = V_r V_r^T.
         P = {}
@@ -120,7 +122,7 @@ def train(config: Config) -> dict:
             torch.manual_seed(zlib.crc32(f"{seed} 0 {epoch}".encode()))  # for dropout
             order, losses = run.random("order", 0, epoch).sample(pairs, len(pairs)), []
             student.train()
-            for i in tqdm(range(updates), desc=f"epoch {epoch + 1}", leave=False, disable=not run.shows_progress):
+            for i in tqdm(range(updates), desc=f"epoch {epoch + 1}", leave=False, position=1):
                 progress = (epoch + i / updates) / config.epochs
                 optimizer.param_groups[0]["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
                 loss = next_token_loss(student, order[i * config.batch :][: config.batch], config.completion_only)
@@ -180,7 +182,7 @@ def main() -> None:
 
     rows = [["base", "", "", *percent(results[0]["before"])]]
     for c, result in zip(configs, results, strict=True):
-        name = ", ".join([c.method.upper(), *changed_settings(c, Config(**defaults_of(c.method, task=c.task)))])
+        name = ", ".join([c.method.upper(), *changed_settings(c, configure(c.method, c.task))])
         rows.append([name, percent(result["own"])[0], percent(result["generation"][0])[0], *percent(result["after"])])
     header = ["right, %", "text of the base", "text it trains on", f"after training, {home}", "elsewhere"]
     print(f"\n{markdown_table(header, rows)}")

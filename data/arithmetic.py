@@ -37,8 +37,8 @@ class Arithmetic(Task):
     def prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:
         return prompts.prompt(problem.question, idea, solution)
 
-    def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, told_answer: bool) -> str:
-        answer = chains.true_values(problem.question)[-1] if told_answer else None
+    def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, give_answer: bool) -> str:
+        answer = chains.true_values(problem.question)[-1] if give_answer else None
         return prompts.reflect_prompt(problem.question, attempt, peer, answer)
 
     def true_reflection(self, problem: Problem, response: str) -> str:

@@ -63,14 +63,8 @@ class Task(ABC):
     def prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:
         """x, the student's prompt: the problem alone. With a corrective idea e, a solution, or both: the teacher's."""
 
-    def student_prompt(self, problem: Problem) -> str:  # TODO: goes when its callers are changed
-        return self.prompt(problem)
-
-    def teacher_prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:  # TODO
-        return self.prompt(problem, idea, solution)
-
     @abstractmethod
-    def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, told_answer: bool) -> str:
+    def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, give_answer: bool) -> str:
         """A wrong attempt beside a correct peer, or a correct attempt alone, perhaps with the right final answer."""
 
     @abstractmethod

@@ -4,7 +4,6 @@
 chat turns, the decisive positions, and the tokens. Nobody knows the true first error of these responses.
 """
 
-import codecs
 import random
 import re
 from pathlib import Path
@@ -32,10 +31,7 @@ class Words(Task):
     def __init__(self, source: Gym | Lines, base: Path | str, shots: int = 0, max_response: int | None = None) -> None:
         if not Path(base).is_dir():
             raise UserError(f"this task needs a Hugging Face model, and {base} is not its folder; give one with --base")
-        try:
-            self.tokenizer = Tokenizer(base)
-        except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise UserError(f"the tokenizer in {base} is of another form ({error!r}); choose another model") from error
+        self.tokenizer = Tokenizer(base)
         self.block_size = read_shape(Path(base), block_size=4096)["block_size"]  # as GPT.from_pretrained has it
         self.source, self.domains, self.shots = source, source.domains, shots
         self.problems_checksum = source.checksum
@@ -104,11 +100,11 @@ class Words(Task):
         examples = [(problem_request(other.question, self.ending), other.solution) for other in self.others(problem)]
         return self.chat(problem_request(problem.question, self.ending, idea, solution), examples)
 
-    def reflector_prompt(self, problem: WordProblem, attempt: str, peer: str | None, told_answer: bool) -> str:
+    def reflector_prompt(self, problem: WordProblem, attempt: str, peer: str | None, give_answer: bool) -> str:
         """With shots, worked examples are of the same kind: false solutions for a wrong attempt, else right ones."""
 
         def request(problem: WordProblem, attempt: str, peer: str | None) -> str:
-            return reflection_request(problem.question, attempt, peer, problem.answer if told_answer else None)
+            return reflection_request(problem.question, attempt, peer, problem.answer if give_answer else None)
 
         examples = []
         for other in self.others(problem):
@@ -154,22 +150,7 @@ class Words(Task):
 
     def pieces(self, tokens: list[int]) -> list[str]:
         """The text of each token; a character that several tokens make up belongs to the first of them."""
-        if hasattr(self.tokenizer, "pieces"):  # TODO: always, and then the rest of this method goes
-            return self.tokenizer.pieces(tokens)
-        utf8, texts, first = codecs.getincrementaldecoder("utf-8")("replace"), [""] * len(tokens), 0
-        encoding, ranks = self.tokenizer.encoding, self.tokenizer.ranks
-        for i, token in enumerate(tokens):
-            if token in self.stop:
-                break
-            for byte in encoding.decode_single_token_bytes(ranks[token]) if token in ranks else b"":
-                first = first if utf8.getstate()[0] else i
-                text = utf8.decode(bytes([byte]))
-                texts[first] += text[:1]
-                texts[i] += text[1:]
-                first = i if len(utf8.getstate()[0]) == 1 else first
-        if tokens:
-            texts[first] += utf8.decode(b"", final=True)
-        return texts
+        return self.tokenizer.pieces(tokens)
 
     def end(self) -> int:
         """The chat's end of turn: a folder may name other stop tokens as well."""

@@ -54,7 +54,7 @@ def parse_config(
     for declaring in (cls for cls in config_class.__mro__ if "__annotations__" in vars(cls)):
         names = [name for name in declaring.__annotations__ if fields.get(name) and fields[name].metadata]
         title = (declaring.__doc__ or "").partition("\n")[0]
-        group = parser.add_argument_group(title if title and "(" not in title else "settings")
+        group = parser.add_argument_group(title if "(" not in title else "settings")
         for name in names:
             if not any(action.dest == name for action in parser._actions):  # a subclass may have declared it anew
                 add_flag(group, fields[name], kinds[name])
@@ -120,7 +120,7 @@ def run_script(main: Callable[[], None], stopped: str = "Stopped.") -> None:
 
 
 def end_soon_after_ctrl_c(stopped: str, seconds: float = 5.0) -> None:
-    """End the process even where one long operation keeps Python from seeing the interrupt. Files are never half written."""
+    """End the process even where one long operation keeps Python from seeing the interrupt."""
     if threading.current_thread() is not threading.main_thread():
         return
     reading, writing = os.pipe()

@@ -1,10 +1,10 @@
 """One training run: its folder, what it saves and resumes, the progress it shows, the results it leaves.
 
-    out/<run>/metrics.jsonl   a line per step
-    out/<run>/results.json    configuration, seed, versions, commit, accuracies, time, peak memory
-    out/<run>/model.pt        the trained model (a folder out/<run>/model if the base was a Hugging Face folder)
-    out/<run>/state.pt        everything --resume needs; gone when the run is finished
-    out/base-*.json           accuracies of the base, shared by all runs under out/ with the same settings
+out/<run>/metrics.jsonl   a line per step
+out/<run>/results.json    configuration, seed, versions, commit, accuracies, time, peak memory
+out/<run>/model.pt        the trained model (a folder out/<run>/model if the base was a Hugging Face folder)
+out/<run>/state.pt        everything --resume needs; gone when the run is finished
+out/base-*.json           accuracies of the base, shared by all runs under out/ with the same settings
 """
 
 import dataclasses
@@ -211,7 +211,9 @@ class Run:
                 row[name] = sum(value) / len(value)
         loss = row.get("loss")
         if loss is not None and not abs(loss) < float("inf"):
-            raise UserError(f"the loss of step {row['step']} is {loss}; the state before is intact, lower --learning-rate")
+            raise UserError(
+                f"the loss of step {row['step']} is {loss}; the state before is intact, lower --learning-rate"
+            )
         self.history.append(row)
         if loss is None:
             self.progress.write(f"step {row['step']}: nothing to learn from, no update", file=sys.stderr)
@@ -220,7 +222,7 @@ class Run:
 
 def progress_bar(items: Any, label: str, initial: int = 0, total: int | None = None) -> tqdm:
     """A bar that fits in 80 columns; the bars of trainings side by side stand below one another."""
-    position = int(multiprocessing.current_process().name.partition("training-")[2] or 0)
+    position = int(multiprocessing.current_process().name.partition("training-")[2] or 0)  # see train_side_by_side
     form = "{desc}: {percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
     return tqdm(items, desc=label, initial=initial, total=total, position=position, bar_format=form)
 
@@ -248,11 +250,7 @@ def changed_settings(config: RunConfig, reference: RunConfig) -> list[str]:
 
 def run_name(config: RunConfig, reference: RunConfig) -> str:
     """E.g. 'rosd-mask=whole-add-seed0': method, changed settings, base, domain, seed; without loss of information."""
-    flags = []
-    for text in changed_settings(config, reference):
-        safe = "".join(c if c.isalnum() or c in "+.-_" else "_" for c in text.replace(" ", "=", 1).replace("=", "\0", 1))
-        safe = safe.replace("_", "_")
-        flags.append(text.replace(" ", "=", 1))
+    flags = [text.replace(" ", "=", 1) for text in changed_settings(config, reference)]
     base = files.checksum(config.base)
     if not files.BASE_CHECKPOINT.is_file() or base != files.checksum(files.BASE_CHECKPOINT):
         flags.append(f"base={Path(config.base).name.removesuffix('.pt')}.{base}")

@@ -1,5 +1,6 @@
 """What the tests share: other tasks, models so small that a step takes milliseconds, and runs that are stopped."""
 
+import dataclasses
 import json
 import random
 import re
@@ -22,7 +23,7 @@ from harness.run import Run
 from model import GPT, GPTConfig
 from reflect import Rollout
 
-SMALL = ["--eval-problems", "2", "--eval-samples", "2", "--threads", "1", "--no-baseline", "--device", "cpu"]
+SMALL = ["--eval-problems", "2", "--eval-samples", "2", "--no-baseline", "--device", "cpu"]
 ROSD = ["--steps", "2", "--batch", "3", "--group", "4", "--warmup", "0", *SMALL]
 SPD = ["--domain", "one", "--layers", "paper", "--project", "kv", "--rank", "50%", "--calibration-size", "20"]
 SPD += ["--prompts", "8", "--batch", "4", "--epochs", "2", *SMALL]
@@ -43,28 +44,27 @@ class Letters(Task):
     domains = ("one", "two")
     habits: ClassVar = {"loud": "capital letters"}
     max_response, max_reflection = 8, 8
-    vocab_size, stop = len(WORDS), len(WORDS) - 1
+    vocab_size, stop = len(WORDS), (len(WORDS) - 1,)
     FORM = re.compile("|".join(map(re.escape, sorted(WORDS, key=len, reverse=True))))
 
     def problem(self, domain: str, rng: random.Random, test: bool = False) -> Problem:
         letters = "".join(rng.sample("abcd", 1 + self.domains.index(domain)))
         return Problem(letters + str(rng.randrange(2) * 2 + test), letters)
 
-    def verify(self, problem: Problem, response: str) -> Verdict:
+    def verify(self, problem: Problem, response: str, ended: bool = True) -> Verdict:
         correct = set(problem.solution) <= set(response)
         return Verdict(correct, len(response) < self.max_response, None, ("loud",) if "!" in response else ())
 
     def decisive(self, solution: list[str], rule: str = "aligned") -> list[int]:
         return [0] if rule == "aligned" else list(range(len(solution)))
 
-    def student_prompt(self, problem: Problem) -> str:
-        return problem.question + "?"
-
-    def teacher_prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:
+    def prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:
+        if idea is None and solution is None:
+            return problem.question + "?"
         return f"{problem.question}{idea or ''}~{solution or ''}?"
 
-    def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, told_answer: bool) -> str:
-        return f"{problem.question}{problem.solution if told_answer else ''}~{attempt}~{peer or ''}?"
+    def reflector_prompt(self, problem: Problem, attempt: str, peer: str | None, give_answer: bool) -> str:
+        return f"{problem.question}{problem.solution if give_answer else ''}~{attempt}~{peer or ''}?"
 
     def true_reflection(self, problem: Problem, response: str) -> str:
         return f"<explanation>{problem.solution}</explanation>"
@@ -120,19 +120,21 @@ ONE = Problem("a0", "a")
 def make_rollout(text: str, problem: Problem = ONE) -> Rollout:
     task = Letters()
     tokens = [*task.encode(text), task.end()]
-    return Rollout(problem, tokens, [0.0] * len(tokens), text, task.verify(problem, text))
+    return Rollout(problem, tokens, [0.0] * len(tokens), text, task.pieces(tokens), task.verify(problem, text))
 
 
 # ---------------------------------------------------------------------------------------------- runs
 
 
-def settings(script: ModuleType, base: str, out: Path | str, *flags: str) -> train_rosd.Config | train_spd.Config:
+def settings(script: ModuleType, base: str, out: Path | str, *flags: str, **fields: Any) -> Any:
+    """The config of a small run; fields are those that have no flag."""
     small = ROSD if script is train_rosd else SPD
-    return parse_config(script.Config, "", [*small, "--base", base, "--out", str(out), *flags])
+    argv = [*small, "--base", base, "--out", str(out), *flags]
+    return dataclasses.replace(parse_config(script.Config, "", argv, script.defaults_of), **fields)
 
 
-def train(script: ModuleType, base: str, out: Path | str, *flags: str) -> dict:
-    return script.train(settings(script, base, out, *flags))
+def train(script: ModuleType, base: str, out: Path | str, *flags: str, **fields: Any) -> dict:
+    return script.train(settings(script, base, out, *flags, **fields))
 
 
 def sentence(capsys: pytest.CaptureFixture) -> str:
