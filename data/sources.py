@@ -52,7 +52,8 @@ SIZE = 50_000  # procedural problems to draw from, training and test
 class Gym:
     """Datasets of Reasoning Gym, e.g. 'chain_sum,gcd:max_value=50': the first is in domain, the others out of domain.
 
-    Settings are those of the dataset's own configuration and come before those of EASY.
+    Settings are those of the dataset's own configuration and come before those of EASY. UserError where a dataset does
+    not exist, has no golden answers, or can only judge an answer by running it as code.
     """
 
     max_response = 128  # tokens that suffice, as a rule
@@ -86,14 +87,14 @@ class Gym:
     def draw(self, domain: str, count: int, rng: random.Random, test: bool) -> list[WordProblem]:
         """Random problems of one split of a domain."""
         dataset, problems = self.datasets[domain], []
-        for _ in range(1000 * count):
+        for _ in range(1000 * count + 1):
+            if len(problems) == count:
+                return problems
             index = rng.randrange(dataset.size)
             entry = dataset[index]
             question, answer = (str(entry[key]).strip() for key in ("question", "answer"))
-            if answer and is_test(question) == test:
+            if answer and is_test(question) == test:  # polynomial_equations may have no solution, so no answer
                 problems.append(WordProblem(question, f"{MARK} {answer}", answer, domain, index, entry))
-            if len(problems) == count:
-                return problems
         split = "test" if test else "training"
         raise UserError(f"{domain} gave too few {split} problems in 1000 draws each; give settings that allow more")
 

@@ -56,10 +56,8 @@ class Words(Task):
 
     def check(self, problem: WordProblem) -> None:
         """UserError where a problem's prompts cannot be encoded or may not fit, whatever the model will write."""
-        prompts = (
-            self.prompt(problem, "", problem.solution),
-            self.reflector_prompt(problem, "", problem.solution, True),
-        )
+        reflector_prompt = self.reflector_prompt(problem, "", problem.solution, True)
+        prompts = (self.prompt(problem, "", problem.solution), reflector_prompt)
         try:
             longest = max(len(self.encode(prompt)) for prompt in prompts) + 2 * self.max_response + self.max_reflection
         except UserError as error:

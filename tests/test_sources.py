@@ -67,12 +67,12 @@ WRONG = {
 
 @pytest.mark.parametrize(("cases", "verdict"), [(RIGHT, True), (WRONG, False)], ids=["right", "wrong"])
 def test_an_answer_is_the_golden_one_only_as_a_whole(cases: dict[str, str], verdict: bool) -> None:
-    judged = {
+    judgements = {
         (golden, text): right(text.replace(":F", ":\nF"), golden)
         for golden in cases
         for text in cases[golden].split("|")
     }
-    assert [case for case, judgement in judged.items() if judgement != verdict] == []
+    assert [case for case, judgement in judgements.items() if judgement != verdict] == []
     assert not any(
         right(text, "42") or right(text, "Friday") for text in ("", " ", "9" * 5000, "Answer: " + "9" * 5000)
     )
@@ -205,7 +205,7 @@ def test_gym_draws_disjoint_splits(folder: Path) -> None:
 
 
 def test_a_number_is_right_only_if_the_whole_of_it_is() -> None:
-    """The scorer of gsm_symbolic takes the first digits of a text; others take a share of the right digits as right."""
+    """The scorer of gsm_symbolic takes the first digits of a text as its number."""
     pytest.importorskip("reasoning_gym")
     gym = Gym("gsm_symbolic,time_intervals:task_types=['date']")
     for domain in gym.domains:
@@ -214,6 +214,16 @@ def test_a_number_is_right_only_if_the_whole_of_it_is() -> None:
             wrong = (-number, f"{number}/7", f"{number} 1/2", f"{number}e2", f"{number},000", f"{number}^2", number + 1)
             assert judged(gym, problem, f"It is {problem.answer}.")
             assert not any(judged(gym, problem, f"The answer is {text}") for text in wrong)
+
+
+def test_partial_marks_are_not_enough() -> None:
+    """The scorer of time_intervals gives 0.99999 to a time that is a second off."""
+    pytest.importorskip("reasoning_gym")
+    gym = Gym("time_intervals:task_types=['time_seconds']")
+    for problem in gym.draw(gym.domains[0], 5, random.Random(0), test=False):
+        minutes, seconds = problem.answer[:-2], int(problem.answer[-2:])
+        assert judged(gym, problem, problem.answer)
+        assert not judged(gym, problem, f"{minutes}{(seconds + 1) % 60:02}")
 
 
 # Each would run for hours, take all memory, end the run or do as it likes, if a scorer evaluated it.
