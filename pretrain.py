@@ -3,14 +3,12 @@
     python pretrain.py                                   writes out/base.pt, made as data/base.pt was
     python pretrain.py --check-only --out data/base.pt   measures a checkpoint: the hint audit, and accuracies
 
-    torchrun --standalone --nproc_per_node=2 pretrain.py    the same in two processes
-
 Next-token loss on the responses of five kinds of documents (data/documents.py). Muon trains the matrices, in far fewer
 updates than AdamW; AdamW trains the embedding, the norms and the first layer's values. Muon spreads a
 matrix over its full rank; AdamW with weight decay leaves room to spare, as in large models.
 """
 
-import math
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -18,20 +16,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.optim import _muon
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
 from data.arithmetic import Arithmetic
 from data.chains import BUDGET, STEP, true_steps
 from data.documents import confirmation, sample_document
 from data.tokenizer import END, VOCAB_SIZE, encode
 from errors import UserError
-from harness import files, parallel
+from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.run import seeded
+from harness.run import pick_device, progress_bar, seeded
+from losses import next_token_loss
 from model import GPT, GPTConfig, response_logprobs
-from reflect import choose_peers, parse_reflection, sample_rollouts, write_reflections
-from train_spd import Pair, next_token_loss
+from reflect import Pair, pair_with_peers, sample_rollouts, write_reflections
 
 
 @dataclass(frozen=True)
@@ -42,17 +41,15 @@ class Config:
     adamw_rate: float = option(1e-2, "peak learning rate of AdamW", minimum=0)
     weight_decay: float = option(0.1, "weight decay of the matrices", minimum=0)
     value_decay: float = option(0.2, "weight decay of the keys and values under AdamW", minimum=0)
-    slack: bool = option(False, "AdamW for keys and values of all layers: more spare directions, a worse base")
     layers: int = option(4, "layers", minimum=2)
     width: int = option(64, "residual width, a multiple of 8; of four heads", minimum=8)
     seed: int = option(0, "seed of the weights and the documents")
     out: str = option("out/base.pt", "where the checkpoint goes")
     check_only: bool = option(False, "train nothing, measure the checkpoint at --out")
     device: str = option("auto", "cpu, cuda, mps or auto")
-    threads: int = option(1, "CPU threads", minimum=1)
 
 
-def batches(size: int, rng: random.Random) -> Iterator[list[Pair]]:
+def batches(size: int, rng: random.Random) -> Iterator[list[tuple[list[int], list[int]]]]:
     """Batches of documents of similar length: sorting a pool of 8 batches takes the padding from 55 to 13 %."""
     while True:
         pool = []
@@ -70,14 +67,24 @@ def schedule(step: int, steps: int, warmup: int = 20) -> float:
     return min((step + 1) / warmup, 1.0, 0.01 + (steps - step) / (0.6 * steps))
 
 
+def newton_schulz(G: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
+    """Muon's update direction in float32: G (out, in) with its singular values driven to about 1."""
+    a, b, c = coefficients
+    X = (G.T if G.size(0) > G.size(1) else G) / G.norm().clamp(min=eps)
+    for _ in range(steps):
+        A = X @ X.T
+        X = a * X + (b * A + c * A @ A) @ X
+    return X.T if G.size(0) > G.size(1) else X
+
+
 def pretrain(config: Config) -> GPT:
     torch.manual_seed(config.seed)
-    device = parallel.start(config.device)
+    device = pick_device(config.device)
+    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        _muon._zeropower_via_newtonschulz = newton_schulz  # PyTorch's computes in bfloat16, ten times slower there
     width, heads = config.width, {"n_head": 4, "n_kv_head": 4, "head_dim": config.width // 4}
     model = GPT(GPTConfig(VOCAB_SIZE, n_layer=config.layers, n_embd=width, n_hidden=3 * width, **heads)).to(device)
     decayed = [model.blocks[0].attn.v_proj.weight]
-    if config.slack:
-        decayed = [part.weight for block in model.blocks for part in (block.attn.k_proj, block.attn.v_proj)]
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and not any(p is other for other in decayed)]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
     groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.value_decay}]
@@ -87,20 +94,18 @@ def pretrain(config: Config) -> GPT:
     ]
     rates = [LambdaLR(optimizer, lambda step: schedule(step, config.steps)) for optimizer in optimizers]
     documents = batches(config.batch, random.Random(config.seed))
-    steps = tqdm(range(config.steps), desc="pretrain", disable=not parallel.FIRST, dynamic_ncols=True)
+    steps = progress_bar(range(config.steps), "pretrain")
     for step, batch in zip(steps, documents, strict=False):
-        loss = next_token_loss(model, parallel.share(batch))
+        loss = next_token_loss(model, batch)
         loss.backward()
-        parallel.sum_gradients(model.parameters())
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for each in (*optimizers, *rates):
             each.step()
         model.zero_grad()
         if step % 20 == 0:
-            shown = parallel.total(loss).item()
-            if not math.isfinite(shown):
-                raise UserError(f"the loss of step {step} is {shown}; try a lower --muon-rate or --adamw-rate")
-            steps.set_postfix(loss=f"{shown:.3f}")
+            if not loss.isfinite():
+                raise UserError(f"the loss of step {step} is {loss.item()}; try a lower --muon-rate or --adamw-rate")
+            steps.set_postfix_str(f"loss {loss.item():.3f}")
     return model.eval()
 
 
@@ -128,17 +133,15 @@ def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> di
     task, rng = Arithmetic(), random.Random(f"audit {domain} {seed}")
     problems = task.problems(domain, count, rng, test=True)
     rollouts = sample_rollouts(model, task, problems, 8, seeded("audit", domain, seed))
-    pairs = zip(rollouts, choose_peers(rollouts, 8), strict=True)
-    wrong = [(rollout, peer.text) for rollout, peer in pairs if peer and rollout.verdict.error]
-    right = [r for r in rollouts if r.verdict.correct and "merged" not in r.verdict.habits][:256]
+    wrong = [pair for pair in pair_with_peers(rollouts, 8) if pair.peer and pair.y.verdict.error]
+    right = [y for y in rollouts if y.verdict.correct and "merged" not in y.verdict.habits][:256]
     if not wrong or not right:
         return {}
-    attempts, peers = map(list, zip(*wrong, strict=True))
-    reflections = list(map(parse_reflection, write_reflections(model, task, attempts, peers)))
-    confirmations = map(parse_reflection, write_reflections(model, task, right, [None] * len(right)))
+    reflections = write_reflections(model, task, wrong)
+    confirmations = write_reflections(model, task, [Pair(y, None, 0.0) for y in right])
 
     cases = []  # tokens of a rollout, its wrong digit's position, the right and another digit, the teacher's prompts
-    for reflection, attempt in zip(reflections, attempts, strict=True):
+    for reflection, (attempt, *_) in zip(reflections, wrong, strict=True):
         problem, (start, end) = attempt.problem, attempt.verdict.error
         steps, line = true_steps(problem.question), attempt.text[start:end]
         true = next((step for step in steps if STEP.fullmatch(line) and step[:-1] == line[:-1]), None)
@@ -148,9 +151,9 @@ def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> di
         other_digit = rng.choice([digit for digit in "0123456789" if digit != true[-1]])
         hints = {"an irrelevant hint": other_step, "its own reflection": reflection.idea or "#", "the true step": true}
         hints["the true step with a wrong digit"] = true[:-1] + other_digit
-        prompts = {"no hint": task.student_prompt(problem)}
-        prompts |= {name: task.teacher_prompt(problem, hint) for name, hint in hints.items()}
-        prompts["a reference solution"] = task.teacher_prompt(problem, solution=problem.solution)
+        prompts = {"no hint": task.prompt(problem)}
+        prompts |= {name: task.prompt(problem, hint) for name, hint in hints.items()}
+        prompts["a reference solution"] = task.prompt(problem, solution=problem.solution)
         cases.append((attempt.tokens, end - 1, encode(true[-1])[0], encode(other_digit)[0], prompts))
 
     if not cases:
@@ -162,7 +165,7 @@ def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> di
         found[name] = p[each, at, right_digits].mean().item()
         if name == "the true step with a wrong digit":
             found["... and of that wrong digit"] = p[each, at, other_digits].mean().item()
-    quoted = [q.quote == r.text[slice(*r.verdict.error)] for q, r in zip(reflections, attempts, strict=True)]
+    quoted = [q.quote == r.text[slice(*r.verdict.error)] for q, (r, *_) in zip(reflections, wrong, strict=True)]
     confirmed = [c.idea == confirmation(r.problem.question) for c, r in zip(confirmations, right, strict=True)]
     found |= {"first error quoted": sum(quoted) / len(quoted), "correct step confirmed": sum(confirmed) / len(right)}
     return found | {"right answers": sum(r.verdict.correct for r in rollouts) / len(rollouts)}
@@ -192,15 +195,11 @@ def main() -> None:
     config = parse_config(Config, __doc__)
     if config.width % 8:
         raise UserError(f"--width {config.width} does not go into four heads of even width; give a multiple of 8")
-    if config.batch < parallel.WORLD:
-        raise UserError(f"--batch {config.batch} is too small for {parallel.WORLD} processes; give at least that many")
-    torch.set_num_threads(config.threads)
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
     if not config.check_only:
         files.make_folder(Path(config.out).resolve().parent)
         started = time.time()
         model = pretrain(config)
-        if not parallel.FIRST:
-            return
         files.save_checkpoint(Path(config.out), model.half())
         count = sum(p.numel() for p in model.parameters())
         print(f"{count:,} parameters, {time.time() - started:.0f} s -> {config.out}")

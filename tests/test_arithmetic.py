@@ -24,8 +24,8 @@ def test_the_task_words_every_prompt() -> None:
     assert task.teacher_prompt(problem, solution="#6") == "<|user|>3+8-5<|solution|>#6<|assistant|>"
     both = task.teacher_prompt(problem, idea="1-5=6", solution="#6")
     assert both == "<|user|>3+8-5<|hint|>1-5=6<|solution|>#6<|assistant|>"
-    assert task.reflector_prompt(problem, "#5", "#6", told_answer=False) == reflect_prompt("3+8-5", "#5", "#6")
-    assert task.reflector_prompt(problem, "#6", None, told_answer=True) == "<|user|>3+8-5=6<|attempt|>#6<|assistant|>"
+    assert task.reflector_prompt(problem, "#5", "#6", give_answer=False) == reflect_prompt("3+8-5", "#5", "#6")
+    assert task.reflector_prompt(problem, "#6", None, give_answer=True) == "<|user|>3+8-5=6<|attempt|>#6<|assistant|>"
 
 
 def test_a_task_that_does_not_exist_is_told() -> None:

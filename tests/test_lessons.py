@@ -238,12 +238,12 @@ def test_spoiled_quotes_change_only_where_wrong_rollouts_are_masked(run: Run, mo
 )
 def test_presets_are_the_table_of_paper_and_released_code(method: str, expected: tuple) -> None:
     name, preset = [*method.split(), "paper"][:2]
-    names = ("context", "mask", "peer", "reflector", "told_answer", "solved", "malformed", "ema", "minibatches")
+    names = ("context", "mask", "peer", "reflector", "give_answer", "solved", "malformed", "ema", "minibatches")
     config = settle(Config(method=name, preset=preset))
     assert tuple(getattr(config, field) for field in (*names, "learning_rate")) == expected
 
 
 def test_a_flag_wins_over_preset_and_method() -> None:
-    flags = {"context": "both", "peer": "shortest", "told_answer": False, "ema": 0.0, "learning_rate": 0.5}
+    flags = {"context": "both", "peer": "shortest", "give_answer": False, "ema": 0.0, "learning_rate": 0.5}
     config = settle(Config(preset="released", **flags))
     assert {name: getattr(config, name) for name in flags} == flags and config.reflector == "student"

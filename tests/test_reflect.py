@@ -150,8 +150,8 @@ def test_reflector_reads_a_wrong_rollout_beside_its_peer_and_a_right_one_alone(m
 
     monkeypatch.setattr(reflect, "generate", write)
     rollouts = [make_rollout("bc"), make_rollout("ba")]
-    for told_answer, answer in ((False, ""), (True, "a")):
-        assert reflect.write_reflections(None, task, rollouts, ["ad", "ad"], told_answer) == ["0!", "1!"]
+    for give_answer, answer in ((False, ""), (True, "a")):
+        assert reflect.write_reflections(None, task, rollouts, ["ad", "ad"], give_answer) == ["0!", "1!"]
         assert shown == [f"a0{answer}~bc~ad?", f"a0{answer}~ba~?"]
         shown.clear()
 
