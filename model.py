@@ -263,9 +263,9 @@ def response_logprobs(model: GPT, prompts: list[list[int]], responses: list[list
 def next_token_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """Sampling distribution over the next token, not renormalized: logits (B, V) -> (B, V), float32.
 
-    top_k = 0 and top_p = 1 keep every token; temperature 0 keeps only the likeliest.
+    top_k = 0 and top_p = 1 keep every token; temperatures below 0.001 keep only the likeliest.
     """
-    if temperature == 0:
+    if temperature < 1e-3:  # a division by less can overflow, and would leave no other token
         return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
     logits = logits.float() / temperature
     if 0 < top_k < logits.size(-1):
