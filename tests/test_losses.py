@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from conftest import Letters, tiny_gpt
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
@@ -13,11 +14,13 @@ from losses import (
     divergence,
     group_advantage,
     importance_ratio,
-    masked_mean,
+    next_token_loss,
+    token_logprobs,
     top_k_with_tail,
 )
 
-ALPHAS = [0.0, 0.1, 0.5, 0.8, 1.0]
+each_alpha = pytest.mark.parametrize("alpha", [0.0, 0.1, 0.5, 0.8, 1.0])
+with_and_without_tail = pytest.mark.parametrize("k", [2, 100])
 
 
 def random_logits(*shape: int, seed: int = 0) -> Tensor:
@@ -31,7 +34,7 @@ def student_and_teacher(*shape: int) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------------------------------------- divergence
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@each_alpha
 def test_divergence_equals_torch_distributions(alpha: float) -> None:
     student, teacher = student_and_teacher(4, 6, 9)
     p_student, p_teacher = Categorical(logits=student), Categorical(logits=teacher)
@@ -53,15 +56,15 @@ def test_forward_and_reverse_kl_are_the_limits_of_the_divergence() -> None:
     torch.testing.assert_close(reverse, divergence(student, teacher, 1.0), rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@each_alpha
 def test_divergence_is_zero_for_equal_distributions_only(alpha: float) -> None:
     student, teacher = student_and_teacher(50, 8)
     assert divergence(student, student, alpha).abs().max() < 1e-12
     assert divergence(student, teacher, alpha).min() > 1e-3
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize("k", [2, 100])
+@each_alpha
+@with_and_without_tail
 def test_gradient_of_divergence_equals_finite_differences(alpha: float, k: int) -> None:
     teacher = random_logits(3, 6, seed=2).log_softmax(-1)
 
@@ -71,8 +74,8 @@ def test_gradient_of_divergence_equals_finite_differences(alpha: float, k: int) 
     assert torch.autograd.gradcheck(loss, random_logits(3, 6, seed=1).requires_grad_())
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
-@pytest.mark.parametrize("k", [2, 100])
+@each_alpha
+@with_and_without_tail
 def test_no_gradient_reaches_the_teacher(alpha: float, k: int) -> None:
     student, teacher = random_logits(3, 6, seed=1).requires_grad_(), random_logits(3, 6, seed=2).requires_grad_()
     divergence(*top_k_with_tail(student.log_softmax(-1), teacher.log_softmax(-1), k), alpha).sum().backward()
@@ -80,7 +83,7 @@ def test_no_gradient_reaches_the_teacher(alpha: float, k: int) -> None:
     assert teacher.grad is None or not teacher.grad.any()
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
+@each_alpha
 def test_divergence_of_certain_and_opposed_distributions_is_finite(alpha: float) -> None:
     student = torch.tensor([[200.0, 0.0, 0.0]], requires_grad=True)
     teacher = torch.tensor([[0.0, 200.0, 0.0]])
@@ -107,22 +110,6 @@ def test_tail_bucket_holds_all_but_the_students_top_k(k: int) -> None:
         np.testing.assert_allclose(log_t.exp().numpy(), coarse(t, kept), rtol=1e-9)
 
 
-@pytest.mark.parametrize("alpha", ALPHAS)
-def test_divergence_with_tail_equals_numpy(alpha: float) -> None:
-    student, teacher = student_and_teacher(5, 9)
-    values = divergence(*top_k_with_tail(student, teacher, 3), alpha).tolist()
-    for value, s, t in zip(values, student.exp().numpy(), teacher.exp().numpy(), strict=True):
-        kept = np.argsort(-s)[:3]
-        s, t = coarse(s, kept), coarse(t, kept)
-        m = (1 - alpha) * s + alpha * t
-        to_student, to_teacher = np.sum(s * np.log(s / m)), np.sum(t * np.log(t / m))
-        assert value == pytest.approx(
-            {0.0: np.sum(t * np.log(t / s)), 1.0: np.sum(s * np.log(s / t))}.get(
-                alpha, alpha * to_teacher + (1 - alpha) * to_student
-            )
-        )
-
-
 def test_tail_sums_to_one_even_where_nothing_is_left() -> None:
     certain = torch.tensor([[60.0, 0.0, 0.0, 0.0]]).log_softmax(-1)
     flat = torch.zeros(1, 4).log_softmax(-1)
@@ -136,33 +123,24 @@ def test_coarsening_loses_divergence_unless_the_tail_is_one_token() -> None:
     full = divergence(student, teacher)
     assert (divergence(*top_k_with_tail(student, teacher, 3)) < full).all()
     torch.testing.assert_close(divergence(*top_k_with_tail(student, teacher, 8)), full)
-    torch.testing.assert_close(divergence(*top_k_with_tail(student, teacher, 9)), full)
+    assert top_k_with_tail(student, teacher, 9) == (student, teacher)
 
 
-# ---------------------------------------------------------------------------------------------- mean, ratio, surrogate
+# ---------------------------------------------------------------------------------------------- ratio, surrogate
 
 
-def test_masked_mean_weighs_every_unmasked_token_of_the_batch_alike() -> None:
-    values = torch.tensor([[1.0, 2.0, 3.0], [7.0, 9.0, 9.0]])
-    mask = torch.tensor([[0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
-    assert masked_mean(values, mask).item() == 4.0  # (2 + 3 + 7) / 3; the mean of the rows' means would be 4.75
-    assert masked_mean(values, torch.zeros(2, 3)).item() == 0.0
+def test_token_logprobs_are_those_of_the_tokens_that_were_sampled() -> None:
+    log_S, y = random_logits(2, 3, 5).log_softmax(-1), torch.tensor([[4, 0, 2], [1, 1, 3]])
+    expected = [[log_S[b, t, y[b, t]].item() for t in range(3)] for b in range(2)]
+    assert token_logprobs(log_S, y).tolist() == expected
 
 
-def test_masked_tokens_get_no_gradient() -> None:
-    values = torch.ones(2, 3, requires_grad=True)
-    mask = torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
-    masked_mean(values, mask).backward()
-    torch.testing.assert_close(values.grad, mask / 3)
+def test_importance_ratio_divides_now_by_then() -> None:
+    now, then = torch.tensor([0.6, 0.1]).log(), torch.tensor([0.3, 0.4]).log()
+    torch.testing.assert_close(importance_ratio(now, then), torch.tensor([2.0, 0.25]))
 
 
-def test_group_advantage_is_the_reward_less_its_groups_mean() -> None:
-    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 4.0, 2.0, 2.0]])
-    expected = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.0] * 4, [-2.0, 2.0, 0.0, 0.0]])
-    assert torch.equal(group_advantage(rewards), expected)
-
-
-def test_importance_ratio_is_one_with_the_gradient_of_the_logprob() -> None:
+def test_importance_ratio_of_an_unchanged_policy_is_one_and_has_the_gradient_of_its_logprob() -> None:
     logits = random_logits(4, 6).requires_grad_()
     logp = logits.log_softmax(-1)[:, 2]
     ratio = importance_ratio(logp, logp)
@@ -173,9 +151,10 @@ def test_importance_ratio_is_one_with_the_gradient_of_the_logprob() -> None:
     assert of_logp.abs().max() > 0
 
 
-def test_importance_ratio_divides_now_by_then() -> None:
-    now, then = torch.tensor([0.6, 0.1]).log(), torch.tensor([0.3, 0.4]).log()
-    torch.testing.assert_close(importance_ratio(now, then), torch.tensor([2.0, 0.25]))
+def test_group_advantage_is_the_reward_less_its_groups_mean() -> None:
+    rewards = torch.tensor([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 4.0, 2.0, 2.0]])
+    expected = torch.tensor([[0.75, -0.25, -0.25, -0.25], [0.0] * 4, [-2.0, 2.0, 0.0, 0.0]])
+    assert torch.equal(group_advantage(rewards), expected)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +174,7 @@ def test_surrogate_clips_asymmetrically_and_only_what_went_far_enough(
     ratio: float, advantage: float, loss: float, gradient: float
 ) -> None:
     rho = torch.tensor([[ratio]], requires_grad=True)
-    value = clipped_surrogate(rho, torch.tensor([[advantage]]), clip_low=0.2, clip_high=0.28)
+    value = clipped_surrogate(rho, torch.tensor([[advantage]]))
     value.sum().backward()
     assert value.item() == pytest.approx(loss)
     assert rho.grad.item() == pytest.approx(gradient)
@@ -204,3 +183,18 @@ def test_surrogate_clips_asymmetrically_and_only_what_went_far_enough(
 def test_one_advantage_serves_all_tokens_of_its_row() -> None:
     losses = clipped_surrogate(torch.ones(2, 3), torch.tensor([[1.0], [-math.e]]))
     torch.testing.assert_close(losses, torch.tensor([[-1.0] * 3, [math.e] * 3]))
+
+
+# ---------------------------------------------------------------------------------------------- next-token loss
+
+
+@pytest.mark.parametrize("completion_only", [True, False])
+def test_next_token_loss_is_the_mean_over_all_tokens_read_one_by_one(completion_only: bool) -> None:
+    model = tiny_gpt(Letters())
+    pairs, values = [([1], [2, 3, 4]), ([5, 6], [7]), ([8, 9, 1], [0, 3, 4, 5, 6])], []
+    for prompt, response in pairs:
+        tokens = prompt + response
+        for t in range(len(prompt) if completion_only else 1, len(tokens)):
+            values.append(-model(torch.tensor([tokens[:t]]))[0, -1].log_softmax(-1)[tokens[t]])
+    assert len(values) == (9 if completion_only else 12)
+    torch.testing.assert_close(next_token_loss(model, pairs, completion_only), torch.stack(values).mean())
