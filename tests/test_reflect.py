@@ -1,28 +1,77 @@
-"""Reading a reflection, locating its quote, the mask, and the worked example."""
+"""Rollouts and their peers, reading a reflection, locating its quote, the masks, and the worked example."""
 
 import dataclasses
 import random
 
 import pytest
 import torch
-from conftest import Letters, make_rollout
+from conftest import Letters, make_rollout, tiny_gpt
 
 import reflect
 from data import Task, Verdict, load_task
 from harness.cli import run_script
-from reflect import (
-    Reflection,
-    Rollout,
-    error_mask,
-    locate,
-    parse_reflection,
-    true_position,
-)
+from reflect import MASKS, Pair, Reflection, error_mask, locate, pair_with_peers, parse_reflection, true_position
 
 TAGS = ("<error_quote>", "</error_quote>", "<explanation>", "</explanation>")
 
 
-# ---------------------------------------------------------------------------------------------- parse_reflection
+# ---------------------------------------------------------------------------------------------- rollouts, peers
+
+
+def test_rollouts_of_a_problem_lie_side_by_side_with_the_verdict_of_their_own_text() -> None:
+    task, generator = Letters(), torch.Generator().manual_seed(0)
+    problems = task.problems("two", 5, random.Random(0))
+    rollouts = reflect.sample_rollouts(tiny_gpt(task), task, problems, 3, generator)
+    assert [y.problem for y in rollouts] == [problem for problem in problems for _ in range(3)]
+    for y in rollouts:
+        assert y.text == "".join(y.pieces).removesuffix("<end>") and len(y.pieces) == len(y.tokens) == len(y.logprobs)
+        assert y.verdict == task.verify(y.problem, y.text)
+
+
+def test_a_rollout_without_a_stop_token_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Letters()
+    monkeypatch.setattr(Letters, "verify", lambda self, problem, text, ended: Verdict(ended, ended, None))
+    rollouts = reflect.sample_rollouts(tiny_gpt(task), task, task.problems("one", 30, random.Random(0)), 1, None)
+    assert [y.verdict.finished for y in rollouts] == [y.tokens[-1] == task.end() for y in rollouts]
+    assert {y.verdict.finished for y in rollouts} == {True, False}
+
+
+def test_peers_are_other_correct_rollouts_of_the_same_group() -> None:
+    first, wrong, short = make_rollout("abc"), make_rollout("b"), make_rollout("a")
+    alone, lost = make_rollout("da"), make_rollout("c")
+    group = [first, wrong, short, alone, lost, lost]
+    assert [pair.peer for pair in pair_with_peers(group, 3, "shortest")] == [short, short, first, None, alone, alone]
+    assert [pair.peer for pair in pair_with_peers(group, 3, "first")] == [short, first, first, None, alone, alone]
+    assert [pair.peer for pair in pair_with_peers([lost, lost], 2)] == [None, None]
+    assert [pair.y for pair in pair_with_peers(group, 3)] == group
+
+
+def test_advantages_are_rewards_less_the_mean_of_the_group() -> None:
+    group = [make_rollout(text) for text in ("a", "b", "c", "d", "a", "a", "b", "b")]
+    advantages = [pair.advantage for pair in pair_with_peers(group, 4)]
+    assert advantages == [0.75, -0.25, -0.25, -0.25, 0.5, 0.5, -0.5, -0.5]
+
+
+# ---------------------------------------------------------------------------------------------- writing, reading
+
+
+def test_reflector_reads_a_wrong_rollout_beside_its_peer_and_a_right_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, read = Letters(), []
+    wrong, right, peer = make_rollout("bc"), make_rollout("ba"), make_rollout("ad")
+    pairs = [Pair(wrong, peer, 0.0), Pair(right, peer, 0.0), Pair(wrong, None, 0.0), Pair(wrong, peer, 0.0)]
+
+    def write(reflector: None, prompts: list[list[int]], *_: object, **__: object) -> list[list[int]]:
+        read.append(["".join(task.pieces(prompt)) for prompt in prompts])
+        return [task.encode(f"<error_quote>c</error_quote><explanation>{i}</explanation>") for i in range(len(prompts))]
+
+    monkeypatch.setattr(reflect, "generate", write)
+    for temperature, ideas in ((0.0, "0120"), (1.0, "0123")):  # greedily, equal prompts are written once
+        for give_answer, answer in ((False, ""), (True, "a")):
+            reflections = reflect.write_reflections(None, task, pairs, give_answer, temperature)
+            prompts = [f"a0{answer}~bc~ad?", f"a0{answer}~ba~?", f"a0{answer}~bc~a?", f"a0{answer}~bc~ad?"]
+            assert read.pop() == prompts[: len(set(ideas))]
+            assert [reflection.idea for reflection in reflections] == list(ideas)
+            assert [reflection.span for reflection in reflections] == [(1, 2), None, (1, 2), (1, 2)]
 
 
 @pytest.mark.parametrize(
@@ -49,73 +98,56 @@ TAGS = ("<error_quote>", "</error_quote>", "<explanation>", "</explanation>")
     ],
 )
 def test_reflection_is_read_from_its_tags_alone(text: str, quote: str | None, idea: str | None) -> None:
-    assert parse_reflection(text) == Reflection(quote, idea)
+    assert parse_reflection(text, ["z"]) == Reflection(quote, idea, None)
+    assert parse_reflection(text, ["y", *(quote or "")]).span == (quote and (1, 1 + len(quote)))
 
 
 # ---------------------------------------------------------------------------------------------- locate
 
 
 @pytest.mark.parametrize(
-    ("quote", "tokens", "k"),
+    ("quote", "pieces", "span"),
     [
-        ("c", ["a", "b", "c"], 2),
-        ("a", ["a", "b", "c"], 0),
-        ("bc", ["a", "b", "c"], 1),
-        ("cd", ["ab", "cde", "f"], 1),
-        ("de", ["ab", "cde", "f"], 1),  # begins inside a token
-        ("ef", ["ab", "cde", "f"], 1),  # begins inside one and ends in the next
-        ("ab", ["x", "ab", "y", "ab"], 1),  # occurs twice
-        ("b", ["a", "", "b"], 2),  # a token without text holds nothing
+        ("c", ["a", "b", "c"], (2, 3)),
+        ("a", ["a", "b", "c"], (0, 1)),
+        ("bc", ["a", "b", "c", "d"], (1, 3)),
+        ("cd", ["ab", "cde", "f"], (1, 2)),
+        ("de", ["ab", "cde", "f"], (1, 2)),  # begins inside a token
+        ("ef", ["ab", "cde", "f"], (1, 3)),  # begins inside one and ends in the next
+        ("ab", ["x", "ab", "y", "ab"], (1, 2)),  # occurs twice
+        ("b", ["a", "", "b"], (2, 3)),  # the second token continues a character of the first
+        ("本 costs", ["a", "本", "", "", " costs", "<end>"], (1, 5)),  # k holds its first byte
+        ("本", ["a", "本", "", "", "b"], (1, 4)),  # and the tokens of its other bytes belong to it
+        ("a本", ["a", "本", "", ""], (0, 3)),  # but the stop token, which has no text either, does not
+        (" bc ", ["a", "b", "c", "d"], (1, 3)),  # as in the released code, without the white space around it
+        (" b", ["b", " b"], (1, 2)),  # but as it is, where it occurs as it is
         ("abc", ["a", "b"], None),
         ("ba", ["a", "b"], None),
-        (" bc ", ["a", "bc", "d"], 1),  # as in the released code, without the white space around it
-        (" b", ["b", " b"], 1),  # but as it is, where it occurs as it is
         ("  ", ["a", "b"], None),
         ("", ["a", "b"], None),
         (None, ["a", "b"], None),
         ("a", [], None),
     ],
 )
-def test_quote_is_located_at_the_token_where_it_first_begins(quote: str | None, tokens: list[str], k: int) -> None:
-    assert locate(quote, tokens) is None if k is None else locate(quote, tokens)[0] == k
-
-
-@pytest.mark.parametrize(
-    ("quote", "tokens", "span"),
-    [
-        ("bc", ["a", "b", "c", "d"], (1, 3)),
-        ("b", ["a", "b", "c"], (1, 2)),
-        ("cd", ["ab", "cde", "f"], (1, 2)),
-        ("ef", ["ab", "cde", "f"], (1, 3)),  # begins inside one token and ends with the next
-        (" bc ", ["a", "b", "c", "d"], (1, 3)),
-        (" b", ["a", " ", "b", "c"], (1, 3)),
-        ("x", ["a", "b"], None),
-    ],
-)
-def test_span_is_the_tokens_that_hold_the_quote(quote: str, tokens: list[str], span: tuple[int, int] | None) -> None:
-    assert locate(quote, tokens) == span
-
-
-def test_true_position_is_the_token_where_the_verifiers_error_begins() -> None:
-    rollout = dataclasses.replace(make_rollout("b!c"), verdict=Verdict(False, True, (2, 5)))
-    assert true_position(rollout, ["b", "!c", "d", "<end>"]) == 1
-    assert true_position(make_rollout("b!c"), ["b", "!", "c", "<end>"]) == 0  # none is named
+def test_quote_is_located_at_the_tokens_that_hold_its_first_occurrence(
+    quote: str | None, pieces: list[str], span: tuple[int, int] | None
+) -> None:
+    assert locate(quote, pieces) == span
 
 
 def test_random_bytes_are_read_and_located_without_exception() -> None:
     rng = random.Random(2)
-    for i in range(10_000):
+    for i in range(5_000):
         parts = [rng.randbytes(rng.randrange(12)) for _ in range(rng.randrange(6))]
         if i % 2:
             parts = [part for text in parts for part in (text, rng.choice(TAGS).encode())]
-        encoding = "latin-1" if i % 4 < 2 else "utf-8"
-        tokens = [part.decode(encoding, errors="replace") for part in parts]
-        read = parse_reflection("".join(tokens))
+        pieces = [part.decode("latin-1" if i % 4 < 2 else "utf-8", errors="replace") for part in parts]
+        rollout = rng.sample(pieces, len(pieces))
+        read = parse_reflection("".join(pieces), rollout)
         assert read.quote != "" and read.idea != ""
-        rng.shuffle(tokens)
-        found, forms = locate(read.quote, tokens), {read.quote or "", (read.quote or "").strip()}
-        assert (found is not None) == any(form and form in "".join(tokens) for form in forms)
-        assert found is None or 0 <= found[0] < found[1] <= len(tokens)
+        forms = {read.quote or "", (read.quote or "").strip()} - {""}
+        assert (read.span is not None) == any(form in "".join(rollout) for form in forms)
+        assert read.span is None or any(form in "".join(rollout[slice(*read.span)]) for form in forms)
 
 
 @pytest.mark.parametrize("task", [Letters(), load_task("arithmetic")], ids=lambda task: type(task).__name__)
@@ -124,42 +156,44 @@ def test_random_tokens_are_verified_read_and_located_without_exception(task: Tas
     for _ in range(300):
         problem = task.problem(rng.choice(task.domains), rng)
         tokens = [rng.randrange(task.vocab_size) for _ in range(1 + rng.randrange(40))]
-        text, texts = task.decode(tokens), task.pieces(tokens)
-        rollout = Rollout(problem, tokens, [0.0] * len(tokens), text, task.verify(problem, text))
-        assert 0 <= true_position(rollout, texts) <= len(tokens)
-        read = parse_reflection(text)
-        found = locate(read.quote, texts)
-        assert found is None or 0 <= found[0] < found[1] <= len(tokens)
-        task.encode(task.teacher_prompt(problem, read.idea, problem.solution))
+        text, pieces = task.decode(tokens), task.pieces(tokens)
+        y = reflect.Rollout(problem, tokens, [0.0] * len(tokens), text, pieces, task.verify(problem, text))
+        assert 0 <= true_position(y) <= len(tokens)
+        read = parse_reflection(text, pieces)
+        assert read.span is None or 0 <= read.span[0] < read.span[1] <= len(tokens)
+        task.encode(task.prompt(problem, read.idea, problem.solution))
 
 
-# ---------------------------------------------------------------------------------------------- error_mask, reflect
+# ---------------------------------------------------------------------------------------------- masks
 
 
-def test_mask_covers_each_response_from_its_start_to_its_end() -> None:
-    mask = error_mask([0, 2, 3, 1], [2, 4, 3, 2], [2, 4, 3, 3])
+def test_true_position_is_the_token_where_the_verifiers_error_begins() -> None:
+    y = dataclasses.replace(make_rollout("b!cd"), pieces=["b", "!c", "d", "<end>"])
+    for error, k in (((0, 1), 0), ((1, 2), 1), ((2, 5), 1), ((3, 4), 2), (None, 0)):
+        assert true_position(dataclasses.replace(y, verdict=Verdict(False, True, error))) == k
+
+
+@pytest.mark.parametrize(
+    ("mask", "found", "not_found"),
+    [("whole", (0, 6), (0, 6)), ("suffix", (2, 6), (0, 6)), ("span", (2, 4), (0, 6)), ("oracle", (3, 6), (3, 6))],
+)
+def test_mask_covers_what_it_names_and_the_whole_response_if_the_quote_is_not_found(
+    mask: str, found: tuple[int, int], not_found: tuple[int, int]
+) -> None:
+    y = dataclasses.replace(make_rollout("bcdbc"), verdict=Verdict(False, True, (3, 5)))
+    assert MASKS[mask].span(y, Reflection("db", "e", (2, 4))) == found
+    assert MASKS[mask].span(y, Reflection("x", "e", None)) == not_found
+
+
+def test_error_mask_is_one_from_each_start_to_each_end() -> None:
+    mask = error_mask([0, 2, 3, 1], [2, 4, 3, 2], T=4)
     assert torch.equal(mask, torch.tensor([[1.0, 1, 0, 0], [0, 0, 1, 1], [0, 0, 0, 0], [0, 1, 0, 0]]))
-
-
-def test_reflector_reads_a_wrong_rollout_beside_its_peer_and_a_right_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    task, shown = Letters(), []
-
-    def write(reflector: None, prompts: list[list[int]], *args: object, **settings: object) -> list[list[int]]:
-        shown.extend("".join(task.pieces(prompt)) for prompt in prompts)
-        return [task.encode(f"{i}!") for i, _ in enumerate(prompts)]
-
-    monkeypatch.setattr(reflect, "generate", write)
-    rollouts = [make_rollout("bc"), make_rollout("ba")]
-    for give_answer, answer in ((False, ""), (True, "a")):
-        assert reflect.write_reflections(None, task, rollouts, ["ad", "ad"], give_answer) == ["0!", "1!"]
-        assert shown == [f"a0{answer}~bc~ad?", f"a0{answer}~ba~?"]
-        shown.clear()
 
 
 # ---------------------------------------------------------------------------------------------- worked example
 
 
-def test_the_worked_example_is_of_any_task(
+def test_the_worked_example_runs_on_any_task(
     letters: Letters, base: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setattr("sys.argv", ["reflect.py", "--base", base, "--domain", "one"])
