@@ -1,249 +1,183 @@
-"""From reflections to lessons: which rollouts teach, what the teacher holds, and what every setting changes."""
+"""Which rollouts teach, what their teacher reads, how they are batched, and what a step logs of them."""
 
-import random
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROSD, Letters, make_rollout
+from conftest import Letters, make_rollout, metrics, train
 
 import train_rosd
-from data import Problem, Verdict
-from data.answers import falsify
-from data.arithmetic import Arithmetic
-from harness.cli import parse_config
-from harness.run import Run, run_name
-from losses import group_advantage
-from reflect import (
-    Reflection,
-    choose_peers,
-    pair_up,
-    parse_reflection,
-    spoil_some,
-)
-from train_rosd import Config, Lesson, make_lessons, settle
+from data import Verdict
+from lessons import Lesson, as_tensors, by_length, pairs_to_learn_from, split, statistics, teacher_prompt
+from reflect import NO_REFLECTION, Pair, Reflection
+from train_rosd import configure
 
-# ---------------------------------------------------------------------------------------------- pairs
+# ---------------------------------------------------------------------------------------------- which rollouts teach
 
-
-def test_peers_are_other_correct_rollouts_of_the_same_group() -> None:
-    first, wrong, short = make_rollout("abc"), make_rollout("b"), make_rollout("a")
-    alone, lost = make_rollout("da"), make_rollout("c")
-    group = [first, wrong, short, alone, lost, lost]
-    assert choose_peers(group, 3, "shortest") == [short, short, first, None, alone, alone]
-    assert choose_peers(group, 3, "first") == [short, first, first, None, alone, alone]
-    assert choose_peers([lost, lost], 2) == [None, None]
+GROUPS = {  # the first of each is the rollout in question; those with an a are right
+    "wrong beside a right one": ["b", "a", "c"],
+    "wrong as all are": ["b", "c", "d"],
+    "right as the only one": ["a", "b", "c"],
+    "right beside right and wrong": ["a", "ab", "b"],
+    "right as all are": ["a", "ab", "ac"],
+}
+TEACHES = {  # by what the teacher reads, in the order of GROUPS
+    "reflection": [True, False, True, True, True],
+    "peer": [True, False, False, True, True],
+    "both": [True, False, False, True, True],
+    "gold": [True, True, True, True, True],
+    "nothing": [True, False, True, True, False],
+}
 
 
-SOLVED, MIXED, LOST = ["a", "ab", "ac"], ["a", "b", "cd"], ["b", "c", "d"]
-
-
-@pytest.mark.parametrize(
-    ("flags", "kept"),
-    [
-        ({}, ["a", "ab", "ac", "a", "b", "cd"]),
-        ({"solved": "drop"}, ["a", "b", "cd"]),
-        ({"learn_from": "right"}, ["a", "ab", "ac", "a"]),
-        ({"learn_from": "wrong"}, ["b", "cd"]),
-        ({"method": "sdpo"}, ["a", "ab", "ac", "b", "cd"]),  # a group's only correct rollout has no peer
-        ({"method": "sdpo", "solved": "drop"}, ["b", "cd"]),
-        ({"method": "opsd"}, ["a", "ab", "ac", "a", "b", "cd", "b", "c", "d"]),
-    ],
-)
-def test_groups_without_a_peer_are_skipped_and_solved_ones_where_that_is_asked(flags: dict, kept: list[str]) -> None:
-    rollouts = [make_rollout(text) for text in SOLVED + MIXED + LOST]
-    pairs = pair_up(rollouts, settle(Config(group=3, **flags)))
-    assert [rollout.text for rollout, _ in pairs] == kept
-
-
-# ---------------------------------------------------------------------------------------------- lessons
-
-
-@pytest.fixture
-def run(letters: Letters, base: str, tmp_path: Path) -> Run:
-    config = parse_config(Config, "", [*ROSD, "--base", base, "--out", str(tmp_path / "out")])
-    return Run(settle(config), run_name(config))
-
-
-def lessons_of(
-    run: Run, texts: list[str], written: list[str], monkeypatch: pytest.MonkeyPatch, **flags: object
-) -> tuple[list[Lesson], dict[str, list[float]]]:
-    """The lessons of one group of rollouts whose reflections are given."""
-    monkeypatch.setattr(
-        train_rosd.reflect, "write_reflections", lambda model, task, asked, *_, **__: written[: len(asked)]
-    )
+def taught(texts: list[str], **settings: object) -> list[str]:
     rollouts = [make_rollout(text) for text in texts]
-    return make_lessons(rollouts, run.base, run.task, settle(Config(group=len(texts), **flags)), 0, run)
+    return [pair.y.text for pair in pairs_to_learn_from(rollouts, configure(group=3, **settings))]
 
 
-def write(quote: str, idea: str) -> str:
-    return f"<error_quote>{quote}</error_quote><explanation>{idea}</explanation>"
+@pytest.mark.parametrize("kind", GROUPS)
+@pytest.mark.parametrize("context", TEACHES)
+def test_a_rollout_teaches_only_if_its_teacher_has_something_to_read(context: str, kind: str) -> None:
+    group, expected = GROUPS[kind], TEACHES[context][list(GROUPS).index(kind)]
+    assert (taught(group, context=context)[:1] == group[:1]) == expected
+    lost = ["d", "c", "b"]
+    assert taught(lost + group, context=context) == taught(lost, context=context) + taught(group, context=context)
+
+
+@pytest.mark.parametrize("context", TEACHES)
+def test_only_solved_groups_are_dropped(context: str) -> None:
+    texts = sum(GROUPS.values(), [])
+    dropped = taught(texts, context=context, solved="drop")
+    assert dropped == taught(texts[:-3], context=context)
+    assert taught(texts, context=context) == dropped + taught(texts[-3:], context=context)
+
+
+def test_learn_from_selects_right_or_wrong_rollouts() -> None:
+    texts = ["a", "b", "ab", "b", "c", "d"]
+    kept = {which: taught(texts, learn_from=which) for which in ("all", "right", "wrong")}
+    assert kept == {"all": ["a", "b", "ab"], "right": ["a", "ab"], "wrong": ["b"]}
+
+
+def test_an_unknown_context_is_refused() -> None:
+    y = make_rollout("a")
+    with pytest.raises(ValueError, match="no context 'hint', only reflection, peer"):
+        teacher_prompt(Letters(), y, y, "e", configure(context="hint"))
+    with pytest.raises(KeyError, match="hint"):
+        taught(["a", "b", "c"], context="hint")
+
+
+# ---------------------------------------------------------------------------------------------- the teacher's prompt
 
 
 @pytest.mark.parametrize(
-    ("flags", "span"),
+    ("settings", "with_idea", "malformed"),
     [
-        ({}, (1, 5)),
-        ({"mask": "span"}, (1, 3)),
-        ({"mask": "whole"}, (0, 5)),
-        ({"mask": "oracle"}, (2, 5)),
-        ({"method": "sdpo"}, (0, 5)),
-        ({"method": "sdpo", "mask": "span"}, (1, 3)),
+        ({}, "a0d~?", None),
+        ({"malformed": "peer"}, "a0d~?", "a0~ab?"),
+        ({"context": "peer"}, "a0~ab?", "a0~ab?"),
+        ({"context": "both"}, "a0d~ab?", "a0~ab?"),
+        ({"context": "gold"}, "a0~a?", "a0~a?"),
+        ({"context": "nothing"}, "a0?", "a0?"),
     ],
+    ids=str,
 )
-def test_mask_of_a_wrong_rollout(flags: dict, span: tuple[int, int], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        Letters, "verify", lambda self, problem, text: Verdict("a" in text, True, None if "a" in text else (2, 3))
-    )
-    written = [write("bc", "d"), write("none", "d"), write("none", "d")]
-    lessons, _ = lessons_of(run, ["dbcd", "a", "ab"], written, monkeypatch, **flags)
-    assert [(lesson.start, lesson.end) for lesson in lessons] == [span, (0, 2), (0, 3)]
-
-
-@pytest.mark.parametrize("mask", ["suffix", "span"])
-def test_a_quote_that_is_not_found_leaves_the_whole_response(
-    mask: str, run: Run, monkeypatch: pytest.MonkeyPatch
+def test_teacher_reads_the_problem_and_what_the_context_names(
+    settings: dict, with_idea: str, malformed: str | None
 ) -> None:
-    (lesson, _), quotes = lessons_of(run, ["bc", "a"], [write("x", "d"), write("x", "d")], monkeypatch, mask=mask)
-    assert (lesson.start, lesson.end) == (0, 3)
-    assert quotes == {"quote_match": [False], "quote_accuracy": [], "error_position": [0.0]}
+    y, peer, config = make_rollout("c"), make_rollout("ab"), configure(**settings)
+    assert teacher_prompt(Letters(), y, peer, "d", config) == with_idea
+    assert teacher_prompt(Letters(), y, peer, None, config) == malformed
 
 
-@pytest.mark.parametrize(
-    ("flags", "prompts"),
-    [
-        ({}, ["a0d~?", "a0c~?"]),
-        ({"context": "peer"}, ["a0~ab?", "a0~a?", "a0~a?"]),
-        ({"context": "both"}, ["a0d~ab?", "a0c~a?", "a0~a?"]),
-        ({"context": "gold"}, ["a0~a?", "a0~a?", "a0~a?"]),
-        ({"malformed": "peer"}, ["a0d~?", "a0c~?", "a0~a?"]),
-        ({"malformed": "peer", "peer": "first"}, ["a0d~?", "a0c~?", "a0~a?"]),
-    ],
-)
-def test_what_the_teacher_holds(flags: dict, prompts: list[str], run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = [write("x", "d"), write("x", "c"), "malformed"]
-    lessons, _ = lessons_of(run, ["a", "ab", "c"], written, monkeypatch, **flags)
-    assert [lesson.teacher_prompt for lesson in lessons] == prompts
+def test_a_malformed_reflection_without_a_peer_leaves_the_teacher_nothing() -> None:
+    assert teacher_prompt(Letters(), make_rollout("c"), None, None, configure(malformed="peer")) is None
 
 
-def test_grpo_has_no_teacher_and_skips_groups_without_contrast(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    lessons, quotes = lessons_of(run, ["a", "b", "c", "d"], [], monkeypatch, method="grpo")
-    assert [lesson.advantage for lesson in lessons] == group_advantage(torch.tensor([[1.0, 0, 0, 0]]))[0].tolist()
-    assert not any(quotes.values())
-    assert lessons_of(run, ["b", "c"], [], monkeypatch, method="grpo")[0] == []
-    assert make_lessons([], run.base, run.task, settle(Config(method="grpo")), 0, run)[0] == []  # a process's share
+# ---------------------------------------------------------------------------------------------- batches
 
 
-@pytest.mark.parametrize("who", ["base", "student"])
-def test_reflector(who: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def watch(rollouts: list, reflector: object, *rest: object) -> tuple[list, dict]:
-        seen.append("student" if next(reflector.parameters()).requires_grad else "base")
-        return [], {}
-
-    monkeypatch.setattr(train_rosd, "make_lessons", watch)
-    train_rosd.train(
-        parse_config(Config, "", [*ROSD, "--base", base, "--out", str(tmp_path / "o"), "--reflector", who])
-    )
-    assert seen == [who] * 2
+def lesson(length: int, start: int, end: int, context: int = 1) -> Lesson:
+    return Lesson([1], [2] * context, list(range(1, length + 1)), [-0.5] * length, start, end, 0.0)
 
 
-def test_the_oracle_knows_the_truth_and_asks_no_model(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    lessons, _ = lessons_of(run, ["bc", "a"], [], monkeypatch, reflector="oracle")
-    assert [lesson.teacher_prompt for lesson in lessons] == ["a0a~?"] * 2
+@pytest.mark.parametrize(("parts", "sizes"), [(1, [7]), (2, [3, 4]), (3, [2, 2, 3]), (7, [1] * 7), (99, [1] * 7)])
+def test_minibatches_are_equal_parts_in_order(parts: int, sizes: list[int]) -> None:
+    lessons = [lesson(3, 0, 3) for _ in range(7)]
+    batches = list(split(lessons, parts))
+    assert list(map(len, batches)) == sizes and sum(batches, []) == lessons
 
 
-def test_the_oracle_of_arithmetic_quotes_the_first_error_and_names_the_true_step() -> None:
-    problem = Problem("3+8-5*2", "3+8=1;1-5=6;6*2=2;#2")
-    written = parse_reflection(Arithmetic().true_reflection(problem, "3+8=1;1-5=7;7*2=4;#4"))
-    assert written == Reflection("1-5=7", "1-5=6")
+def test_minibatches_without_an_unmasked_token_are_left_out() -> None:
+    empty, full = lesson(3, 1, 1), lesson(3, 1, 2)
+    assert list(split([empty, empty, empty, full], 2)) == [[empty, full]]
+    assert list(split([], 2)) == []
 
 
-# ---------------------------------------------------------------------------------------------- misleading on purpose
+def test_micro_batches_hold_every_lesson_and_the_lengths_of_one_are_similar() -> None:
+    lessons = [lesson(length, 0, 1, context) for length, context in ((9, 1), (2, 2), (5, 6), (2, 1), (3, 9))]
+    assert [[len(x.x_T) + len(x.y) for x in part] for part in by_length(lessons, 2)] == [[3, 4], [10, 11], [12]]
 
 
-def test_a_false_idea_has_another_result_and_nothing_else_changed() -> None:
-    for seed in range(20):
-        rng = random.Random(seed)
-        assert (false := falsify("3+4=7", rng))[:4] == "3+4=" and false[4] in "012345689"
-        assert (false := falsify("so it is 12, then", rng))[:10] == "so it is 1" and false[10] in "013456789"
-        assert falsify("1=2 and 3 = 40", rng) not in ("1=2 and 3 = 40", "")
-    assert falsify("no digit", random.Random(0)) == "no digit"
+def test_tensors_are_padded_and_masked_from_start_to_end() -> None:
+    y, m, logp = as_tensors([lesson(2, 0, 2), lesson(4, 1, 3)], torch.device("cpu"))
+    assert y.tolist() == [[1, 2, 0, 0], [1, 2, 3, 4]]
+    assert m.tolist() == [[1, 1, 0, 0], [0, 1, 1, 0]]
+    assert logp.tolist() == [[-0.5, -0.5, 0, 0], [-0.5] * 4]
 
 
-def test_a_spoiled_quote_is_a_piece_of_the_rollout_no_longer_than_the_quote_was() -> None:
-    wrong, quotes, spoiling = make_rollout("bcdbdc"), set(), Config(spoil_quote=1.0)
-    for seed in range(50):
-        (read,) = spoil_some([Reflection("cd", "e")], [wrong], Letters(), spoiling, random.Random(seed))
-        assert read.idea == "e" and read.quote in "bcdbdc<end>" and 1 <= len(read.quote) <= 2
-        quotes.add(read.quote)
-    assert len(quotes) > 5
+# ---------------------------------------------------------------------------------------------- the log
 
 
-def test_spoiled_ideas_reach_the_lessons_of_correct_rollouts_too(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = [write("x", "d1"), write("x", "c2")]
-    lessons, _ = lessons_of(run, ["a", "b"], written, monkeypatch, spoil_idea=1.0)
-    plain, _ = lessons_of(run, ["a", "b"], written, monkeypatch)
-    for spoiled, lesson in zip(lessons, plain, strict=True):
-        assert spoiled.teacher_prompt != lesson.teacher_prompt
-        assert spoiled.teacher_prompt[:3] == lesson.teacher_prompt[:3]
-        assert (spoiled.start, spoiled.end) == (lesson.start, lesson.end)
+def wrong(text: str, error: tuple[int, int] | None) -> Pair:
+    return Pair(dataclasses.replace(make_rollout(text), verdict=Verdict(False, True, error)), None, 0.0)
 
 
-def test_ideas_of_other_problems_are_exchanged(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        train_rosd.reflect, "write_reflections", lambda *_, **__: [write("x", idea) for idea in "ddccc"]
-    )
-    rollouts = [
-        make_rollout("a"),
-        make_rollout("b"),
-        *(make_rollout("b", problem=Problem("b0", "b")) for _ in range(3)),
+def test_quotes_are_counted_of_wrong_rollouts_and_positions_of_quotes_that_were_found() -> None:
+    pairs = [
+        wrong("bcd", (1, 2)),  # 4 tokens with the stop token
+        wrong("bcdbcdb", (3, 4)),  # 8 tokens
+        wrong("bcd", (0, 1)),
+        wrong("bcd", None),  # the verifier knows no position
+        wrong("bcd", (1, 2)),
+        Pair(make_rollout("a"), None, 0.0),
     ]
-    pairs = [(rollout, rollouts[0]) for rollout in rollouts]
-    config = settle(Config(spoil_idea=1.0, spoil_kind="other"))
-    read = train_rosd.reflect_on(pairs, run.base, run.task, config, 0, run)
-    assert [reflection.idea for reflection in read] == list("ccddd")
+    found = [Reflection("c", "e", (1, 2)), Reflection("d", "e", (2, 3)), Reflection("x", "e", None)]
+    reflections = [*found, Reflection("d", "e", (2, 3)), NO_REFLECTION, Reflection("a", "e", (0, 1))]
+    logged = statistics([make_rollout(text) for text in ("a", "b!", "bcdbcdbc")], pairs, reflections, Letters())
+    assert logged == {
+        "accuracy": [True, False, False],
+        "loud": [False, True, False],
+        "unfinished": [False, False, True],
+        "quote_match": [True, True, False, True],
+        "quote_accuracy": [True, False, False],
+        "error_position": [1 / 4, 2 / 8, 2 / 4],
+    }
 
 
-def test_an_idea_without_another_problem_stays(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    lessons, _ = lessons_of(
-        run, ["a", "b"], [write("x", "d"), write("x", "c")], monkeypatch, spoil_idea=1.0, spoil_kind="other"
-    )
-    assert [lesson.teacher_prompt for lesson in lessons] == ["a0d~?", "a0c~?"]
-
-
-def test_spoiled_quotes_change_only_where_wrong_rollouts_are_masked(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    written = [write("b", "c")] * 8
-    lessons, _ = lessons_of(run, ["a"] + ["bcdbcdb"] * 7, written, monkeypatch, spoil_quote=1.0)
-    assert lessons[0].start == 0 and {lesson.teacher_prompt for lesson in lessons} == {"a0c~?"}
-    assert len({lesson.start for lesson in lessons[1:]}) > 1
-
-
-# ---------------------------------------------------------------------------------------------- presets
+# ---------------------------------------------------------------------------------------------- who reflects, and when
 
 
 @pytest.mark.parametrize(
-    ("method", "expected"),
+    ("flags", "reflects"),
     [
-        ("rosd", ("reflection", "suffix", "shortest", "base", False, "keep", "drop", 0.0, 1, 1e-3)),
-        ("sdpo", ("peer", "whole", "shortest", "base", False, "keep", "drop", 0.0, 1, 1e-3)),
-        ("opsd", ("gold", "whole", "shortest", "base", False, "keep", "drop", 0.0, 1, 1e-3)),
-        ("grpo", ("reward", "whole", "shortest", "base", False, "keep", "drop", 0.0, 1, 1e-3)),
-        ("rosd released", ("reflection", "suffix", "first", "student", True, "drop", "peer", 0.0, 1, 1e-3)),
-        ("sdpo released", ("peer", "whole", "first", "base", False, "drop", "drop", 0.05, 1, 1e-3)),
-        ("opsd released", ("gold", "whole", "shortest", "base", False, "drop", "drop", 0.0, 1, 1e-3)),
-        ("grpo released", ("reward", "whole", "shortest", "base", False, "keep", "drop", 0.0, 4, 1e-4)),
+        ("--method rosd", True),
+        ("--method rosd --context peer", True),  # its mask begins at a quote
+        ("--method rosd --context peer --mask whole", False),
+        ("--method rosd --mask whole", True),  # its teacher reads ideas
+        ("--method sdpo", False),
+        ("--method sdpo --mask suffix", True),
+        ("--method sdpo --mask span", True),
+        ("--method sdpo --mask oracle", False),
+        ("--method opsd --context both", True),
+        ("--method grpo", False),
     ],
 )
-def test_presets_are_the_table_of_paper_and_released_code(method: str, expected: tuple) -> None:
-    name, preset = [*method.split(), "paper"][:2]
-    names = ("context", "mask", "peer", "reflector", "give_answer", "solved", "malformed", "ema", "minibatches")
-    config = settle(Config(method=name, preset=preset))
-    assert tuple(getattr(config, field) for field in (*names, "learning_rate")) == expected
-
-
-def test_a_flag_wins_over_preset_and_method() -> None:
-    flags = {"context": "both", "peer": "shortest", "give_answer": False, "ema": 0.0, "learning_rate": 0.5}
-    config = settle(Config(preset="released", **flags))
-    assert {name: getattr(config, name) for name in flags} == flags and config.reflector == "student"
+def test_reflections_are_written_where_the_teacher_or_the_mask_needs_them(
+    flags: str, reflects: bool, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, write = [], train_rosd.write_reflections
+    monkeypatch.setattr(train_rosd, "write_reflections", lambda *a, **k: calls.append(1) or write(*a, **k))
+    train(train_rosd, base, tmp_path, *flags.split(), "--batch", "6")
+    assert len(calls) == 2 * reflects
+    assert any("quote_match" in row for row in metrics(tmp_path)) == reflects
