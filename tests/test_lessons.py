@@ -47,7 +47,7 @@ def test_a_rollout_teaches_only_if_its_teacher_has_something_to_read(context: st
 
 @pytest.mark.parametrize("context", TEACHES)
 def test_only_solved_groups_are_dropped(context: str) -> None:
-    texts = sum(GROUPS.values(), [])
+    texts = [text for group in GROUPS.values() for text in group]
     dropped = taught(texts, context=context, solved="drop")
     assert dropped == taught(texts[:-3], context=context)
     assert taught(texts, context=context) == dropped + taught(texts[-3:], context=context)
@@ -105,7 +105,7 @@ def lesson(length: int, start: int, end: int, context: int = 1) -> Lesson:
 def test_minibatches_are_equal_parts_in_order(parts: int, sizes: list[int]) -> None:
     lessons = [lesson(3, 0, 3) for _ in range(7)]
     batches = list(split(lessons, parts))
-    assert list(map(len, batches)) == sizes and sum(batches, []) == lessons
+    assert list(map(len, batches)) == sizes and [x for batch in batches for x in batch] == lessons
 
 
 def test_minibatches_without_an_unmasked_token_are_left_out() -> None:
