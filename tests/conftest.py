@@ -169,11 +169,11 @@ def stop_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
     monkeypatch.setattr(Run, name, method)
 
 
-def stopped_run(base: str, out: Path, *flags: str) -> None:
+def stopped_run(base: str, out: Path, *flags: str, script: ModuleType = train_rosd) -> None:
     """A run that leaves a state behind and nothing else."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
         stop_at(patch, "log", 2)
-        train(train_rosd, base, out, *flags)
+        train(script, base, out, *flags)
 
 
 # ---------------------------------------------------------------------------------------------- problems in words

@@ -1,0 +1,185 @@
+"""SPD's three phases through `train`, on a task and a model that take milliseconds."""
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Letters, both_scripts, file_of, metrics, settings, stopped_run, train
+
+import train_spd
+from harness import files
+from lora import LoRALinear
+from losses import next_token_loss
+from model import GPT, generate
+from subspace import calibration_set, capability_gradients, make_projectors, project_kv
+
+GOLDEN = {  # the loss of every epoch; a refactoring changes none of them
+    "": [2.63226, 2.52886],
+    "--method psr": [2.48074, 2.40479],
+    "--method ssd --top-k 3 --temperature 0.5 --finetune full": [1.53361, 1.30166],
+    "--coordinate rope --project k --rank 2": [1.74324, 1.6576],
+}
+
+
+@pytest.mark.parametrize("flags", GOLDEN)
+def test_losses_are_those_of_earlier_versions(flags: str, base: str, tmp_path: Path) -> None:
+    train(train_spd, base, tmp_path, *flags.split(), lora_dropout=0.0)
+    assert [row["loss"] for row in metrics(tmp_path)] == pytest.approx(GOLDEN[flags], rel=1e-3)
+
+
+class Updates:
+    """Every batch that a run learns from, its loss, the model, and the learning rates."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.batches: list[list] = []
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+        self.dropout: list[bool] = []
+        updates, AdamW = self, torch.optim.AdamW
+
+        class Recorder(AdamW):
+            def step(self) -> None:
+                updates.rates.append(self.param_groups[0]["lr"])
+                super().step()
+
+        def loss_of(student: GPT, batch: list, completion_only: bool) -> torch.Tensor:
+            self.batches.append(batch)
+            self.dropout += [module.training for module in student.modules() if isinstance(module, LoRALinear)]
+            loss = next_token_loss(student, batch, completion_only)
+            self.losses.append(loss.item())
+            return loss
+
+        monkeypatch.setattr(torch.optim, "AdamW", Recorder)
+        monkeypatch.setattr(train_spd, "next_token_loss", loss_of)
+
+
+@pytest.fixture
+def updates(monkeypatch: pytest.MonkeyPatch) -> Updates:
+    return Updates(monkeypatch)
+
+
+def test_the_student_learns_one_projected_completion_of_every_prompt_and_none_is_filtered(
+    base: str, letters: Letters, tmp_path: Path, updates: Updates
+) -> None:
+    train(train_spd, base, tmp_path, "--prompts", "7", "--batch", "4", "--epochs", "2", "--rank", "25%")
+    assert list(map(len, updates.batches)) == [4, 3, 4, 3]
+    model = files.load_checkpoint(base)
+    examples = calibration_set(letters, ("one",), 20, "aligned", 0)
+    sites = [(layer, kind) for layer in (0, 1) for kind in "kv"]
+    problems = letters.problems("one", 7, random.Random("prompts 0 0"))
+    prompts = [letters.encode(letters.prompt(problem)) for problem in problems]
+    with project_kv(model, make_projectors(capability_gradients(model, examples, sites), "25%")):
+        written = generate(model, prompts, letters.max_response, letters.stop, temperature=0)
+    assert written != generate(model, prompts, letters.max_response, letters.stop, temperature=0)
+    for epoch in (updates.batches[:2], updates.batches[2:]):
+        assert sorted(pair for batch in epoch for pair in batch) == sorted(zip(prompts, written, strict=True))
+    assert updates.batches[0] + updates.batches[1] != updates.batches[2] + updates.batches[3]  # in another order
+
+
+@pytest.mark.parametrize("completion_only", [True, False])
+def test_the_student_is_trained_without_projection(
+    completion_only: bool, base: str, tmp_path: Path, updates: Updates
+) -> None:
+    """Before its first update its loss is that of the plain base."""
+    flags = [] if completion_only else ["--no-completion-only"]
+    train(train_spd, base, tmp_path, *flags, "--rank", "1", "--epochs", "1", lora_dropout=0.0)
+    model, pairs = files.load_checkpoint(base), updates.batches[0]
+    assert updates.losses[0] == pytest.approx(next_token_loss(model, pairs, completion_only).item(), rel=1e-5)
+    assert next_token_loss(model, pairs, True) != next_token_loss(model, pairs, False)
+    assert metrics(tmp_path)[0]["loss"] == pytest.approx(sum(updates.losses) / len(updates.losses))
+
+
+def test_learning_rate_falls_along_half_a_cosine(base: str, tmp_path: Path, updates: Updates) -> None:
+    train(train_spd, base, tmp_path, "--prompts", "6", "--batch", "4", "--epochs", "3", "--learning-rate", "0.5")
+    assert updates.rates == pytest.approx([0.25 * (1 + math.cos(math.pi * i / 6)) for i in range(6)])
+
+
+def test_dropout_acts_while_training_alone(
+    base: str, tmp_path: Path, updates: Updates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated, evaluate_run = [], train_spd.evaluate_run
+    monkeypatch.setattr(
+        train_spd, "evaluate_run", lambda m, *rest: evaluated.append(m.training) or evaluate_run(m, *rest)
+    )
+    train(train_spd, base, tmp_path)
+    assert updates.dropout and all(updates.dropout) and evaluated == [False, False]
+
+
+@pytest.mark.parametrize(("method", "projected"), [("spd", True), ("psr", False), ("ssd", False)])
+def test_only_spd_projects_what_it_writes(
+    method: str, projected: bool, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sites, project = [], train_spd.project_kv
+    monkeypatch.setattr(train_spd, "project_kv", lambda model, P, *rest: sites.extend(P) or project(model, P, *rest))
+    result = train(train_spd, base, tmp_path, "--method", method, "--eval-problems", "20")
+    assert sites == ([(0, "k"), (0, "v"), (1, "k"), (1, "v")] if projected else [])
+    assert (result["generation"][0] == result["own"]) != projected
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--loss full --layers all --coordinate norm --project v",
+        "--subspace random --rank 3 --coordinate head --calibration-domain two one",
+        "--method ssd --top-p 0.8 --temperature 1.5 --finetune full",
+    ],
+)
+def test_settings_that_no_other_test_uses_learn(flags: str, base: str, tmp_path: Path) -> None:
+    train(train_spd, base, tmp_path, *flags.split())
+    first, second = (row["loss"] for row in metrics(tmp_path))
+    assert first != second
+
+
+def test_without_epochs_the_run_ends_with_the_generation(base: str, tmp_path: Path) -> None:
+    result = train(train_spd, base, tmp_path, "--epochs", "0")
+    assert len(result["generation"]) == 1 and result["before"] is result["after"] is None
+    left, start = files.load_checkpoint(file_of(tmp_path, "model.pt")), files.load_checkpoint(base)
+    assert all(map(torch.equal, left.parameters(), start.parameters()))
+
+
+def test_a_stopped_run_resumes_to_the_same_metrics_and_weights(base: str, tmp_path: Path) -> None:
+    more = ("--epochs", "4", "--method", "psr", "--learning-rate", "0.1")
+    train(train_spd, base, tmp_path / "whole", *more)
+    stopped_run(base, tmp_path / "stopped", *more, script=train_spd)
+    assert len(metrics(tmp_path / "stopped")) == 1
+    train(train_spd, base, tmp_path / "stopped", *more, "--resume")
+    assert metrics(tmp_path / "stopped") == metrics(tmp_path / "whole")
+    models = [files.load_checkpoint(file_of(tmp_path / name, "model.pt")) for name in ("stopped", "whole")]
+    assert all(map(torch.equal, *(model.parameters() for model in models)))
+
+
+@pytest.mark.parametrize(
+    ("flags", "temperature", "domain"),
+    [("", 0.0, "exam"), ("--method psr", 1.0, "exam"), ("--method psr --temperature 0.5", 0.5, "exam")],
+)
+def test_the_method_and_the_task_choose_temperature_and_domain(flags: str, temperature: float, domain: str) -> None:
+    config = train_spd.parse_config(train_spd.Config, "", flags.split(), train_spd.defaults_of)
+    assert (config.temperature, config.domain) == (temperature, domain)
+    assert train_spd.configure(config.method).domain == domain
+    assert train_spd.configure(task="words.jsonl").domain == ""
+
+
+# ---------------------------------------------------------------------------------------------- both loops
+
+
+@both_scripts
+def test_a_run_leaves_a_trained_model_and_the_files_it_promises(
+    script: Any, base: str, letters: Letters, tmp_path: Path
+) -> None:
+    result = train(script, base, tmp_path)
+    folder = file_of(tmp_path, "results.json").parent
+    assert {path.name for path in folder.iterdir()} == {"metrics.jsonl", "model.pt", "results.json", ".lock"}
+    of_base = ["base-before", "base-text"] if script is train_spd else ["base-before"]
+    assert sorted(path.name[:-14] for path in tmp_path.glob("base-*.json")) == of_base
+    left, start = files.load_checkpoint(folder / "model.pt"), files.load_checkpoint(base)
+    assert not all(map(torch.equal, left.parameters(), start.parameters()))
+    stored = files.read_json(folder / "results.json")
+    assert stored["after"] == result["after"] and set(stored["after"]) == set(letters.domains)
+    assert stored["name"] == folder.name and stored["config"] == files.plain(
+        settings(script, base, tmp_path, "--domain", "one")
+    )
+    assert stored["commit"] and stored["torch"] and stored["seconds"] > 0 and "loud" in stored["after"]["two"]
+    assert [row["step"] for row in metrics(tmp_path)] == [0, 1]
