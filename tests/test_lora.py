@@ -1,30 +1,39 @@
-"""Adapters: their start, their switch, their merging, in float32 and bfloat16, and ROSD with them."""
+"""Adapters: their start, their shared base, their merging in float32 and bfloat16, and ROSD with them."""
 
+import dataclasses
 from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import Letters, file_of, stopped_run, tiny_gpt, train
+from conftest import Letters, file_of, stopped_run, train
 from test_hub import write_model
 from test_model import random_model, random_tokens
-from test_update import TASK, lessons_of, loss_of
+from torch import Tensor
 
 import train_rosd
 from harness import files
-from lora import LoRALinear, adapters_off, add_lora, merge_lora
+from lora import TARGETS, LoRALinear, merge_lora, trainable_copy
 from model import GPT
 
 LORA = ("--finetune", "lora", "--learning-rate", "0.1")
+TOKENS = random_tokens(2, 10)
+both_dtypes = pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=["float32", "bfloat16"]
+)
 
 
-def adapted_model(dtype: torch.dtype = torch.float32) -> tuple[GPT, GPT]:
-    """A model with biases and random adapters, and a copy of it as it was before."""
-    model = random_model(qkv_bias=True, qk_norm=False).to(dtype).eval()
-    before = deepcopy(model)
-    for parameter in add_lora(model, rank=2, alpha=4.0):
+def base_and_student(dtype: torch.dtype = torch.float32, **settings: Any) -> tuple[GPT, GPT, list[Tensor]]:
+    """A base with biases, and a student with random adapters on it."""
+    base = random_model(qkv_bias=True, qk_norm=False).to(dtype).eval()
+    student, parameters = trainable_copy(base, "lora", rank=2, alpha=4.0, **settings)
+    for parameter in parameters:
         torch.nn.init.normal_(parameter, std=0.3)
-    return model, before
+    return base, student, parameters
+
+
+# ---------------------------------------------------------------------------------------------- the copy
 
 
 def test_first_adapter_weights_are_distributed_as_in_peft() -> None:
@@ -34,93 +43,111 @@ def test_first_adapter_weights_are_distributed_as_in_peft() -> None:
     assert not layer.B.any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_switched_off_adapters_leave_the_base(dtype: torch.dtype) -> None:
-    model, before = adapted_model(dtype)
-    tokens = random_tokens(2, 10)
-    adapted = model(tokens)
-    with adapters_off(model):
-        assert torch.equal(model(tokens), before(tokens))
-        with adapters_off(model):
-            pass
-        assert torch.equal(model(tokens), before(tokens))
-    assert torch.equal(model(tokens), adapted)
-    assert (adapted - before(tokens)).abs().max() > 0.1
-    assert adapted.dtype == dtype
+@pytest.mark.parametrize("finetune", ["lora", "full"])
+def test_student_starts_as_the_base_and_only_its_parameters_learn(finetune: str) -> None:
+    base = random_model().eval()
+    student, parameters = trainable_copy(base, finetune, rank=2)
+    assert torch.equal(student(TOKENS), base(TOKENS))
+    trainable = {name for name, parameter in student.named_parameters() if parameter.requires_grad}
+    adapters = {f"blocks.{i}.attn.{name}.{part}" for i in range(2) for name in TARGETS for part in "AB"}
+    assert trainable == (adapters if finetune == "lora" else {name for name, _ in base.named_parameters()})
+    assert len(parameters) == len(trainable) and {p.dtype for p in parameters} == {torch.float32}
+    assert not any(parameter.requires_grad for parameter in base.parameters())
 
 
-def test_student_learns_while_its_own_base_teaches() -> None:
-    model, _ = adapted_model(torch.bfloat16)
-    with adapters_off(model), torch.no_grad():
-        teacher = model(random_tokens(2, 10)).float().softmax(dim=-1)
-    torch.nn.functional.cross_entropy(model(random_tokens(2, 10)).float().mT, teacher.mT).backward()
-    trained = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
-    assert trained == {name for name, _ in model.named_parameters() if name.endswith((".A", ".B"))}
-    assert {model.get_parameter(name).dtype for name in trained} == {torch.float32}
+def test_student_shares_the_frozen_weights_with_adapters_and_copies_them_without() -> None:
+    base = random_model()
+    weights = {parameter.data_ptr() for parameter in base.parameters()}
+    lora, adapters = trainable_copy(base, "lora")
+    assert {p.data_ptr() for p in lora.parameters()} - {p.data_ptr() for p in adapters} == weights
+    assert not {p.data_ptr() for p in trainable_copy(base, "full")[0].parameters()} & weights
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
-def test_merging_leaves_the_logits_and_plain_layers(dtype: torch.dtype, tolerance: float) -> None:
-    model, before = adapted_model(dtype)
-    tokens = random_tokens(2, 10)
-    adapted = model(tokens).float()
-    merge_lora(model)
-    assert (model(tokens).float() - adapted).norm() < tolerance * adapted.norm()
-    assert {name: weight.dtype for name, weight in model.state_dict().items()} == {
-        name: weight.dtype for name, weight in before.state_dict().items()
-    }
+@both_dtypes
+def test_adapted_layer_adds_the_scaled_product_of_its_matrices(dtype: torch.dtype, tolerance: float) -> None:
+    _, student, _ = base_and_student(dtype)
+    layer, x = student.blocks[0].attn.q_proj, torch.randn(3, 16).to(dtype)
+    expected = layer.linear(x).float() + 4.0 / 2 * x.float() @ (layer.B @ layer.A).T
+    assert layer(x).dtype == dtype
+    assert (layer(x).float() - expected).norm() < tolerance * expected.norm()
+
+
+def test_dropout_acts_on_the_adapters_input_while_training_alone() -> None:
+    base, student, _ = base_and_student(dropout=1.0)
+    assert (student(TOKENS) - base(TOKENS)).abs().max() > 0.1
+    torch.testing.assert_close(student.train()(TOKENS), base(TOKENS))
+
+
+# ---------------------------------------------------------------------------------------------- training, merging
+
+
+@both_dtypes
+def test_neither_training_nor_merging_changes_the_base(dtype: torch.dtype, tolerance: float) -> None:
+    base, student, parameters = base_and_student(dtype)
+    before, logits = deepcopy(base.state_dict()), base(TOKENS)
+    optimizer = torch.optim.AdamW(parameters, lr=0.1)
+    teacher = base(TOKENS).float().softmax(dim=-1)
+    torch.nn.functional.cross_entropy(student(TOKENS).float().mT, teacher.mT).backward()
+    optimizer.step()
+    assert torch.equal(base(TOKENS), logits)
+    merge_lora(student)
+    assert torch.equal(base(TOKENS), logits)
+    assert all(map(torch.equal, base.state_dict().values(), before.values()))
+
+
+@both_dtypes
+def test_merging_leaves_the_logits_and_plain_layers_of_the_same_dtype(dtype: torch.dtype, tolerance: float) -> None:
+    base, student, _ = base_and_student(dtype)
+    adapted = student(TOKENS).float()
+    merge_lora(student)
+    assert (student(TOKENS).float() - adapted).norm() < tolerance * adapted.norm()
+    assert {n: w.dtype for n, w in student.state_dict().items()} == {n: w.dtype for n, w in base.state_dict().items()}
 
 
 # ---------------------------------------------------------------------------------------------- ROSD with adapters
 
 
-def test_one_set_of_weights_teaches_itself_as_a_frozen_copy_would() -> None:
-    student = tiny_gpt(TASK)
-    frozen = deepcopy(student).requires_grad_(False)
-    trained = add_lora(student, dropout=0.0)
-    for parameter in trained:
-        torch.nn.init.normal_(parameter, std=0.3)
-    one, other = (loss_of(lessons_of(5), student, teacher, finetune="lora") for teacher in (student, frozen))
-    torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
-    gradients = [torch.autograd.grad(loss, trained) for loss in (one, other)]
-    torch.testing.assert_close(*gradients, rtol=0, atol=1e-6)
-    assert max(gradient.abs().max() for gradient in gradients[0]) > 1e-3
-
-
 @pytest.mark.parametrize("reflector", ["base", "student"])
-def test_adapters_are_on_while_the_student_reflects_and_off_while_the_base_does(
+def test_teacher_is_the_base_without_adapters_and_the_reflector_has_them_if_it_is_the_student(
     reflector: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen, original = [], train_rosd.reflect.write_reflections
+    start, tokens, teachers, reflectors = files.load_checkpoint(base), torch.arange(12).view(2, 6), [], []
+    method, write = train_rosd.METHODS["rosd"], train_rosd.write_reflections
 
-    def reflect(model: GPT, *args: object, **named: object) -> list[str]:
-        seen.extend(module.on for module in model.modules() if isinstance(module, LoRALinear))
-        return original(model, *args, **named)
+    def loss(student: GPT, teacher: GPT, *rest: Any) -> Tensor:
+        teachers.append(torch.equal(teacher(tokens), start(tokens)))
+        return method.loss(student, teacher, *rest)
 
-    monkeypatch.setattr(train_rosd.reflect, "write_reflections", reflect)
-    train(train_rosd, base, tmp_path, *LORA, "--reflector", reflector)
-    assert set(seen) == {reflector == "student"}
+    def reflect(model: GPT, *rest: Any) -> Any:
+        reflectors.append(torch.equal(model(tokens), start(tokens)))
+        return write(model, *rest)
+
+    monkeypatch.setitem(train_rosd.METHODS, "rosd", dataclasses.replace(method, loss=loss))
+    monkeypatch.setattr(train_rosd, "write_reflections", reflect)
+    train(train_rosd, base, tmp_path, *LORA, "--reflector", reflector, "--batch", "6", reflect_temperature=1.0)
+    assert teachers == [True, True]  # the second is after an update
+    assert reflectors == [True, reflector == "base"]
 
 
 def test_state_holds_no_weight_of_the_base(base: str, tmp_path: Path) -> None:
     stopped_run(base, tmp_path, *LORA)
     parts = torch.load(file_of(tmp_path, "state.pt"), weights_only=True)["parts"]
-    expected = [parameter.shape for parameter in add_lora(files.load_checkpoint(base))]
+    expected = [parameter.shape for parameter in trainable_copy(files.load_checkpoint(base))[1]]
     assert set(parts) == {"student", "optimizer"}
     assert [tensor.shape for tensor in parts["student"].values()] == expected
     assert len(parts["optimizer"]["state"]) == len(expected)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)], ids=str)
+@both_dtypes
 def test_the_model_that_is_left_is_a_plain_one_with_the_students_logits(
     dtype: torch.dtype, tolerance: float, letters: Letters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)  # the folder's dtype is kept
     write_model(tmp_path / "base", "Qwen3", dtype, vocab_size=letters.vocab_size)
     tokens, seen = torch.arange(12).view(2, 6), []
 
     def merge(student: GPT) -> None:
         seen.append(student(tokens).float())
-        assert {p.dtype for p in student.parameters() if p.requires_grad} == {torch.float32}
         merge_lora(student)
 
     monkeypatch.setattr(train_rosd, "merge_lora", merge)

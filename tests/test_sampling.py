@@ -1,15 +1,12 @@
 """Sampling compared with a plain loop over single rows, without cache, padding or batch."""
 
-from functools import partial
-
 import pytest
 import torch
 from test_model import PROMPTS, SMALL, STOP, random_model, seeded
 from torch import Tensor
 
 import model as model_module
-from harness.run import compile_blocks
-from model import GPT, generate, next_token_probs, response_logprobs, sample
+from model import GPT, generate, next_token_probs, rows_at_once, sample
 
 
 def distribution(probs: list[float], **sampling: float) -> list[float]:
@@ -78,16 +75,15 @@ def write_alone(
     ids=str,
 )
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2], [3, 4]]], ids=["ragged", "equal"])
-@pytest.mark.parametrize("stop", [STOP, (3, STOP)], ids=["one stop", "two stops"])
+@pytest.mark.parametrize("stop", [STOP, (3, *STOP)], ids=["one stop", "two stops"])
 def test_batched_sampling_equals_a_loop_over_single_rows(
-    prompts: list[list[int]], stop: int | tuple[int, ...], sampling: dict[str, float]
+    prompts: list[list[int]], stop: tuple[int, ...], sampling: dict[str, float]
 ) -> None:
     model, steps, samples = random_model(seed=1).double(), 16, 5
     tokens, logprobs = sample(model, prompts, steps, stop, samples, generator=seeded(3), **sampling)
     uniform = torch.rand(steps, len(prompts) * samples, generator=seeded(3))
     owners = [prompt for prompt in prompts for _ in range(samples)]
-    stops = (stop,) if isinstance(stop, int) else stop
-    alone = [write_alone(model, p, uniform[:, i], stops, **sampling) for i, p in enumerate(owners)]
+    alone = [write_alone(model, p, uniform[:, i], stop, **sampling) for i, p in enumerate(owners)]
     assert tokens == [response for response, _ in alone]
     for ours, (_, theirs) in zip(logprobs, alone, strict=True):
         assert ours == pytest.approx(theirs, abs=1e-5)
@@ -104,9 +100,9 @@ def test_sampled_tokens_are_those_of_earlier_versions() -> None:
 def test_responses_end_with_their_first_stop_token() -> None:
     responses = generate(random_model(seed=1), PROMPTS, 12, STOP, samples=20, generator=seeded(0))
     assert len(responses) == 60
-    assert all(STOP not in response[:-1] for response in responses)
-    assert all(response[-1] == STOP or len(response) == 12 for response in responses)
-    assert {response[-1] == STOP for response in responses} == {True, False}
+    assert all(0 not in response[:-1] for response in responses)
+    assert all(response[-1] == 0 or len(response) == 12 for response in responses)
+    assert {response[-1] == 0 for response in responses} == {True, False}
 
 
 def test_finished_rows_leave_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +125,21 @@ def test_seed_determines_the_samples() -> None:
     assert first == again != other
 
 
-@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}], ids=str)
+@pytest.mark.parametrize("temperature", [1e-40, 1e-9, 9e-4, 1e-3, 0.01])
+def test_temperatures_near_zero_take_the_likeliest_token_and_are_never_nan(temperature: float) -> None:
+    logits = 30 * torch.randn(20, 12, generator=seeded(0))
+    logits[0, 3] = 1e30
+    probs = next_token_probs(logits, temperature)
+    assert probs.isfinite().all() and torch.equal(probs.argmax(-1), logits.argmax(-1))
+    torch.testing.assert_close(probs.sum(-1), torch.ones(20))
+    if temperature < 1e-3:
+        assert torch.equal(probs, next_token_probs(logits, 0.0))
+
+
+GREEDY = [{"temperature": 0.0}, {"temperature": 1e-40}, {"top_k": 1}, {"top_p": 1e-6}]
+
+
+@pytest.mark.parametrize("sampling", GREEDY, ids=str)
 def test_greedy_decoding_takes_the_likeliest_token(sampling: dict[str, float]) -> None:
     model = random_model(seed=2)
     greedy = generate(model, PROMPTS, 8, STOP, generator=seeded(0), **sampling)
@@ -157,23 +167,7 @@ def test_samples_are_distributed_as_the_softmax_says() -> None:
         assert probs.max() > 2 / SMALL["vocab_size"], "the distribution must not be flat"
 
 
-def test_compiled_blocks_write_the_same_and_share_one_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Traced as for the compiler, but run as they are: a compiler is not everywhere."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    plain, compiled = random_model(seed=1, n_layer=4), random_model(seed=1, n_layer=4)
-    compile_blocks(compiled)
-    written = [generate(model, PROMPTS, 12, STOP, samples=4, generator=seeded(0)) for model in (plain, compiled)]
-    assert written[0] == written[1]
-    for model in (plain, compiled):
-        response_logprobs(model.requires_grad_(True), [[1, 2], [3]], [[4, 5], [6]])[0].sum().backward()
-    for one, other in zip(plain.parameters(), compiled.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4  # prompts, tokens, training; not times layers
-
-
-def test_prompts_are_sampled_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prompts_are_sampled_as_many_at_once_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
     whole = model_module.sample
 
@@ -181,9 +175,18 @@ def test_prompts_are_sampled_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -
         seen.append(len(part))
         return whole(model, part, *more, **named)
 
-    monkeypatch.setattr(model_module, "sample", counted)
     model, prompts = random_model(seed=1), [[1], [2], [3, 4], [5], [6]]
-    written = generate(model, prompts, 6, STOP, samples=3, at_once=7, generator=seeded(0))
-    assert seen == [2, 2, 1] and len(written) == 15
-    greedy = generate(model, prompts, 6, STOP, temperature=0, at_once=1)
-    assert greedy == generate(model, prompts, 6, STOP, temperature=0)
+    greedy = generate(model, prompts, 6, STOP, temperature=0)
+    monkeypatch.setattr(model_module, "sample", counted)
+    monkeypatch.setattr(model_module, "rows_at_once", lambda model, length: 7 if length == 8 else 1)
+    assert len(generate(model, prompts, 6, STOP, samples=3, generator=seeded(0))) == 15 and seen == [2, 2, 1]
+    monkeypatch.setattr(model_module, "rows_at_once", lambda model, length: 1)
+    assert generate(model, prompts, 6, STOP, temperature=0) == greedy
+    assert generate(model, [], 6, STOP) == []
+
+
+def test_caches_of_all_rows_at_once_fit_in_256_megabytes() -> None:
+    model = random_model()  # 2 layers, 2 key heads of 8, float32: 256 bytes a token
+    assert rows_at_once(model, 2**12) == 2**8
+    assert rows_at_once(model, 2**30) == 1 and rows_at_once(model, 1) == 512
+    assert rows_at_once(model.bfloat16(), 2**12) == 2**9
