@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,11 @@ def target_layers(spec: str, n_layer: int) -> list[int]:
     return sorted({int(number) - 1 for number in numbers})
 
 
+def target_sites(config: Any, model: GPT) -> list[Site]:
+    """Keys, values or both (config.project) of the target layers."""
+    return [(layer, kind) for layer in target_layers(config.layers, model.config.n_layer) for kind in config.project]
+
+
 def choose_rank(spec: str, d: int) -> int:
     """A rank between 1 and d, from a number like '16' or a share of d like '50%'."""
     form = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", spec)
@@ -83,6 +89,11 @@ def choose_rank(spec: str, d: int) -> int:
 
 def site_name(site: Site) -> str:
     return f"layer {site[0] + 1} {site[1].upper()}"
+
+
+def heads(config: Any, model: GPT) -> int:
+    """How many projectors a site has: one for each head with --coordinate head, or one for all of them."""
+    return model.config.n_kv_head if config.coordinate == "head" else 1
 
 
 # ---------------------------------------------------------------------------------------------- hooks
@@ -247,20 +258,18 @@ def main() -> None:
 
     c = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
     task, model = open_task_and_base(c, c.domain, *c.calibration_domain)
-    targets, rows = target_layers(c.layers, model.config.n_layer), []
+    targets, rows = target_sites(c, model), []
     examples = calibration_set(task, c.calibration_domain or (c.domain,), c.calibration_size, c.loss, c.seed)
     sites = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
     gradients = capability_gradients(model, examples, sites, c.coordinate)
     for site, G in gradients.items():
         s, r = principal_directions(G)[0], choose_rank(c.rank, G.size(1))
         kept = f"{s[:r].square().sum() / s.square().sum():.1%}"
-        mark = "projected" if site[0] in targets and site[1] in c.project else ""
+        mark = "projected" if site in targets else ""
         rows.append([site_name(site), bars(s), f"{r} of {len(s)}", kept, mark])
     print(markdown_table(["site", "singular values s_i / s_1", "r", "energy kept", ""], rows))
 
-    heads = model.config.n_kv_head if c.coordinate == "head" else 1
-    chosen = {site: G for site, G in gradients.items() if site[0] in targets and site[1] in c.project}
-    P = make_projectors(chosen, c.rank, c.subspace, heads, c.seed)
+    P = make_projectors({site: gradients[site] for site in targets}, c.rank, c.subspace, heads(c, model), c.seed)
     problems = task.problems(c.domain, 200, random.Random(f"prompt {c.seed}"), test=True)
     for name, active in (("without", {}), ("with", P)):
         with project_kv(model, active, c.coordinate):
