@@ -73,6 +73,10 @@ class Method:
     mask: str  # the tokens that the loss is on
     loss: Callable[[GPT, GPT, list[Lesson], "Config"], Tensor] = rosd_loss
 
+    def __post_init__(self) -> None:
+        if self.context not in CONTEXTS or self.mask not in MASKS:
+            raise ValueError(f"{self.title}: there is no context {self.context!r} or no mask {self.mask!r}")
+
 
 METHODS = {
     "rosd": Method("ROSD, corrected from its first error on", "reflection", "suffix"),
@@ -158,6 +162,9 @@ def train(config: Config) -> dict:
         if run.results:
             return run.results
         config, task, base, loss_of = run.config, run.task, run.base, METHODS[config.method].loss
+        if config.mask == "oracle" and not task.knows_first_error:
+            raise UserError(f"the task {config.task} knows no true first error; give another --mask than oracle")
+
         # One model plays three parts. The base is frozen; adapters of the student share its weights and leave it alone.
         torch.manual_seed(config.seed)
         student, weights = trainable_copy(base, config.finetune)
