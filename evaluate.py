@@ -36,7 +36,7 @@ def evaluate(
     """
     asked = []
     for domain in domains:
-        asked += task.problems(domain, problems, random.Random(f"test {domain} {seed}"), True)
+        asked += task.problems(domain, problems, random.Random(f"test {domain} {seed}"), test=True)
     _, verdicts = answer(model, task, asked, samples, generator=seeded("evaluate", seed), **sampling)
     scores, per_domain = {}, problems * samples
     for i, domain in enumerate(domains):
@@ -65,9 +65,9 @@ def accuracy_of_text(model: GPT, task: Task, config: RunConfig, **sampling: Any)
     return evaluate(model, task, (config.domain,), problems, samples, config.seed, **sampling)
 
 
-def quick_test(model: GPT, task: Task, every: int, step: int) -> dict[str, dict[str, float]]:
-    """After every so many steps, accuracy on a few problems, the same for every seed: a point of a learning curve."""
-    if not every or (step + 1) % every:
+def quick_test(model: GPT, task: Task, config: RunConfig, step: int) -> dict[str, dict[str, float]]:
+    """Every --eval-every steps, accuracy on a few problems, the same for every seed: a point of a learning curve."""
+    if not config.eval_every or (step + 1) % config.eval_every:
         return {}
     scores = evaluate(model, task, task.domains, problems=32, samples=4, seed=1)
     return {"tested": {domain: entry["mean"] for domain, entry in scores.items()}}

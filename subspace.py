@@ -129,7 +129,7 @@ def hooked(
 
 
 def aligned_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
-    """Sum over examples of L_align: logits (B, T, V), tokens and weights (B, T), weights 1/|S| on S and else 0.
+    """Sum of L_align over the examples: logits (B, T, V), tokens and weights (B, T), weights 1/|S| on S and else 0.
 
     --loss steps and --loss full are the same sum with another S.
     """
@@ -184,20 +184,22 @@ def projector(V: Tensor, rank: int) -> Tensor:
 
 
 def make_projectors(
-    gradients: dict[Site, Tensor], rank: str = "50%", subspace: str = "gradient", heads: int = 1, seed: int = 0
+    gradients: dict[Site, Tensor], rank: str = "50%", source: str = "gradient", blocks: int = 1, seed: int = 0
 ) -> dict[Site, Tensor]:
-    """site -> P (d, d) of the gradients G (M, d), or of as many heads; 'random' takes a random subspace of equal rank.
+    """site -> P (d, d) from G (M, d); with several blocks it is block-diagonal, one block a head.
+
+    source 'random' takes a random subspace of equal rank.
 
     UserError where the gradients span fewer directions than the rank asks for: the others would be arbitrary.
     """
     generator = torch.Generator().manual_seed(seed)
     projectors = {}
     for site, G in gradients.items():
-        blocks = []
-        for G_head in G.chunk(heads, dim=1):  # (M, d / heads)
+        P = []
+        for G_head in G.chunk(blocks, dim=1):  # (M, d / blocks)
             d = G_head.size(1)
             r = choose_rank(rank, d)
-            if subspace == "random":
+            if source == "random":
                 V = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
             else:
                 s, V = principal_directions(G_head)
@@ -205,8 +207,8 @@ def make_projectors(
                 if spanned < r:
                     what = f"the gradients at {site_name(site)} span {spanned} of the {r} directions of --rank {rank}"
                     raise UserError(f"{what}; give a lower rank or a larger --calibration-size")
-            blocks.append(projector(V, r))
-        projectors[site] = torch.block_diag(*blocks)
+            P.append(projector(V, r))
+        projectors[site] = torch.block_diag(*P)
     return projectors
 
 

@@ -51,7 +51,10 @@ class SubspaceConfig:
     rank: str = option("35%", "rank of the projectors: a number, or a share like 50%", "50%")
     project: str = option("k", "what is projected", "kv", ("kv", "k", "v"))
     coordinate: str = option(
-        "linear", "P acts on all heads of K and V, on each, after K's norm, or after RoPE", None, COORDINATES
+        "linear",
+        "where P acts: all heads of K and V together, each head, after K's norm, after RoPE",
+        None,
+        COORDINATES,
     )
 
 
@@ -98,11 +101,11 @@ def train(config: Config) -> dict:
             P = subspace.make_projectors(G, config.rank, config.subspace, subspace.heads(config, base), seed)
 
         # 2. Generate: one raw completion a prompt with K <- K P_K and V <- V P_V. None is filtered.
-        problems = task.problems(config.domain, config.prompts, run.random("prompts", 0))
+        problems = task.problems(config.domain, config.prompts, run.random("prompts", 0))  # 0 was once a round's number
         prompts = [task.encode(task.prompt(problem)) for problem in problems]
         with subspace.project_kv(base, P, config.coordinate):
-            text = run.once("text", lambda: accuracy_of_text(base, task, config, **truncation(config)))
-            sampling = {"generator": run.generator("completion", 0), **truncation(config)}
+            accuracy = run.once("text", lambda: accuracy_of_text(base, task, config, **sampling_of(config)))
+            sampling = {"generator": run.generator("completion", 0), **sampling_of(config)}
             write = partial(generate, base, prompts, task.max_response, task.stop, **sampling)
             pairs = list(zip(prompts, run.once("completions", write), strict=True))
 
@@ -128,17 +131,14 @@ def train(config: Config) -> dict:
             run.log(loss=sum(losses) / len(losses))
         merge_lora(student)
 
-        own = run.of_base(
-            "text", partial(accuracy_of_text, base, task, config, **truncation(config)), "domain", *truncation(config)
-        )
-        before = after = None
-        if config.epochs:
-            before = run.of_base("before", partial(evaluate_run, base, task, config))
-            after = evaluate_run(student, task, config)
-        return run.finish(student, before=before, own=own, generation=[text], after=after)
+        write = partial(accuracy_of_text, base, task, config, **sampling_of(config))
+        own = run.of_base("text", write, "domain", "temperature", "top_k", "top_p")
+        before = run.of_base("before", partial(evaluate_run, base, task, config)) if config.epochs else None
+        after = evaluate_run(student, task, config) if config.epochs else None
+        return run.finish(student, before=before, own=own, generation=[accuracy], after=after)
 
 
-def truncation(config: Config) -> dict[str, float]:
+def sampling_of(config: Config) -> dict[str, float]:
     return {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
 
 
