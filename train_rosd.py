@@ -99,10 +99,7 @@ class MethodConfig:
     method: str = option("rosd", "what to train", choices=tuple(METHODS))
     preset: str = option("paper", "settings where paper and released code differ", choices=("paper", "released"))
     context: str = option("reflection", "what the teacher reads besides the problem", "reflection", CONTEXTS)
-    mask: str = option(
-        "suffix", "tokens the loss is on: all, from the quote on, the quote, or from the true error on",
-        "suffix (abstract: span)", tuple(MASKS),
-    )  # fmt: skip
+    mask: str = option("suffix", "tokens of a wrong rollout that the loss is on", "suffix, or span", tuple(MASKS))
     peer: str = option("shortest", "the correct rollout y*", "shortest", ("shortest", "first"))
     reflector: str = option("base", "who reflects; the oracle knows the truth", "base", ("base", "student", "oracle"))
     ema: float = option(0.0, "EMA rate of the teacher; 0 is a frozen one", "0.0", minimum=0, maximum=1)
