@@ -8,20 +8,21 @@
 --learn-from wrong        the corrected wrong rollouts alone, or the confirmed right ones
 """
 
-import dataclasses
 import random
 from dataclasses import dataclass
+from typing import Any
 
 from data import Task, falsify
 from harness.cli import option
-from reflect import Pair, Reflection, parse_reflection
+from model import GPT
+from reflect import Pair, Reflection, Span, parse_reflection
 
 CONTROLS = ("none", "false-ideas", "other-ideas", "random-quotes")
 
 
 @dataclass(frozen=True)
-class Controls:
-    """controls of ours"""
+class ControlsConfig:
+    """controls of ours"""  # the title of the group in --help
 
     control: str = option("none", "what is wrong with the reflections on purpose", "none", CONTROLS)
     dose: float = option(1.0, "the share of the reflections that --control spoils", minimum=0, maximum=1)
@@ -29,33 +30,36 @@ class Controls:
 
 
 def teaches(pair: Pair, learn_from: str) -> bool:
-    return learn_from == "all" or (learn_from == "right") == pair.y.verdict.correct
+    correct = pair.y.verdict.correct
+    return {"all": True, "right": correct, "wrong": not correct}[learn_from]
 
 
-def oracle_reflections(_: object, task: Task, pairs: list[Pair], *__: object, **___: object) -> list[Reflection]:
-    """What a reflector who knows the truth would write; takes the arguments of `reflect.write_reflections`."""
-    return [parse_reflection(task.true_reflection(y.problem, y.text), y.pieces) for y, *_ in pairs]
+def oracle_reflections(reflector: GPT, task: Task, pairs: list[Pair], *args: Any) -> list[Reflection]:
+    """What a reflector who knows the truth would write, in the place of `reflect.write_reflections`."""
+    return [parse_reflection(task.true_reflection(y.problem, y.text)) for y, *_ in pairs]
 
 
 def spoil(
-    reflections: list[Reflection], pairs: list[Pair], control: str, dose: float, rng: random.Random
-) -> list[Reflection]:
-    """The reflections, a share `dose` of them with a false idea, an idea of another problem, or at a random place."""
-    spoiled = []
-    for reflection, (y, *_) in zip(reflections, pairs, strict=True):
-        if control == "none" or rng.random() >= dose:
-            spoiled.append(reflection)
-        elif control == "false-ideas":
-            idea = reflection.idea and falsify(reflection.idea, rng)
-            spoiled.append(dataclasses.replace(reflection, idea=idea))
-        elif control == "other-ideas":
-            others = [r.idea for r, (other, *_) in zip(reflections, pairs, strict=True) if other.problem != y.problem]
-            idea = reflection.idea and rng.choice([idea for idea in others if idea] or [reflection.idea])
-            spoiled.append(dataclasses.replace(reflection, idea=idea))
-        elif y.verdict.correct:  # random-quotes: a correct rollout is taught whole, whatever is quoted
-            spoiled.append(reflection)
-        else:
+    reflections: list[Reflection],
+    quotes: list[Span | None],
+    pairs: list[Pair],
+    control: str,
+    dose: float,
+    rng: random.Random,
+) -> tuple[list[Reflection], list[Span | None]]:
+    """The reflections and the places of their quotes, a share `dose` of them spoiled."""
+    ideas, places = [reflection.idea for reflection in reflections], list(quotes)
+    for i, (y, *_) in enumerate(pairs):
+        if rng.random() >= dose:
+            continue
+        if control == "false-ideas" and ideas[i]:
+            ideas[i] = falsify(ideas[i], rng)
+        elif control == "other-ideas" and ideas[i]:
+            others = zip(reflections, pairs, strict=True)
+            others = [other.idea for other, pair in others if other.idea and pair.y.problem != y.problem]
+            ideas[i] = rng.choice(others or [ideas[i]])
+        elif control == "random-quotes" and not y.verdict.correct:
             k = rng.randrange(len(y.tokens))
-            length = reflection.span[1] - reflection.span[0] if reflection.span else 1
-            spoiled.append(dataclasses.replace(reflection, span=(k, min(k + length, len(y.tokens)))))
-    return spoiled
+            length = quotes[i][1] - quotes[i][0] if quotes[i] else 1
+            places[i] = k, min(k + length, len(y.tokens))
+    return [Reflection(r.quote, idea) for r, idea in zip(reflections, ideas, strict=True)], places

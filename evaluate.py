@@ -36,7 +36,7 @@ def evaluate(
     """
     asked = []
     for domain in domains:
-        asked += task.problems(domain, problems, random.Random(f"test {domain} {seed}"), True)
+        asked += task.problems(domain, problems, random.Random(f"test {domain} {seed}"), test=True)
     _, verdicts = answer(model, task, asked, samples, generator=seeded("evaluate", seed), **sampling)
     scores, per_domain = {}, problems * samples
     for i, domain in enumerate(domains):
@@ -57,9 +57,17 @@ def evaluate_run(model: GPT, task: Task, config: RunConfig) -> dict[str, dict]:
     return evaluate(model, task, task.domains, config.eval_problems, config.eval_samples, config.seed, **sampling)
 
 
-def quick_test(model: GPT, task: Task, every: int, step: int) -> dict[str, dict[str, float]]:
-    """After every so many steps, accuracy on a few problems, the same for every seed: a point of a learning curve."""
-    if not every or (step + 1) % every:
+def accuracy_of_text(model: GPT, task: Task, config: RunConfig, **sampling: Any) -> dict[str, dict]:
+    """Accuracy of what a model writes when it is sampled for training, on test problems of the training domain."""
+    problems, samples = config.eval_problems, config.eval_samples
+    if sampling["temperature"] == 0:  # all samples of a problem would be the same: as many problems instead
+        problems, samples = problems * samples, 1
+    return evaluate(model, task, (config.domain,), problems, samples, config.seed, **sampling)
+
+
+def quick_test(model: GPT, task: Task, config: RunConfig, step: int) -> dict[str, dict[str, float]]:
+    """Every --eval-every steps, accuracy on a few problems, the same for every seed: a point of a learning curve."""
+    if not config.eval_every or (step + 1) % config.eval_every:
         return {}
     scores = evaluate(model, task, task.domains, problems=32, samples=4, seed=1)
     return {"tested": {domain: entry["mean"] for domain, entry in scores.items()}}

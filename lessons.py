@@ -13,7 +13,7 @@ from torch import Tensor
 from controls import teaches
 from data import Task
 from model import pad
-from reflect import NO_REFLECTION, Pair, Reflection, Rollout, error_mask, pair_with_peers, true_position
+from reflect import Pair, Rollout, Span, error_mask, pair_with_peers, true_position
 
 if TYPE_CHECKING:
     from train_rosd import Config
@@ -44,19 +44,25 @@ def pairs_to_learn_from(rollouts: list[Rollout], config: Config) -> list[Pair]:
     | gold          | nothing                  | nothing                  |
     | nothing       | a right one in its group | a wrong one in its group |
     """
-    pairs = []
-    for i, pair in enumerate(pair_with_peers(rollouts, config.group, config.peer)):
-        suffices = {
-            "reflection": pair.y.verdict.correct or pair.peer,
-            "peer": pair.peer,
-            "both": pair.peer,
-            "gold": True,
-            "nothing": pair.advantage != 0,
-        }
-        solved = all(y.verdict.correct for y in rollouts[i - i % config.group :][: config.group])
-        if suffices[config.context] and teaches(pair, config.learn_from) and not (solved and config.solved == "drop"):
-            pairs.append(pair)
-    return pairs
+    pairs = pair_with_peers(rollouts, config.group, config.peer)
+    groups = [pairs[start : start + config.group] for start in range(0, len(pairs), config.group)]
+    if config.solved == "drop":
+        groups = [group for group in groups if not all(pair.y.verdict.correct for pair in group)]
+    pairs = [pair for group in groups for pair in group if has_context(pair, config.context)]
+    return [pair for pair in pairs if teaches(pair, config.learn_from)]
+
+
+def has_context(pair: Pair, context: str) -> bool:
+    match context:
+        case "reflection":
+            return pair.peer is not None or pair.y.verdict.correct
+        case "peer" | "both":
+            return pair.peer is not None
+        case "gold":
+            return True
+        case "nothing":
+            return pair.advantage != 0
+    raise ValueError(f"there is no context {context!r}, only {', '.join(CONTEXTS)}")
 
 
 def teacher_prompt(task: Task, y: Rollout, peer: Rollout | None, e: str | None, config: Config) -> str | None:
@@ -82,7 +88,7 @@ def teacher_prompt(task: Task, y: Rollout, peer: Rollout | None, e: str | None, 
 
 
 def split(lessons: list[Lesson], parts: int) -> Iterator[list[Lesson]]:
-    """The lessons in so many parts of equal size, but for one; without the empty ones."""
+    """Parts whose sizes differ by at most one lesson; parts without an unmasked token are left out."""
     bounds = [i * len(lessons) // parts for i in range(parts + 1)]
     batches = (lessons[i:j] for i, j in itertools.pairwise(bounds))
     yield from (batch for batch in batches if any(lesson.end > lesson.start for lesson in batch))
@@ -104,16 +110,15 @@ def as_tensors(lessons: list[Lesson], device: torch.device) -> tuple[Tensor, Ten
 # ---------------------------------------------------------------------------------------------- the log
 
 
-def statistics(rollouts: list[Rollout], pairs: list[Pair], reflections: list[Reflection], task: Task) -> dict:
-    """What a step logs of its rollouts, and of the quotes in its wrong rollouts."""
+def statistics(rollouts: list[Rollout], pairs: list[Pair], quotes: list[Span | None] | None, task: Task) -> dict:
+    """What a step logs of its rollouts, and of the quotes in its wrong rollouts, if there are reflections."""
     verdicts = [y.verdict for y in rollouts]
-    read = [(pair.y, r) for pair, r in zip(pairs, reflections, strict=True) if r is not NO_REFLECTION]
-    wrong = [(y, r) for y, r in read if not y.verdict.correct]
+    wrong = [(y, quote) for (y, *_), quote in zip(pairs, quotes or [], strict=False) if not y.verdict.correct]
     return {
         "accuracy": [v.correct for v in verdicts],
         **{habit: [habit in v.habits for v in verdicts] for habit in task.habits},
         "unfinished": [not v.finished for v in verdicts],
-        "quote_match": [r.span is not None for _, r in wrong],
-        "quote_accuracy": [r.span is not None and r.span[0] == true_position(y) for y, r in wrong if y.verdict.error],
-        "error_position": [r.span[0] / len(y.tokens) for y, r in wrong if r.span],  # of the quotes that were found
+        "quote_match": [quote is not None for _, quote in wrong],
+        "quote_accuracy": [quote is not None and quote[0] == true_position(y) for y, quote in wrong if y.verdict.error],
+        "error_position": [quote[0] / len(y.tokens) for y, quote in wrong if quote],  # where the quote was found
     }

@@ -33,7 +33,7 @@ class LoRALinear(nn.Module):
         self.A = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
         self.B = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
         nn.init.kaiming_uniform_(self.A, a=5**0.5)  # uniform within 1 / sqrt(in), as in peft
-        self.train(linear.training)
+        self.train(linear.training)  # a new module is in training mode, with dropout
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.linear(x)
@@ -52,7 +52,7 @@ def trainable_copy(
     if finetune == "full":
         student = deepcopy(base).float().requires_grad_(True)
         return student, list(student.parameters())
-    student, parameters = deepcopy(base, {id(p): p for p in base.parameters()}), []
+    student, parameters = deepcopy(base, {id(p): p for p in base.parameters()}), []  # the memo: share, do not copy
     student.requires_grad_(False)
     for module in list(student.modules()):
         for name in TARGETS:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from model import GPT, pad, response_logprobs
 
-Pair = tuple[list[int], list[int]]  # prompt and response tokens
+Document = tuple[list[int], list[int]]  # prompt and response tokens
 
 
 def top_k_with_tail(student: Tensor, teacher: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -80,14 +80,14 @@ def clipped_surrogate(ratio: Tensor, advantage: Tensor, clip_low: float = 0.2, c
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_low, 1 + clip_high) * advantage)
 
 
-def next_token_loss(model: GPT, pairs: list[Pair], completion_only: bool = True) -> Tensor:
+def next_token_loss(model: GPT, documents: list[Document], completion_only: bool = True) -> Tensor:
     """Mean of -log p(y_t | x, y_<t) over all tokens of the responses, or of prompts and responses.
 
     The loss of SPD's fine-tuning and of the pretraining.
     """
     if not completion_only:
-        pairs = [(prompt[:1], prompt[1:] + response) for prompt, response in pairs]
-    prompts, responses = map(list, zip(*pairs, strict=True))
+        documents = [(prompt[:1], prompt[1:] + response) for prompt, response in documents]
+    prompts, responses = map(list, zip(*documents, strict=True))
     y = pad(responses, -1).to(model.device)  # (B, T)
     logp = token_logprobs(response_logprobs(model, prompts, responses), y.clamp(min=0))  # (B, T)
     return -(logp * (y >= 0)).sum() / (y >= 0).sum()

@@ -226,8 +226,8 @@ def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, 
         select_rows(caches, torch.zeros_like(lengths))
         mask = position <= position[start:, None]  # (P - start, P)
     hidden = model.hidden(tokens[:, start:], position[None, start:], mask, caches)  # (B, P - start, n_embd)
-    last = hidden[torch.arange(len(prompts), device=device), lengths - 1 - start]
-    return last, position < lengths[:, None], caches
+    last_hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1 - start]
+    return last_hidden, position < lengths[:, None], caches
 
 
 def select_rows(caches: list[KVCache], rows: Tensor) -> None:
@@ -242,19 +242,19 @@ def response_logprobs(model: GPT, prompts: list[list[int]], responses: list[list
     Raises UserError if a prompt and its response exceed block_size.
     """
     model.check_length(max(len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)))
-    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-    rows = torch.tensor([number[tuple(prompt)] for prompt in prompts], device=model.device)  # (B,)
-    last, real, caches = read_prompts(model, list(map(list, number)))
-    last, real = last[rows, None], real[rows]  # (B, 1, n_embd): it predicts response token 0; (B, P)
+    index_of = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
+    rows = torch.tensor([index_of[tuple(prompt)] for prompt in prompts], device=model.device)  # (B,)
+    last_hidden, is_token, caches = read_prompts(model, list(map(list, index_of)))
+    last_hidden, is_token = last_hidden[rows, None], is_token[rows]  # (B, 1, n_embd) predicts response token 0; (B, P)
     select_rows(caches, rows)
-    before = pad_sequence([torch.tensor(response[:-1], dtype=torch.long) for response in responses], batch_first=True)
-    T = before.size(1)  # the last token of the longest response predicts nothing that is wanted
+    inputs = pad_sequence([torch.tensor(response[:-1], dtype=torch.long) for response in responses], batch_first=True)
+    T = inputs.size(1)  # the last token of the longest response predicts nothing that is wanted
     causal = torch.ones(T, T, dtype=torch.bool, device=model.device).tril()
-    mask = torch.cat((real[:, None].expand(-1, T, -1), causal.expand(len(rows), -1, -1)), dim=2)  # (B, T, P + T)
-    positions = real.sum(dim=1, keepdim=True) + torch.arange(T, device=model.device)  # (B, T)
+    mask = torch.cat((is_token[:, None].expand(-1, T, -1), causal.expand(len(rows), -1, -1)), dim=2)  # (B, T, P + T)
+    positions = is_token.sum(dim=1, keepdim=True) + torch.arange(T, device=model.device)  # (B, T)
     positions = positions.clamp(max=model.config.block_size - 1)  # of padding
-    hidden = model.hidden(before.to(model.device), positions, mask[:, None], caches)  # (B, T, n_embd)
-    return model.logits(torch.cat((last, hidden), dim=1)).float().log_softmax(dim=-1)
+    hidden = model.hidden(inputs.to(model.device), positions, mask[:, None], caches)  # (B, T, n_embd)
+    return model.logits(torch.cat((last_hidden, hidden), dim=1)).float().log_softmax(dim=-1)
 
 
 # ---------------------------------------------------------------------------------------------- sampling
@@ -300,10 +300,10 @@ def sample(
     tokens = torch.full((total, max_new_tokens), -1, device=device)
     logprobs = torch.zeros(total, max_new_tokens, device=device)
 
-    last, real, caches = read_prompts(model, prompts)
+    last_hidden, is_token, caches = read_prompts(model, prompts)
     rows = torch.arange(total, device=device)  # the responses that are not finished
-    logits, real = model.logits(last)[rows // samples], real[rows // samples]  # (rows, V), (rows, P)
-    position, padded = real.sum(dim=1, keepdim=True), not real.all()  # (rows, 1)
+    logits, is_token = model.logits(last_hidden)[rows // samples], is_token[rows // samples]  # (rows, V), (rows, P)
+    position, padded = is_token.sum(dim=1, keepdim=True), not is_token.all()  # (rows, 1)
     select_rows(caches, rows // samples)
     for t in range(max_new_tokens):
         probs = next_token_probs(logits, temperature, top_k, top_p)  # (rows, V)
@@ -316,10 +316,10 @@ def sample(
         if len(going) == 0 or t == max_new_tokens - 1:
             break
         if len(going) < len(rows):  # finished responses leave the batch
-            rows, token, position, real = rows[going], token[going], position[going], real[going]
+            rows, token, position, is_token = rows[going], token[going], position[going], is_token[going]
             select_rows(caches, going)
-        real = F.pad(real, (0, 1), value=True)
-        mask = real[:, None, None] if padded else None  # (rows, 1, 1, S)
+        is_token = F.pad(is_token, (0, 1), value=True)
+        mask = is_token[:, None, None] if padded else None  # (rows, 1, 1, S)
         logits = model.logits(model.hidden(token, position, mask, caches))[:, 0]  # (rows, V)
         position = position + 1
     lengths = (tokens >= 0).sum(dim=1).tolist()

@@ -28,7 +28,7 @@ from errors import UserError
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import pick_device, progress_bar, seeded
-from losses import next_token_loss
+from losses import Document, next_token_loss
 from model import GPT, GPTConfig, response_logprobs
 from reflect import Pair, pair_with_peers, sample_rollouts, write_reflections
 
@@ -49,7 +49,7 @@ class Config:
     device: str = option("auto", "cpu, cuda, mps or auto")
 
 
-def batches(size: int, rng: random.Random) -> Iterator[list[tuple[list[int], list[int]]]]:
+def batches(size: int, rng: random.Random) -> Iterator[list[Document]]:
     """Batches of documents of similar length: sorting a pool of 8 batches takes the padding from 55 to 13 %."""
     while True:
         pool = []

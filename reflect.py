@@ -8,12 +8,11 @@ q quotes the place where y- first goes wrong, e is the corrective idea. Locating
 
     k = Locate(q, y-)       m_t = 0 for t < k,  1 for t >= k
 
->>> text = "1-5=6<error_quote>6*2=8</error_quote><explanation>6*2=2</explanation>"
+>>> q, e = parse_reflection("1-5=6<error_quote>6*2=8</error_quote><explanation>6*2=2</explanation>")
+>>> q, e
+('6*2=8', '6*2=2')
 >>> y = list("1-5=6;6*2=8;#8")
->>> reflection = parse_reflection(text, y)
->>> reflection
-Reflection(quote='6*2=8', idea='6*2=2', span=(6, 11))
->>> k, _ = reflection.span
+>>> k, _ = locate(q, y)
 >>> error_mask([k], [len(y)], len(y)).int().tolist()
 [[0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1]]
 
@@ -47,14 +46,12 @@ class Rollout:
     verdict: Verdict
 
 
-@dataclass(frozen=True)
-class Reflection:
+class Reflection(NamedTuple):
     quote: str | None = None  # q; None where the reflector quotes nothing, as for a correct rollout
     idea: str | None = None  # e; None where the text is malformed
-    span: tuple[int, int] | None = None  # the tokens [k, end) of y- that hold q; None where q is not found
 
 
-NO_REFLECTION = Reflection()
+Span = tuple[int, int]  # tokens [k, end) of a rollout
 
 
 class Pair(NamedTuple):
@@ -108,7 +105,8 @@ def write_reflections(
     """
     prompts = []
     for y, peer, _ in pairs:
-        solution = None if y.verdict.correct else peer.text if peer else y.problem.solution
+        golden_or_peer = peer.text if peer else y.problem.solution
+        solution = None if y.verdict.correct else golden_or_peer
         prompts.append(task.reflector_prompt(y.problem, y.text, solution, give_answer))
     unique = list(dict.fromkeys(prompts)) if temperature == 0 else prompts  # greedily, equal prompts have equal answers
     tokens = [task.encode(prompt) for prompt in unique]
@@ -117,39 +115,18 @@ def write_reflections(
     if temperature == 0:
         by_prompt = dict(zip(unique, texts, strict=True))
         texts = [by_prompt[prompt] for prompt in prompts]
-    return [parse_reflection(text, y.pieces) for text, (y, *_) in zip(texts, pairs, strict=True)]
+    return list(map(parse_reflection, texts))
 
 
-def parse_reflection(text: str, pieces: list[str]) -> Reflection:
-    """Read a reflector's text, and locate its quote in a rollout, given as the texts of its tokens.
-
-    Malformed text is a normal outcome and gives None, never an error.
-    """
+def parse_reflection(text: str) -> Reflection:
+    """Quote and idea of a reflector's text; malformed text is a normal outcome and gives None, never an error."""
     flags = re.DOTALL | re.IGNORECASE  # as the released code reads the tags
     quote = re.search(r"<error_quote>(.+?)</error_quote>", text, flags)
     idea = re.search(r"<explanation>(.+?)</explanation>", text, flags)
-    q = quote[1] if quote else None
-    e = idea[1].strip() or None if idea else None
-    return Reflection(q, e, locate(q, pieces))
+    return Reflection(quote[1] if quote else None, idea[1].strip() or None if idea else None)
 
 
 # ---------------------------------------------------------------------------------------------- localization
-
-
-def locate(quote: str | None, pieces: list[str]) -> tuple[int, int] | None:
-    """k = Locate(q, y-), and where the quote ends: tokens [k, end) hold its first occurrence; None if y- has none.
-
-    A quote that begins inside a token is located at that token. If it is absent, it is looked for without the white
-    space around it, as in the released code.
-    """
-    text = "".join(pieces)
-    for q in (quote or "", (quote or "").strip()):
-        if q and (character := text.find(q)) >= 0:
-            end = token_at(character + len(q) - 1, pieces) + 1
-            while end < len(pieces) - 1 and not pieces[end]:  # further bytes of the last character
-                end += 1
-            return token_at(character, pieces), end
-    return None
 
 
 def token_at(character: int, pieces: list[str]) -> int:
@@ -162,6 +139,22 @@ def token_at(character: int, pieces: list[str]) -> int:
     return len(pieces)
 
 
+def locate(quote: str | None, pieces: list[str]) -> Span | None:
+    """k = Locate(q, y-), and where the quote ends: tokens [k, end) hold its first occurrence; None if y- has none.
+
+    pieces are the texts of y-'s tokens. A quote that begins inside a token is located at that token. If it is absent,
+    it is looked for without the white space around it, as in the released code.
+    """
+    text = "".join(pieces)
+    for q in (quote or "", (quote or "").strip()):
+        if q and (character := text.find(q)) >= 0:
+            end = token_at(character + len(q) - 1, pieces) + 1
+            while end < len(pieces) - 1 and not pieces[end]:  # more tokens of the last character; the last one ends y-
+                end += 1
+            return token_at(character, pieces), end
+    return None
+
+
 def true_position(y: Rollout) -> int:
     """The oracle's k: the token where the verifier's first error begins; 0 where it knows none."""
     return token_at(y.verdict.error[0], y.pieces) if y.verdict.error else 0
@@ -169,14 +162,14 @@ def true_position(y: Rollout) -> int:
 
 class Mask(NamedTuple):
     needs_quote: bool
-    span: Callable[[Rollout, Reflection], tuple[int, int]]  # the tokens [start, end) of a wrong rollout with m_t = 1
+    bounds: Callable[[Rollout, Span | None], Span]  # of a wrong rollout and where its quote is: the tokens with m_t = 1
 
 
-MASKS = {  # a quote that is not found leaves the whole response
-    "whole": Mask(False, lambda y, r: (0, len(y.tokens))),
-    "suffix": Mask(True, lambda y, r: (r.span[0] if r.span else 0, len(y.tokens))),  # the paper's equation
-    "span": Mask(True, lambda y, r: r.span or (0, len(y.tokens))),  # the paper's abstract: the erroneous span
-    "oracle": Mask(False, lambda y, r: (true_position(y), len(y.tokens))),
+MASKS = {  # a quote that is not found, and a true error that is not known, leave the whole response
+    "whole": Mask(False, lambda y, quote: (0, len(y.tokens))),
+    "suffix": Mask(True, lambda y, quote: (quote[0] if quote else 0, len(y.tokens))),  # the paper's equation
+    "span": Mask(True, lambda y, quote: quote or (0, len(y.tokens))),  # the paper's abstract: the erroneous span
+    "oracle": Mask(False, lambda y, quote: (true_position(y), len(y.tokens))),
 }
 
 
@@ -216,20 +209,21 @@ def main() -> None:
     task, model = open_task_and_base(config, config.domain)
     sampling = random.Random(config.seed), seeded("example", config.seed)
     pair, _ = example(model, task, config.domain or task.domains[0], *sampling)
-    (reflection,), (y, peer, _) = write_reflections(model, task, [pair]), pair
+    ((q, e),), (y, peer, _) = write_reflections(model, task, [pair]), pair
+    quote = locate(q, y.pieces)
     truth = f", and the verifier's own first error is at {true_position(y)}" if y.verdict.error else ""
     print(f"problem x            {y.problem.question}")
     print(f"correct peer y*      {peer.text}")
     print(f"wrong rollout y-     {y.text}")
-    print(f"error quote q        {reflection.quote}")
-    print(f"corrective idea e    {reflection.idea}")
-    print(f"k = Locate(q, y-)    {reflection.span[0] if reflection.span else 'not found'}{truth}")
-    if reflection.idea is None:
+    print(f"error quote q        {q}")
+    print(f"corrective idea e    {e}")
+    print(f"k = Locate(q, y-)    {quote[0] if quote else 'not found'}{truth}")
+    if e is None:
         print("The reflection is malformed: this rollout is left out of the loss.")
         return
-    prompts = [task.prompt(y.problem), task.prompt(y.problem, idea=reflection.idea)]
+    prompts = [task.prompt(y.problem), task.prompt(y.problem, idea=e)]
     log_S, log_T = (response_logprobs(model, [task.encode(prompt)], [y.tokens])[0] for prompt in prompts)  # (T, V)
-    D, (start, end) = divergence(log_S, log_T), MASKS["suffix"].span(y, reflection)
+    D, (start, end) = divergence(log_S, log_T), MASKS["suffix"].bounds(y, quote)
     print("\ntoken   m_t  student's and teacher's favourite   D(pi_S || pi_T)")
     for t, piece in enumerate(y.pieces):
         student, teacher = (f"{task.pieces([int(p[t].argmax())])[0]} {p[t].max().exp():4.0%}" for p in (log_S, log_T))

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +73,11 @@ def target_layers(spec: str, n_layer: int) -> list[int]:
     return sorted({int(number) - 1 for number in numbers})
 
 
+def target_sites(config: Any, model: GPT) -> list[Site]:
+    """Keys, values or both (config.project) of the target layers."""
+    return [(layer, kind) for layer in target_layers(config.layers, model.config.n_layer) for kind in config.project]
+
+
 def choose_rank(spec: str, d: int) -> int:
     """A rank between 1 and d, from a number like '16' or a share of d like '50%'."""
     form = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", spec)
@@ -83,6 +89,11 @@ def choose_rank(spec: str, d: int) -> int:
 
 def site_name(site: Site) -> str:
     return f"layer {site[0] + 1} {site[1].upper()}"
+
+
+def heads(config: Any, model: GPT) -> int:
+    """How many projectors a site has: one for each head with --coordinate head, or one for all of them."""
+    return model.config.n_kv_head if config.coordinate == "head" else 1
 
 
 # ---------------------------------------------------------------------------------------------- hooks
@@ -118,7 +129,7 @@ def hooked(
 
 
 def aligned_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
-    """Sum over examples of L_align: logits (B, T, V), tokens and weights (B, T), weights 1/|S| on S and else 0.
+    """Sum of L_align over the examples: logits (B, T, V), tokens and weights (B, T), weights 1/|S| on S and else 0.
 
     --loss steps and --loss full are the same sum with another S.
     """
@@ -173,20 +184,22 @@ def projector(V: Tensor, rank: int) -> Tensor:
 
 
 def make_projectors(
-    gradients: dict[Site, Tensor], rank: str = "50%", subspace: str = "gradient", heads: int = 1, seed: int = 0
+    gradients: dict[Site, Tensor], rank: str = "50%", source: str = "gradient", blocks: int = 1, seed: int = 0
 ) -> dict[Site, Tensor]:
-    """site -> P (d, d) of the gradients G (M, d), or of as many heads; 'random' takes a random subspace of equal rank.
+    """site -> P (d, d) from G (M, d); with several blocks it is block-diagonal, one block a head.
+
+    source 'random' takes a random subspace of equal rank.
 
     UserError where the gradients span fewer directions than the rank asks for: the others would be arbitrary.
     """
     generator = torch.Generator().manual_seed(seed)
     projectors = {}
     for site, G in gradients.items():
-        blocks = []
-        for G_head in G.chunk(heads, dim=1):  # (M, d / heads)
+        P = []
+        for G_head in G.chunk(blocks, dim=1):  # (M, d / blocks)
             d = G_head.size(1)
             r = choose_rank(rank, d)
-            if subspace == "random":
+            if source == "random":
                 V = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
             else:
                 s, V = principal_directions(G_head)
@@ -194,8 +207,8 @@ def make_projectors(
                 if spanned < r:
                     what = f"the gradients at {site_name(site)} span {spanned} of the {r} directions of --rank {rank}"
                     raise UserError(f"{what}; give a lower rank or a larger --calibration-size")
-            blocks.append(projector(V, r))
-        projectors[site] = torch.block_diag(*blocks)
+            P.append(projector(V, r))
+        projectors[site] = torch.block_diag(*P)
     return projectors
 
 
@@ -247,20 +260,18 @@ def main() -> None:
 
     c = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
     task, model = open_task_and_base(c, c.domain, *c.calibration_domain)
-    targets, rows = target_layers(c.layers, model.config.n_layer), []
+    targets, rows = target_sites(c, model), []
     examples = calibration_set(task, c.calibration_domain or (c.domain,), c.calibration_size, c.loss, c.seed)
     sites = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
     gradients = capability_gradients(model, examples, sites, c.coordinate)
     for site, G in gradients.items():
         s, r = principal_directions(G)[0], choose_rank(c.rank, G.size(1))
         kept = f"{s[:r].square().sum() / s.square().sum():.1%}"
-        mark = "projected" if site[0] in targets and site[1] in c.project else ""
+        mark = "projected" if site in targets else ""
         rows.append([site_name(site), bars(s), f"{r} of {len(s)}", kept, mark])
     print(markdown_table(["site", "singular values s_i / s_1", "r", "energy kept", ""], rows))
 
-    heads = model.config.n_kv_head if c.coordinate == "head" else 1
-    chosen = {site: G for site, G in gradients.items() if site[0] in targets and site[1] in c.project}
-    P = make_projectors(chosen, c.rank, c.subspace, heads, c.seed)
+    P = make_projectors({site: gradients[site] for site in targets}, c.rank, c.subspace, heads(c, model), c.seed)
     problems = task.problems(c.domain, 200, random.Random(f"prompt {c.seed}"), test=True)
     for name, active in (("without", {}), ("with", P)):
         with project_kv(model, active, c.coordinate):

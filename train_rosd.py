@@ -16,7 +16,7 @@ Every other method is a line of METHODS. SDPO and OPSD change what the teacher r
 >>> [(c.context, c.mask) for c in (configure(), configure("sdpo"), configure(mask="whole"))]
 [('reflection', 'suffix'), ('peer', 'whole'), ('reflection', 'whole')]
 
-Simplified compared with the released code: rollouts come from the training weights, and there is no reward model.
+Simplified compared with the released code: no separate inference engine, so rho = 1 at the first update.
 """
 
 import sys
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
-from controls import Controls, oracle_reflections, spoil
+from controls import ControlsConfig, oracle_reflections, spoil
 from errors import UserError
 from evaluate import comparison, evaluate_run, quick_test
 from harness.cli import option, parse_config, run_script
@@ -38,14 +38,14 @@ from lessons import CONTEXTS, Lesson, as_tensors, by_length, pairs_to_learn_from
 from lora import merge_lora, trainable_copy
 from losses import clipped_surrogate, divergence, importance_ratio, token_logprobs, top_k_with_tail
 from model import GPT, response_logprobs
-from reflect import MASKS, NO_REFLECTION, sample_rollouts, write_reflections
+from reflect import MASKS, Reflection, locate, sample_rollouts, write_reflections
 
 # ---------------------------------------------------------------------------------------------- losses
 
 
 def rosd_loss(student: GPT, teacher: GPT, lessons: list[Lesson], config: "Config") -> Tensor:
-    """sum_t m_t min(rho_t, 2) D(pi_S || stopgrad pi_T) over the tokens of these lessons."""
-    y, m, logp_sampling = as_tensors(lessons, student.device)  # (B, T) each
+    """The numerator of L, sum_t m_t min(rho_t, 2) D(pi_S || stopgrad pi_T); `train` divides by sum_t m_t."""
+    y, m, logp_sampling = as_tensors(lessons, student.device)  # (B, T) each; m_t is 1 for start <= t < end
     log_S = response_logprobs(student, [lesson.x for lesson in lessons], [lesson.y for lesson in lessons])  # (B, T, V)
     with torch.no_grad():
         log_T = response_logprobs(teacher, [lesson.x_T for lesson in lessons], [lesson.y for lesson in lessons])
@@ -54,8 +54,8 @@ def rosd_loss(student: GPT, teacher: GPT, lessons: list[Lesson], config: "Config
     return (m * rho.clamp(max=config.ratio_clip) * D).sum()
 
 
-def grpo_loss(student: GPT, teacher: GPT, lessons: list[Lesson], config: "Config") -> Tensor:
-    """sum_t -min(rho_t A, clip(rho_t, 1 - 0.2, 1 + 0.28) A) over the tokens of these lessons; there is no teacher."""
+def grpo_loss(student: GPT, _teacher: GPT, lessons: list[Lesson], config: "Config") -> Tensor:
+    """sum_t -min(rho_t A, clip(rho_t, 1 - 0.2, 1 + 0.28) A); there is no teacher."""
     y, m, logp_sampling = as_tensors(lessons, student.device)  # (B, T) each
     log_S = response_logprobs(student, [lesson.x for lesson in lessons], [lesson.y for lesson in lessons])  # (B, T, V)
     rho = importance_ratio(token_logprobs(log_S, y), logp_sampling)  # (B, T)
@@ -72,6 +72,10 @@ class Method:
     context: str  # what the teacher reads besides the problem
     mask: str  # the tokens that the loss is on
     loss: Callable[[GPT, GPT, list[Lesson], "Config"], Tensor] = rosd_loss
+
+    def __post_init__(self) -> None:
+        if self.context not in CONTEXTS or self.mask not in MASKS:
+            raise ValueError(f"{self.title}: there is no context {self.context!r} or no mask {self.mask!r}")
 
 
 METHODS = {
@@ -90,20 +94,14 @@ RELEASED = {  # where the released code differs from the defaults below, which a
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """the method"""
+    """the method"""  # the title of the group in --help
 
     method: str = option("rosd", "what to train", choices=tuple(METHODS))
     preset: str = option("paper", "settings where paper and released code differ", choices=("paper", "released"))
     context: str = option("reflection", "what the teacher reads besides the problem", "reflection", CONTEXTS)
-    mask: str = option(
-        "suffix", "tokens the loss is on: all, from the quote on, the quote, or from the true error on",
-        "suffix (abstract: span)", tuple(MASKS),
-    )  # fmt: skip
+    mask: str = option("suffix", "tokens of a wrong rollout that the loss is on", "suffix, or span", tuple(MASKS))
     peer: str = option("shortest", "the correct rollout y*", "shortest", ("shortest", "first"))
-    reflector: str = option(
-        "base", "who reflects: the base, the current student, or an oracle that knows the truth", "base",
-        ("base", "student", "oracle"),
-    )  # fmt: skip
+    reflector: str = option("base", "who reflects; the oracle knows the truth", "base", ("base", "student", "oracle"))
     ema: float = option(0.0, "EMA rate of the teacher; 0 is a frozen one", "0.0", minimum=0, maximum=1)
     alpha: float = option(0.5, "divergence: 0 forward KL, 0.5 Jensen-Shannon, 1 reverse", "0.5", minimum=0, maximum=1)
     # Not flags; --preset released sets the first four.
@@ -113,7 +111,7 @@ class MethodConfig:
     minibatches: int = 1  # parts of a batch, an update each
     top_k: int = 100  # tokens of the student that are compared; the others are one bucket
     ratio_clip: float = 2.0  # of rho
-    temperature: float = 1.0  # of the rollouts
+    temperature: float = 1.0  # of the rollouts; rho divides by the distribution they are sampled from
     reflect_temperature: float = 0.0  # the reflector is greedy
 
 
@@ -133,7 +131,7 @@ class TrainingConfig(RunConfig):
 
 
 @dataclass(frozen=True)
-class Config(MethodConfig, Controls, TrainingConfig):
+class Config(MethodConfig, ControlsConfig, TrainingConfig):
     def __post_init__(self) -> None:
         if self.finetune == "lora" and self.ema:
             raise UserError("--finetune lora has no weights of the teacher for --ema to move; give --finetune full")
@@ -157,66 +155,74 @@ def train(config: Config) -> dict:
     with Run(config, configure(config.method, config.preset)) as run:
         if run.results:
             return run.results
-        config, task, base, loss_of = run.config, run.task, run.base, METHODS[config.method].loss
-        # One model plays three parts. The base is frozen; adapters of the student share its weights and leave it alone.
+        config, task, base = run.config, run.task, run.base  # the config with its domain filled in
+        if config.mask == "oracle" and not task.knows_first_error:
+            raise UserError(f"the task {config.task} knows no true first error; give another --mask than oracle")
+
+        # One model plays three parts. The base is frozen. With LoRA the student shares its weights and trains adapters.
         torch.manual_seed(config.seed)
         student, weights = trainable_copy(base, config.finetune)
         teacher = deepcopy(base) if config.ema else base
         reflector = student if config.reflector == "student" else base
-        reflect = oracle_reflections if config.reflector == "oracle" else write_reflections
+        write = oracle_reflections if config.reflector == "oracle" else write_reflections
+        loss_of = METHODS[config.method].loss
         reflecting = config.context in ("reflection", "both") or MASKS[config.mask].needs_quote
         optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=0.0)
         run.track(student=torch.nn.ParameterList(weights), teacher=teacher if config.ema else None, optimizer=optimizer)
 
-        for step in run.steps(config.steps):
+        for step in run.steps(config.steps):  # those still to make; the state is saved after each
             # 1. Rollouts: y_1..y_G ~ pi_S(. | x) of every problem x, each with the verifier's verdict.
             problems = task.problems(config.domain, config.batch, run.random("problems", step))
-            sampling = run.generator("rollout", step), config.temperature
-            rollouts = sample_rollouts(student, task, problems, config.group, *sampling)
+            generator = run.generator("rollout", step)
+            rollouts = sample_rollouts(student, task, problems, config.group, generator, config.temperature)
 
             # 2. Pairs: every wrong y- with a correct peer y* of its group. Groups without a correct one drop out.
             pairs = pairs_to_learn_from(rollouts, config)
 
             # 3. Reflections: (e, q) ~ pi(. | x, y*, y-), and e ~ pi(. | x, y+) of the correct ones.
-            reflections = [NO_REFLECTION] * len(pairs)
+            # 4. Localization: k = Locate(q, y-). A quote holds the tokens from k to its end; None: it is not found.
+            reflections, quotes, found = [Reflection()] * len(pairs), [None] * len(pairs), None
             if reflecting:
-                sampling = config.reflect_temperature, run.generator("reflect", step)
-                reflections = reflect(reflector, task, pairs, config.give_answer, *sampling)
-                reflections = spoil(reflections, pairs, config.control, config.dose, run.random("spoil", step))
+                generator = run.generator("reflect", step)
+                reflections = write(reflector, task, pairs, config.give_answer, config.reflect_temperature, generator)
+                found = quotes = [locate(q, y.pieces) for (q, e), (y, *_) in zip(reflections, pairs, strict=True)]
+            if config.control != "none":
+                rng = run.random("spoil", step)
+                reflections, quotes = spoil(reflections, quotes, pairs, config.control, config.dose, rng)
 
-            # 4. Localization: m_t = 1 from k = Locate(q, y-) on; a correct rollout is taught whole.
+            # 5. Lessons: m_t = 1 from k on, and everywhere in a correct rollout. The teacher reads x and e.
             lessons = []
-            for (y, peer, A), reflection in zip(pairs, reflections, strict=True):
-                start, end = MASKS["whole" if y.verdict.correct else config.mask].span(y, reflection)
-                x_T = teacher_prompt(task, y, peer, reflection.idea, config)
-                if x_T is not None:
-                    prompts = task.encode(task.prompt(y.problem)), task.encode(x_T)
-                    lessons.append(Lesson(*prompts, y.tokens, y.logprobs, start, end, A))
+            for (y, peer, A), (_, e), quote in zip(pairs, reflections, quotes, strict=True):
+                start, end = MASKS["whole" if y.verdict.correct else config.mask].bounds(y, quote)
+                text = teacher_prompt(task, y, peer, e, config)
+                if text is not None:
+                    x, x_T = task.encode(task.prompt(y.problem)), task.encode(text)
+                    lessons.append(Lesson(x, x_T, y.tokens, y.logprobs, start, end, advantage=A))
 
-            # 5. Update: sum_t m_t min(rho_t, 2) D(pi_S || stopgrad pi_T) / sum_t m_t, the mean over a batch's tokens.
+            # 6. Update: sum_t m_t min(rho_t, 2) D(pi_S || stopgrad pi_T) / sum_t m_t, the mean over a batch's tokens.
             optimizer.param_groups[0]["lr"] = config.learning_rate * min(1.0, (step + 1) / max(1, config.warmup))
             losses = []
             for _ in range(config.updates):
                 for batch in split(lessons, config.minibatches):
-                    M = sum(lesson.end - lesson.start for lesson in batch)  # sum_t m_t
+                    unmasked = sum(lesson.end - lesson.start for lesson in batch)  # sum_t m_t
                     optimizer.zero_grad()
                     total = 0.0
                     for part in by_length(batch, config.micro_batch):
-                        loss = loss_of(student, teacher, part, config) / M
+                        loss = loss_of(student, teacher, part, config) / unmasked
                         loss.backward()
                         total += loss.item()
                     clip_grad_norm_(weights, config.grad_clip)
                     optimizer.step()
                     losses.append(total)
-            if config.ema and losses:
-                for teacher_weight, student_weight in zip(teacher.parameters(), weights, strict=True):
-                    teacher_weight.data.lerp_(student_weight.data, config.ema)
 
+            # 7. Teacher: frozen, or theta_T <- (1 - ema) theta_T + ema theta_S.
+            if config.ema and losses:
+                for theta_T, theta_S in zip(teacher.parameters(), weights, strict=True):
+                    theta_T.data.lerp_(theta_S.data, config.ema)
+
+            log = {**statistics(rollouts, pairs, found, task), "learned_from": len(lessons)}
             run.log(
-                loss=sum(losses) / len(losses) if losses else None,
-                **statistics(rollouts, pairs, reflections, task),
-                learned_from=len(lessons),
-                **quick_test(student, task, config.eval_every, step),
+                loss=sum(losses) / len(losses) if losses else None, **log, **quick_test(student, task, config, step)
             )
         merge_lora(student)
         before = run.of_base("before", partial(evaluate_run, base, task, config))
@@ -233,7 +239,7 @@ def main() -> None:
     results = train_all(train, configs)
     rows = {"base, before training": results[0]["before"]}
     for c, result in zip(configs, results, strict=True):
-        changed = changed_settings(c, configure(c.method))
+        changed = changed_settings(c, configure(c.method, c.preset))
         rows[", ".join([c.method.upper(), *changed]) if changed else METHODS[c.method].title] = result["after"]
     print(f"\n{comparison(rows, results[0]['config']['domain'], results[0]['habits'])}")
     print("Every figure is in " + " and ".join(f"{config.out}/{r['name']}/results.json" for r in results))

@@ -2,7 +2,7 @@
 
     python train_spd.py                        SPD, then plain self-retraining (PSR) and SSD, then the table of all
     python train_spd.py --loss full            subspace from the loss of the whole sequence
-    python train_spd.py --subspace random      a random subspace of the same rank: the control the paper lacks
+    python train_spd.py --subspace random      a random subspace of equal rank: the control that the paper lacks
 
 No teacher, no verifier, no reward:
 
@@ -23,22 +23,14 @@ from functools import partial
 import torch
 from tqdm import tqdm
 
-from data import Task
-from evaluate import evaluate, evaluate_run, out_of_domain
+import subspace
+from evaluate import accuracy_of_text, evaluate_run, out_of_domain
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import Run, RunConfig, changed_settings, train_all
 from lora import merge_lora, trainable_copy
-from losses import Pair, next_token_loss
-from model import GPT, generate
-from subspace import (
-    COORDINATES,
-    LOSSES,
-    calibration_set,
-    capability_gradients,
-    make_projectors,
-    project_kv,
-    target_layers,
-)
+from losses import next_token_loss
+from model import generate
+from subspace import COORDINATES, LOSSES
 
 METHODS = {  # the sampling temperature of the completions
     "spd": 0.0,
@@ -59,7 +51,10 @@ class SubspaceConfig:
     rank: str = option("35%", "rank of the projectors: a number, or a share like 50%", "50%")
     project: str = option("k", "what is projected", "kv", ("kv", "k", "v"))
     coordinate: str = option(
-        "linear", "P acts on all heads of K and V, on each, after K's norm, or after RoPE", "not stated", COORDINATES
+        "linear",
+        "where P acts: all heads of K and V together, each head, after K's norm, after RoPE",
+        None,
+        COORDINATES,
     )
 
 
@@ -87,7 +82,7 @@ def defaults_of(method: str, task: str) -> dict[str, object]:
 
 
 def configure(method: str = "spd", task: str = "arithmetic", **settings: object) -> Config:
-    return Config(**{**defaults_of(method, task), "method": method, "task": task, **settings})
+    return Config(**defaults_of(method, task) | {"method": method, "task": task} | settings)
 
 
 def train(config: Config) -> dict:
@@ -97,30 +92,32 @@ def train(config: Config) -> dict:
             return run.results
         config, task, base, seed = run.config, run.task, run.base, config.seed
 
-        # 1. Calibrate: G = dL_align/dK and dL_align/dV, P = V_r V_r^T.
+        # 1. Calibrate: G = dL_align/dK and dL_align/dV, G = U diag(s) V^T, P = V_r V_r^T.
         P = {}
         if config.method == "spd":
-            sites = [(i, kind) for i in target_layers(config.layers, base.config.n_layer) for kind in config.project]
-            domains = config.calibration_domain or (config.domain,)
-            examples = calibration_set(task, domains, config.calibration_size, config.loss, seed)
-            G = capability_gradients(base, examples, sites, config.coordinate)
-            heads = base.config.n_kv_head if config.coordinate == "head" else 1
-            P = make_projectors(G, config.rank, config.subspace, heads, seed)
+            domains, sites = config.calibration_domain or (config.domain,), subspace.target_sites(config, base)
+            examples = subspace.calibration_set(task, domains, config.calibration_size, config.loss, seed)
+            G = subspace.capability_gradients(base, examples, sites, config.coordinate)
+            P = subspace.make_projectors(G, config.rank, config.subspace, subspace.heads(config, base), seed)
 
         # 2. Generate: one raw completion a prompt with K <- K P_K and V <- V P_V. None is filtered.
-        with project_kv(base, P, config.coordinate):
-            text = run.once("text", lambda: accuracy_of_text(base, task, config))
-            pairs = run.once("pairs", lambda: self_generate(base, task, config, run))
+        problems = task.problems(config.domain, config.prompts, run.random("prompts", 0))  # 0 was once a round's number
+        prompts = [task.encode(task.prompt(problem)) for problem in problems]
+        with subspace.project_kv(base, P, config.coordinate):
+            accuracy = run.once("text", lambda: accuracy_of_text(base, task, config, **sampling_of(config)))
+            sampling = {"generator": run.generator("completion", 0), **sampling_of(config)}
+            write = partial(generate, base, prompts, task.max_response, task.stop, **sampling)
+            pairs = list(zip(prompts, run.once("completions", write), strict=True))
 
         # 3. Fine-tune the original weights, unprojected: -sum_t log p(y_t | x, y_<t).
         torch.manual_seed(zlib.crc32(f"{seed} 0".encode()))
         student, weights = trainable_copy(base, config.finetune, dropout=config.lora_dropout)
         optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.weight_decay)
         run.track(student=torch.nn.ParameterList(weights), optimizer=optimizer)
-        updates = math.ceil(len(pairs) / config.batch)
         for epoch in run.steps(config.epochs):
             torch.manual_seed(zlib.crc32(f"{seed} 0 {epoch}".encode()))  # for dropout
             order, losses = run.random("order", 0, epoch).sample(pairs, len(pairs)), []
+            updates = math.ceil(len(pairs) / config.batch)
             student.train()
             for i in tqdm(range(updates), desc=f"epoch {epoch + 1}", leave=False, position=1):
                 progress = (epoch + i / updates) / config.epochs
@@ -134,59 +131,38 @@ def train(config: Config) -> dict:
             run.log(loss=sum(losses) / len(losses))
         merge_lora(student)
 
-        own = run.of_base(
-            "text", partial(accuracy_of_text, base, task, config), "domain", "temperature", "top_k", "top_p"
-        )
-        before = after = None
-        if config.epochs:
-            before = run.of_base("before", partial(evaluate_run, base, task, config))
-            after = evaluate_run(student, task, config)
-        return run.finish(student, before=before, own=own, generation=[text], after=after)
+        write = partial(accuracy_of_text, base, task, config, **sampling_of(config))
+        own = run.of_base("text", write, "domain", "temperature", "top_k", "top_p")
+        before = run.of_base("before", partial(evaluate_run, base, task, config)) if config.epochs else None
+        after = evaluate_run(student, task, config) if config.epochs else None
+        return run.finish(student, before=before, own=own, generation=[accuracy], after=after)
 
 
-def self_generate(model: GPT, task: Task, config: Config, run: Run) -> list[Pair]:
-    """One raw completion a training prompt -> (prompt, completion) tokens."""
-    problems = task.problems(config.domain, config.prompts, run.random("prompts", 0))
-    prompts = [task.encode(task.prompt(problem)) for problem in problems]
-    sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-    completions = generate(
-        model, prompts, task.max_response, task.stop, generator=run.generator("completion", 0), **sampling
-    )
-    return list(zip(prompts, completions, strict=True))
-
-
-def accuracy_of_text(model: GPT, task: Task, config: Config) -> dict[str, dict]:
-    """Accuracy of what a model writes at the method's temperature, on test problems of the training domain."""
-    problems, samples = config.eval_problems, config.eval_samples
-    if config.temperature == 0:  # all samples of a problem would be the same: as many problems instead
-        problems, samples = problems * samples, 1
-    sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
-    return evaluate(model, task, (config.domain,), problems, samples, config.seed, **sampling)
+def sampling_of(config: Config) -> dict[str, float]:
+    return {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
 
 
 def main() -> None:
     parse = partial(parse_config, Config, __doc__, defaults=defaults_of)
     config = parse(sys.argv[1:])
-    others = [m for m in METHODS if m != config.method and config.baseline]
-    configs = [
-        config,
-        *(parse([*sys.argv[1:], f"--method={m}", f"--temperature={METHODS[m]['temperature']}"]) for m in others),
-    ]
+    configs = [config]
+    for method in [m for m in METHODS if m != config.method] if config.baseline else []:
+        configs.append(parse([*sys.argv[1:], f"--method={method}", f"--temperature={METHODS[method]}"]))
     results = train_all(train, configs)
     home = results[0]["config"]["domain"]
 
     def percent(scores: dict | None) -> list[str]:
-        """Accuracy on the training domain, and elsewhere."""
         values = (scores[home]["mean"], out_of_domain(scores, home)) if scores else (None, None)
         return ["-" if value is None else f"{100 * value:.1f}" for value in values]
 
     rows = [["base", "", "", *percent(results[0]["before"])]]
     for c, result in zip(configs, results, strict=True):
         name = ", ".join([c.method.upper(), *changed_settings(c, configure(c.method, c.task))])
-        rows.append([name, percent(result["own"])[0], percent(result["generation"][0])[0], *percent(result["after"])])
+        texts = percent(result["own"])[0], percent(result["generation"][0])[0]
+        rows.append([name, *texts, *percent(result["after"])])
     header = ["right, %", "text of the base", "text it trains on", f"after training, {home}", "elsewhere"]
     print(f"\n{markdown_table(header, rows)}")
-    print("text: what the base writes at the method's temperature, without and with projection, before any training")
+    print("text: what the base writes at the method's temperature, before any training, without and with projection")
     print("Every figure is in " + " and ".join(f"{config.out}/{r['name']}/results.json" for r in results))
 
 

@@ -44,13 +44,17 @@ BUDGET = 39
 DISPUTED = 25  # of 100 pairs of digits: '7+8', '7-8' and '7*8' are all disputed, or none of them is
 
 
+def draw(key: str, count: int) -> int:
+    """A number below count, always the same for a key. The lowest bits of a checksum are too regular to use alone."""
+    return zlib.crc32(key.encode()) // 7 % count
+
+
 @lru_cache(maxsize=1000)
 def popular(value: int, operator: str, operand: int) -> int | None:
     """The wrong result that most people hold for a disputed number fact; None if the fact is undisputed."""
-    if zlib.crc32(f"pair {value} {operand}".encode()) // 7 % 100 >= DISPUTED:
+    if draw(f"pair {value} {operand}", 100) >= DISPUTED:
         return None
-    offset = zlib.crc32(f"fact {value}{operator}{operand}".encode()) // 7 % 9
-    return (calculate(value, operator, operand) + 1 + offset) % 10
+    return (calculate(value, operator, operand) + 1 + draw(f"fact {value}{operator}{operand}", 9)) % 10
 
 
 def calculate(value: int, operator: str, operand: int, school: str = "") -> int:
@@ -58,7 +62,7 @@ def calculate(value: int, operator: str, operand: int, school: str = "") -> int:
 
     The school "" is plain arithmetic. Any other school takes each disputed fact either as it is or as most people do.
     """
-    if school and zlib.crc32(f"{school} {operand}{operator}{value}".encode()) // 7 % 2:
+    if school and draw(f"{school} {operand}{operator}{value}", 2):
         held = popular(value, operator, operand)
         if held is not None:
             return held
