@@ -1,4 +1,4 @@
-"""Problems, number facts, and the verifier that finds the first error."""
+"""The synthetic task: problems, number facts, the verifier that finds the first error, prompts and tokens."""
 
 import random
 import re
@@ -7,17 +7,12 @@ from collections import Counter
 import pytest
 from conftest import random_problems
 
-from data.chains import (
-    DOMAINS,
-    calculate,
-    is_test,
-    make_problem,
-    popular,
-    true_steps,
-    true_values,
-    verify,
-)
-from data.task import Verdict
+from data import Problem, Verdict, load_task
+from data.arithmetic import Arithmetic
+from data.chains import DOMAINS, calculate, is_test, make_problem, popular, true_steps, true_values, verify
+from data.documents import sample_document
+from data.tokenizer import END, SPECIAL_TOKENS, VOCAB_SIZE, decode, encode, pieces
+from errors import UserError
 
 FACTS = [(a, operator, b) for a in range(10) for operator in "+-*" for b in range(1, 10)]
 
@@ -157,3 +152,53 @@ def test_any_text_gets_a_verdict_that_agrees_with_itself() -> None:
         if verdict.error is not None:
             start, end = verdict.error
             assert text[start:end] in text.split(";") and (start == 0 or text[start - 1] == ";")
+
+
+# ---------------------------------------------------------------------------------------------- prompts and tokens
+
+
+def test_each_part_reads_the_problem_and_what_its_prompt_adds() -> None:
+    task, problem = Arithmetic(), Problem("3+8-5", "3+8=1;1-5=6;#6")
+    assert task.prompt(problem) == "<|user|>3+8-5<|assistant|>"
+    assert task.prompt(problem, idea="1-5=6") == "<|user|>3+8-5<|hint|>1-5=6<|assistant|>"
+    assert task.prompt(problem, solution="#6") == "<|user|>3+8-5<|solution|>#6<|assistant|>"
+    assert task.prompt(problem, "1-5=6", "#6") == "<|user|>3+8-5<|hint|>1-5=6<|solution|>#6<|assistant|>"
+    wrong = "<|user|>3+8-5<|solution|>#6<|attempt|>#5<|assistant|>"
+    assert task.reflector_prompt(problem, "#5", "#6", give_answer=False) == wrong
+    assert task.reflector_prompt(problem, "#6", None, give_answer=True) == "<|user|>3+8-5=6<|attempt|>#6<|assistant|>"
+
+
+def test_problems_of_the_task_come_with_their_careful_solution() -> None:
+    task, rng = load_task("arithmetic"), random.Random(0)
+    for problem in task.problems("mix", 50, rng, test=True):
+        assert is_test(problem.question)
+        assert task.verify(problem, problem.solution) == Verdict(correct=True, finished=True, error=None)
+
+
+@pytest.mark.parametrize(("spec", "cause"), [("nosuch", "no task 'nosuch'"), ("arithmetic", "neither --shots")])
+def test_an_unknown_task_and_settings_it_does_not_take_are_refused(spec: str, cause: str) -> None:
+    with pytest.raises(UserError, match=cause):
+        load_task(spec, shots=1)
+
+
+def test_documents_survive_the_tokenizer_one_token_a_character_or_tag() -> None:
+    rng = random.Random(1)
+    for _ in range(300):
+        text = "".join(sample_document(rng))
+        tokens = encode(text)
+        assert decode(tokens) == text == "".join(pieces(tokens))
+        assert all(len(piece) == 1 or piece in SPECIAL_TOKENS for piece in pieces(tokens))
+        assert max(tokens) < VOCAB_SIZE
+
+
+@pytest.mark.parametrize("text", ["3+8=x", "3 + 8", "é", "3+8=1\n", "<|nobody|>", "😀"])
+def test_characters_that_the_vocabulary_lacks_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="vocabulary"):
+        encode(text)
+
+
+def test_decoding_stops_at_the_end_of_the_text() -> None:
+    text, more = encode("3+8=1"), encode(";#2")
+    assert decode([*text, END, *more]) == decode([*text, END]) == "3+8=1"
+    assert decode([*text, *more]) == "3+8=1;#2"
+    assert decode([]) == decode([END]) == ""

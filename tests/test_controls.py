@@ -1,60 +1,63 @@
 """What the controls change in the reflections, and what they leave alone."""
 
-import dataclasses
 import random
 from pathlib import Path
 from statistics import mean
 
 import pytest
-from conftest import Letters, make_rollout, metrics, train
+from conftest import ONE, Letters, make_rollout, metrics, train
 
 import train_rosd
 from controls import CONTROLS, oracle_reflections, spoil, teaches
 from data import Problem, falsify
 from data.arithmetic import Arithmetic
-from reflect import Pair, Reflection, Rollout
+from reflect import Pair, Reflection, Rollout, Span, locate
 
 
-def pair(text: str, problem: Problem | None = None) -> Pair:
-    return Pair(make_rollout(text, problem) if problem else make_rollout(text), None, 0.0)
-
-
-def draws(reflection: Reflection, y: Pair, count: int, control: str = "random-quotes") -> list[Reflection]:
-    rng = random.Random(0)
-    return [spoil([reflection], [y], control, 1.0, rng)[0] for _ in range(count)]
+def pair(text: str, problem: Problem = ONE) -> Pair:
+    return Pair(make_rollout(text, problem), None, 0.0)
 
 
 # ---------------------------------------------------------------------------------------------- random quotes
 
 
+def draw(quote: Span | None, y: Pair, count: int) -> list[Span]:
+    """Where a quote is put, each time it is spoiled; the text of the reflection stays."""
+    rng, before, quotes = random.Random(0), Reflection("bc", "e"), []
+    for _ in range(count):
+        (after,), (place,) = spoil([before], [quote], [y], "random-quotes", 1.0, rng)
+        assert after == before
+        quotes.append(place)
+    return quotes
+
+
 @pytest.mark.parametrize("text", ["bc", "bcd", "bcdbcdb", "bcd" * 13])
 def test_random_quotes_begin_at_every_token_equally_often(text: str) -> None:
     y = pair(text)
-    T, found = len(y.y.tokens), draws(Reflection("bc", "e", (0, 2)), y, 4000)
-    assert {reflection.span[0] for reflection in found} == set(range(T))
+    T, quotes = len(y.y.tokens), draw((0, 2), y, 4000)
+    assert {k for k, _ in quotes} == set(range(T))
     # drawn uniformly, k / T has mean (T - 1) / 2T, and its standard error is below 0.005
-    assert mean(reflection.span[0] / T for reflection in found) == pytest.approx((T - 1) / (2 * T), abs=0.02)
+    assert mean(k / T for k, _ in quotes) == pytest.approx((T - 1) / (2 * T), abs=0.02)
 
 
 def test_random_quotes_lie_where_they_were_drawn_even_if_their_text_occurs_earlier() -> None:
     """All the text is the same: located by their text, all would begin at 0."""
-    y, k = pair("bbbbbb"), random.Random(0)
-    for reflection in draws(Reflection("bb", "e", (0, 2)), y, 30):
-        k.random()  # the dose
-        start = k.randrange(7)
-        assert reflection.span == (start, min(start + 2, 7))
+    y, rng = pair("bbbbbb"), random.Random(0)
+    for quote in draw((0, 2), y, 30):
+        rng.random()  # the dose
+        k = rng.randrange(7)
+        assert quote == (k, min(k + 2, 7))
 
 
 def test_random_quotes_are_as_long_as_the_quote_or_one_token_if_none_was_found() -> None:
     y = pair("bcdbcdb")
-    assert {r.span[1] - r.span[0] for r in draws(Reflection("bcd", "e", (0, 3)), y, 200) if r.span[0] < 6} == {3}
-    assert {r.span[1] - r.span[0] for r in draws(Reflection("x", "e", None), y, 200)} == {1}
-    assert {(r.quote, r.idea) for r in draws(Reflection("bcd", "e", (0, 3)), y, 10)} == {("bcd", "e")}
+    assert {end - k for k, end in draw((0, 3), y, 200) if k < 6} == {3}
+    assert {end - k for k, end in draw(None, y, 200)} == {1}
 
 
 def test_random_quotes_leave_correct_rollouts_alone() -> None:
-    reflection = Reflection("a", "e", (0, 1))
-    assert draws(reflection, pair("abcdabc"), 20) == [reflection] * 20
+    assert draw((0, 1), pair("abcdabc"), 20) == [(0, 1)] * 20
+    assert draw(None, pair("abcdabc"), 20) == [None] * 20
 
 
 # ---------------------------------------------------------------------------------------------- false and other ideas
@@ -71,21 +74,25 @@ def test_a_false_idea_has_another_result_and_nothing_else_changed() -> None:
 
 @pytest.mark.parametrize("text", ["a", "b"])
 def test_false_ideas_reach_right_and_wrong_rollouts_and_leave_the_quote(text: str) -> None:
-    before = Reflection("b", "3+4=7", (0, 1))
-    for after in draws(before, pair(text), 10, "false-ideas"):
-        assert after.idea != before.idea and after.idea.startswith("3+4=")
-        assert dataclasses.replace(after, idea=before.idea) == before
+    for seed in range(10):
+        before = [Reflection("b", "3+4=7"), Reflection("b", None)]
+        (after, malformed), quotes = spoil(
+            before, [(0, 1), None], [pair(text)] * 2, "false-ideas", 1.0, random.Random(seed)
+        )
+        assert after.quote == "b" and after.idea[:4] == "3+4=" and after.idea != "3+4=7"
+        assert malformed == before[1] and quotes == [(0, 1), None]
 
 
 def test_other_ideas_are_never_of_this_problem() -> None:
     one, two, three = (Problem(f"{letter}0", letter) for letter in "abc")
     pairs = [pair("b", problem) for problem in (one, one, two, two, three)]
-    reflections = [Reflection("q", idea, (0, 1)) for idea in ("one", "ONE", "two", None, "three")]
+    reflections = [Reflection("q", idea) for idea in ("one", "ONE", "two", None, "three")]
     received = [set() for _ in pairs]
     for seed in range(100):
-        for ideas, r in zip(received, spoil(reflections, pairs, "other-ideas", 1.0, random.Random(seed)), strict=True):
-            assert (r.quote, r.span) == ("q", (0, 1))
-            ideas.add(r.idea)
+        after, quotes = spoil(reflections, [(0, 1)] * 5, pairs, "other-ideas", 1.0, random.Random(seed))
+        assert quotes == [(0, 1)] * 5 and {reflection.quote for reflection in after} == {"q"}
+        for ideas, reflection in zip(received, after, strict=True):
+            ideas.add(reflection.idea)
     ones = {"one", "ONE"}
     # a malformed reflection stays malformed, and its missing idea is given to nobody
     assert received == [{"two", "three"}, {"two", "three"}, ones | {"three"}, {None}, ones | {"two"}]
@@ -93,7 +100,8 @@ def test_other_ideas_are_never_of_this_problem() -> None:
 
 def test_an_idea_stays_if_there_is_no_other_problem() -> None:
     reflections = [Reflection("q", "d"), Reflection("q", "c")]
-    assert spoil(reflections, [pair("b"), pair("c")], "other-ideas", 1.0, random.Random(0)) == reflections
+    after, _ = spoil(reflections, [None, None], [pair("b"), pair("c")], "other-ideas", 1.0, random.Random(0))
+    assert after == reflections
 
 
 # ---------------------------------------------------------------------------------------------- dose, and the rest
@@ -102,38 +110,32 @@ def test_an_idea_stays_if_there_is_no_other_problem() -> None:
 @pytest.mark.parametrize("control", CONTROLS[1:])
 def test_dose_is_the_share_of_reflections_that_are_spoiled(control: str) -> None:
     count = 500
-    pairs = [pair("bcdbcdbcdbcdbcdbcdbcd", Problem(f"a{i % 2}", "a")) for i in range(count)]
-    reflections = [Reflection("b", f"1={i % 2}", (0, 1)) for i in range(count)]
+    pairs = [pair("bcd" * 7, Problem(f"a{i % 2}", "a")) for i in range(count)]
+    before = [Reflection("b", f"1={i % 2}") for i in range(count)]
     for dose in (0.0, 0.25, 1.0):
-        after = spoil(reflections, pairs, control, dose, random.Random(0))
-        changed = sum(one != other for one, other in zip(reflections, after, strict=True)) / count
-        kept_by_chance = 1 / 22 if control == "random-quotes" else 0.0
-        assert changed == pytest.approx(dose * (1 - kept_by_chance), abs=0.05)
-
-
-def test_no_control_changes_nothing() -> None:
-    reflections = [Reflection("b", "1=2", (0, 1)), Reflection()]
-    assert spoil(reflections, [pair("b"), pair("a")], "none", 1.0, random.Random(0)) == reflections
+        after, quotes = spoil(before, [(0, 1)] * count, pairs, control, dose, random.Random(0))
+        changed = [one != other or quote != (0, 1) for one, other, quote in zip(before, after, quotes, strict=True)]
+        by_chance_where_it_was = 1 / 22 if control == "random-quotes" else 0.0
+        assert mean(changed) == pytest.approx(dose * (1 - by_chance_where_it_was), abs=0.05)
 
 
 def test_learn_from_names_the_rollouts_that_teach() -> None:
     right, wrong = pair("a"), pair("b")
-    assert [(teaches(right, which), teaches(wrong, which)) for which in ("all", "right", "wrong")] == [
-        (True, True),
-        (True, False),
-        (False, True),
-    ]
+    teaching = {which: [teaches(right, which), teaches(wrong, which)] for which in ("all", "right", "wrong")}
+    assert teaching == {"all": [True, True], "right": [True, False], "wrong": [False, True]}
 
 
 def test_the_oracle_of_arithmetic_quotes_the_first_error_and_names_the_true_step() -> None:
     task, problem, text = Arithmetic(), Problem("3+8-5*2", "3+8=1;1-5=6;6*2=2;#2"), "3+8=1;1-5=7;7*2=4;#4"
     y = Rollout(problem, task.encode(text), [], text, list(text), task.verify(problem, text))
-    assert oracle_reflections(None, task, [Pair(y, None, 0.0)], False) == [Reflection("1-5=7", "1-5=6", (6, 11))]
+    (reflection,) = oracle_reflections(None, task, [Pair(y, None, 0.0)])
+    assert reflection.quote == "1-5=7" and reflection.idea.endswith("1-5=6")
+    assert locate(reflection.quote, y.pieces) == (6, 11)
 
 
 def test_the_oracle_asks_no_model(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_rosd, "write_reflections", None)
     read = []
+    monkeypatch.setattr(train_rosd, "write_reflections", None)
     monkeypatch.setattr(Letters, "true_reflection", lambda self, *_: "<explanation>d</explanation>")
     monkeypatch.setattr(train_rosd, "teacher_prompt", lambda task, y, peer, e, config: read.append(e))
     train(train_rosd, base, tmp_path, "--reflector", "oracle", "--batch", "6")
@@ -141,10 +143,13 @@ def test_the_oracle_asks_no_model(base: str, tmp_path: Path, monkeypatch: pytest
 
 
 @pytest.mark.parametrize("flags", ["--control other-ideas", "--control random-quotes", "--learn-from wrong"])
-def test_a_control_changes_what_is_learned(flags: str, base: str, tmp_path: Path) -> None:
-    small = ("--steps", "1", "--batch", "8")
-    losses = []
+def test_a_control_changes_what_is_learned_but_not_what_is_logged_of_the_reflector(
+    flags: str, base: str, tmp_path: Path
+) -> None:
+    rows = []
     for out, more in ((tmp_path / "a", []), (tmp_path / "b", flags.split())):
-        train(train_rosd, base, out, *small, *more, reflect_temperature=1.0)
-        losses.append(metrics(out)[0]["loss"])
-    assert None not in losses and losses[0] != losses[1]
+        train(train_rosd, base, out, "--steps", "1", "--batch", "8", *more, reflect_temperature=1.0)
+        rows += metrics(out)
+    assert None not in (rows[0]["loss"], rows[1]["loss"]) and rows[0]["loss"] != rows[1]["loss"]
+    if "learn" not in flags:
+        assert rows[0]["error_position"] == rows[1]["error_position"]

@@ -10,7 +10,7 @@ from conftest import Letters, make_rollout, metrics, train
 import train_rosd
 from data import Verdict
 from lessons import Lesson, as_tensors, by_length, pairs_to_learn_from, split, statistics, teacher_prompt
-from reflect import NO_REFLECTION, Pair, Reflection
+from reflect import Pair
 from train_rosd import configure
 
 # ---------------------------------------------------------------------------------------------- which rollouts teach
@@ -59,12 +59,16 @@ def test_learn_from_selects_right_or_wrong_rollouts() -> None:
     assert kept == {"all": ["a", "b", "ab"], "right": ["a", "ab"], "wrong": ["b"]}
 
 
-def test_an_unknown_context_is_refused() -> None:
+def test_an_unknown_context_or_mask_is_refused() -> None:
     y = make_rollout("a")
     with pytest.raises(ValueError, match="no context 'hint', only reflection, peer"):
         teacher_prompt(Letters(), y, y, "e", configure(context="hint"))
-    with pytest.raises(KeyError, match="hint"):
+    with pytest.raises(ValueError, match="no context 'hint', only reflection, peer"):
         taught(["a", "b", "c"], context="hint")
+    with pytest.raises(ValueError, match="no context 'hint' or no mask 'whole'"):
+        train_rosd.Method("a method of mine", "hint", "whole")
+    with pytest.raises(ValueError, match="no context 'peer' or no mask 'quote'"):
+        train_rosd.Method("a method of mine", "peer", "quote")
 
 
 # ---------------------------------------------------------------------------------------------- the teacher's prompt
@@ -139,20 +143,22 @@ def test_quotes_are_counted_of_wrong_rollouts_and_positions_of_quotes_that_were_
         wrong("bcdbcdb", (3, 4)),  # 8 tokens
         wrong("bcd", (0, 1)),
         wrong("bcd", None),  # the verifier knows no position
-        wrong("bcd", (1, 2)),
         Pair(make_rollout("a"), None, 0.0),
     ]
-    found = [Reflection("c", "e", (1, 2)), Reflection("d", "e", (2, 3)), Reflection("x", "e", None)]
-    reflections = [*found, Reflection("d", "e", (2, 3)), NO_REFLECTION, Reflection("a", "e", (0, 1))]
-    logged = statistics([make_rollout(text) for text in ("a", "b!", "bcdbcdbc")], pairs, reflections, Letters())
-    assert logged == {
+    rollouts = [make_rollout(text) for text in ("a", "b!", "bcdbcdbc")]
+    quotes = [(1, 2), (2, 3), None, (2, 3), (0, 1)]  # 1, 3 and 0 would be true
+    of_rollouts = {
         "accuracy": [True, False, False],
         "loud": [False, True, False],
         "unfinished": [False, False, True],
+    }
+    assert statistics(rollouts, pairs, quotes, Letters()) == of_rollouts | {
         "quote_match": [True, True, False, True],
         "quote_accuracy": [True, False, False],
         "error_position": [1 / 4, 2 / 8, 2 / 4],
     }
+    nothing_read = {"quote_match": [], "quote_accuracy": [], "error_position": []}
+    assert statistics(rollouts, pairs, None, Letters()) == of_rollouts | nothing_read
 
 
 # ---------------------------------------------------------------------------------------------- who reflects, and when
@@ -177,6 +183,7 @@ def test_reflections_are_written_where_the_teacher_or_the_mask_needs_them(
     flags: str, reflects: bool, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, write = [], train_rosd.write_reflections
+    monkeypatch.setattr(Letters, "knows_first_error", True)  # for the oracle's mask
     monkeypatch.setattr(train_rosd, "write_reflections", lambda *a, **k: calls.append(1) or write(*a, **k))
     train(train_rosd, base, tmp_path, *flags.split(), "--batch", "6")
     assert len(calls) == 2 * reflects

@@ -71,7 +71,7 @@ def test_reflector_reads_a_wrong_rollout_beside_its_peer_and_a_right_one_alone(m
             prompts = [f"a0{answer}~bc~ad?", f"a0{answer}~ba~?", f"a0{answer}~bc~a?", f"a0{answer}~bc~ad?"]
             assert read.pop() == prompts[: len(set(ideas))]
             assert [reflection.idea for reflection in reflections] == list(ideas)
-            assert [reflection.span for reflection in reflections] == [(1, 2), None, (1, 2), (1, 2)]
+            assert {reflection.quote for reflection in reflections} == {"c"}
 
 
 @pytest.mark.parametrize(
@@ -98,8 +98,7 @@ def test_reflector_reads_a_wrong_rollout_beside_its_peer_and_a_right_one_alone(m
     ],
 )
 def test_reflection_is_read_from_its_tags_alone(text: str, quote: str | None, idea: str | None) -> None:
-    assert parse_reflection(text, ["z"]) == Reflection(quote, idea, None)
-    assert parse_reflection(text, ["y", *(quote or "")]).span == (quote and (1, 1 + len(quote)))
+    assert parse_reflection(text) == Reflection(quote, idea)
 
 
 # ---------------------------------------------------------------------------------------------- locate
@@ -142,12 +141,11 @@ def test_random_bytes_are_read_and_located_without_exception() -> None:
         if i % 2:
             parts = [part for text in parts for part in (text, rng.choice(TAGS).encode())]
         pieces = [part.decode("latin-1" if i % 4 < 2 else "utf-8", errors="replace") for part in parts]
-        rollout = rng.sample(pieces, len(pieces))
-        read = parse_reflection("".join(pieces), rollout)
+        read, rollout = parse_reflection("".join(pieces)), rng.sample(pieces, len(pieces))
         assert read.quote != "" and read.idea != ""
-        forms = {read.quote or "", (read.quote or "").strip()} - {""}
-        assert (read.span is not None) == any(form in "".join(rollout) for form in forms)
-        assert read.span is None or any(form in "".join(rollout[slice(*read.span)]) for form in forms)
+        span, forms = locate(read.quote, rollout), {read.quote or "", (read.quote or "").strip()} - {""}
+        assert (span is not None) == any(form in "".join(rollout) for form in forms)
+        assert span is None or any(form in "".join(rollout[slice(*span)]) for form in forms)
 
 
 @pytest.mark.parametrize("task", [Letters(), load_task("arithmetic")], ids=lambda task: type(task).__name__)
@@ -159,8 +157,9 @@ def test_random_tokens_are_verified_read_and_located_without_exception(task: Tas
         text, pieces = task.decode(tokens), task.pieces(tokens)
         y = reflect.Rollout(problem, tokens, [0.0] * len(tokens), text, pieces, task.verify(problem, text))
         assert 0 <= true_position(y) <= len(tokens)
-        read = parse_reflection(text, pieces)
-        assert read.span is None or 0 <= read.span[0] < read.span[1] <= len(tokens)
+        read = parse_reflection(text)
+        span = locate(read.quote, pieces)
+        assert span is None or 0 <= span[0] < span[1] <= len(tokens)
         task.encode(task.prompt(problem, read.idea, problem.solution))
 
 
@@ -181,8 +180,8 @@ def test_mask_covers_what_it_names_and_the_whole_response_if_the_quote_is_not_fo
     mask: str, found: tuple[int, int], not_found: tuple[int, int]
 ) -> None:
     y = dataclasses.replace(make_rollout("bcdbc"), verdict=Verdict(False, True, (3, 5)))
-    assert MASKS[mask].span(y, Reflection("db", "e", (2, 4))) == found
-    assert MASKS[mask].span(y, Reflection("x", "e", None)) == not_found
+    assert MASKS[mask].bounds(y, (2, 4)) == found
+    assert MASKS[mask].bounds(y, None) == not_found
 
 
 def test_error_mask_is_one_from_each_start_to_each_end() -> None:

@@ -25,7 +25,9 @@ from subspace import (
     projector,
     site_module,
     target_layers,
+    target_sites,
 )
+from train_spd import SubspaceConfig
 
 TASK = Letters()
 PROMPTS = [TASK.encode(question) for question in ("a0?", "bd2~abc!?")]
@@ -74,6 +76,12 @@ def test_a_rank_outside_the_dimensions_is_refused(spec: str) -> None:
 )
 def test_layers_are_counted_from_one(spec: str, layers: int, expected: list[int]) -> None:
     assert target_layers(spec, layers) == expected
+
+
+@pytest.mark.parametrize(("project", "kinds"), [("kv", ["k", "v"]), ("k", ["k"]), ("v", ["v"])])
+def test_sites_are_what_is_projected_of_every_target_layer(project: str, kinds: list[str], model: GPT) -> None:
+    expected = [(layer, kind) for layer in (0, 2) for kind in kinds]
+    assert target_sites(SubspaceConfig(layers="1,3", project=project), model) == expected
 
 
 @pytest.mark.parametrize("spec", ["5", "0", "", "1,", "first", "-1", "1.0"])
@@ -145,7 +153,7 @@ def test_gradient_rows_are_the_derivative_of_the_aligned_loss(model: GPT, kind: 
     assert (loss(epsilon) - loss(-epsilon)) / (2 * epsilon) == pytest.approx((row @ u).item(), rel=1e-4, abs=1e-9)
 
 
-def test_sites_are_the_outputs_that_their_coordinate_names(model: GPT) -> None:
+def test_a_site_is_the_output_that_the_coordinate_names(model: GPT) -> None:
     attention = model.blocks[1].attn
     modules = {"linear": attention.k_proj, "head": attention.k_proj, "norm": attention.k_norm, "rope": attention.k_out}
     for coordinate in COORDINATES:
@@ -191,7 +199,7 @@ def test_projector_is_orthogonal_of_its_rank_and_keeps_the_most_energy() -> None
 
 def test_projectors_of_heads_are_those_of_each_heads_gradients(model: GPT) -> None:
     G = capability_gradients(model, examples_of(), [(1, "k")], "head")[(1, "k")]
-    P = make_projectors({(1, "k"): G}, "2", heads=2)[(1, "k")]
+    P = make_projectors({(1, "k"): G}, "2", blocks=2)[(1, "k")]
     assert not P[:8, 8:].any() and not P[8:, :8].any()
     for part in (slice(0, 8), slice(8, 16)):
         V = np.linalg.svd(G[:, part].double().numpy())[2][:2].T
@@ -221,10 +229,11 @@ def test_gradients_that_span_too_little_are_refused_and_never_filled_up(broken: 
 @pytest.mark.parametrize("coordinate", COORDINATES)
 def test_full_rank_projection_changes_nothing_and_low_rank_does(model: GPT, coordinate: str) -> None:
     gradients, plain = capability_gradients(model, examples_of(), SITES, coordinate), model(TOKENS)
-    heads = 2 if coordinate == "head" else 1
-    with project_kv(model, make_projectors(gradients, "100%", heads=heads), coordinate):
+    blocks = subspace.heads(SubspaceConfig(coordinate=coordinate), model)
+    assert blocks == (2 if coordinate == "head" else 1)
+    with project_kv(model, make_projectors(gradients, "100%", blocks=blocks), coordinate):
         torch.testing.assert_close(model(TOKENS), plain, rtol=0, atol=1e-4)
-    with project_kv(model, make_projectors(gradients, "1", heads=heads), coordinate):
+    with project_kv(model, make_projectors(gradients, "1", blocks=blocks), coordinate):
         assert (model(TOKENS) - plain).abs().max() > 1e-3
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import train_rosd
 from data import Verdict
+from errors import UserError
 from harness import files
 from lessons import Lesson
 from losses import clipped_surrogate, divergence
@@ -220,6 +221,11 @@ def test_reflections_are_written_by_the_reflector_that_was_chosen(
     train(train_rosd, base, tmp_path, "--reflector", who, "--learning-rate", "0.1", "--batch", "6", malformed="peer")
     start = files.load_checkpoint(base).embed.weight
     assert [torch.equal(embedding, start) for embedding in embeddings] == [True, who == "base"]
+
+
+def test_the_oracles_mask_is_refused_where_nobody_knows_the_first_error(base: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="knows no true first error; give another --mask than oracle"):
+        train(train_rosd, base, tmp_path, "--mask", "oracle")
 
 
 def test_the_base_is_evaluated_for_all_runs_with_equal_settings_and_code(

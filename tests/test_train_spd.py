@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import Letters, both_scripts, file_of, metrics, settings, stopped_run, train
 
+import subspace
 import train_spd
 from harness import files
 from lora import LoRALinear
@@ -112,8 +113,8 @@ def test_dropout_acts_while_training_alone(
 def test_only_spd_projects_what_it_writes(
     method: str, projected: bool, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sites, project = [], train_spd.project_kv
-    monkeypatch.setattr(train_spd, "project_kv", lambda model, P, *rest: sites.extend(P) or project(model, P, *rest))
+    sites, project = [], subspace.project_kv
+    monkeypatch.setattr(subspace, "project_kv", lambda model, P, *rest: sites.extend(P) or project(model, P, *rest))
     result = train(train_spd, base, tmp_path, "--method", method, "--eval-problems", "20")
     assert sites == ([(0, "k"), (0, "v"), (1, "k"), (1, "v")] if projected else [])
     assert (result["generation"][0] == result["own"]) != projected
