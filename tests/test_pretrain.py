@@ -1,11 +1,16 @@
-"""What the authors, the perfect reflector and the documents of the pretraining write."""
+"""What the pretraining reads, how it trains, and the gates that the shipped base passes."""
 
 import random
 import re
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import random_problems
+from torch.optim import _muon
 
+import pretrain
 from data.arithmetic import Arithmetic
 from data.authors import CONFIRMED, HINTED, INFORMED, PLAIN, Author
 from data.chains import (
@@ -26,7 +31,9 @@ from data.documents import (
     sample_document,
     wrong_attempt,
 )
-from data.tokenizer import encode
+from data.tokenizer import END, decode, encode
+from harness import files
+from harness.cli import run_script
 from reflect import parse_reflection
 
 PROBLEM = "3+8-5*2"  # 3+8=1;1-5=6;6*2=2;#2
@@ -166,3 +173,110 @@ def test_a_document_shows_its_reader_what_its_kind_says(kind: str) -> None:
         held = dict(re.findall(r"(<\|\w+\|>)([^<]+)", prompt))
         assert held.pop("<|user|>").split("=")[0] == problem
         assert sources[kind] <= held.keys() <= sources[kind] | {"<|hint|>", "<|solution|>"}
+
+
+# ---------------------------------------------------------------------------------------------- training
+
+
+def test_solutions_end_with_a_stop_token_unless_they_were_cut_off() -> None:
+    documents = [(decode(x), y) for x, y in next(pretrain.batches(400, random.Random(0)))]
+    solutions = [response for prompt, response in documents if "<|attempt|>" not in prompt]
+    ended = [decode(response)[-2] == "#" for response in solutions]
+    assert [response[-1] == END for response in solutions] == ended
+    assert {len(response) for response, end in zip(solutions, ended, strict=True) if not end} == {BUDGET}
+    assert 0.8 < sum(ended) / len(ended) < 1
+
+
+def test_learning_rate_warms_up_stays_and_falls_over_the_last_three_fifths() -> None:
+    shares = [pretrain.schedule(step, 1000) for step in (0, 9, 19, 400, 700, 999)]
+    assert shares == pytest.approx([1 / 20, 1 / 2, 1, 1, 0.51, 0.01 + 1 / 600])
+
+
+def test_muon_has_the_matrices_and_adamw_all_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AdamW has the embedding and the norms without weight decay, and the first layer's values with it."""
+    groups: dict[str, list[tuple[set[int], float]]] = {"Muon": [], "AdamW": []}
+    monkeypatch.setattr(_muon, "_zeropower_via_newtonschulz", _muon._zeropower_via_newtonschulz)  # restored after it
+    for name, seen in groups.items():
+
+        class Recorder(getattr(torch.optim, name)):
+            def __init__(self, *args: object, seen: list = seen, **settings: object) -> None:
+                super().__init__(*args, **settings)
+                seen += [(set(map(id, group["params"])), group["weight_decay"]) for group in self.param_groups]
+
+        monkeypatch.setattr(torch.optim, name, Recorder)
+    config = pretrain.Config(steps=1, batch=2, layers=2, width=8)
+    model = pretrain.pretrain(config)
+    values = id(model.blocks[0].attn.v_proj.weight)
+    matrices = {id(p) for p in model.blocks.parameters() if p.ndim == 2} - {values}
+    others = {id(p) for p in model.parameters()} - matrices - {values}
+    assert groups["Muon"] == [(matrices, config.weight_decay)]
+    assert groups["AdamW"] == [(others, 0.0), ({values}, config.value_decay)]
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (64, 24), (24, 64)])
+def test_newton_schulz_is_that_of_torch_up_to_the_rounding_of_bfloat16(shape: tuple[int, int]) -> None:
+    G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    settings = (_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C), 5, 1e-7
+    ours, theirs = pretrain.newton_schulz(G, *settings), _muon._zeropower_via_newtonschulz(G, *settings)
+    assert ours.dtype == torch.float32 and theirs.dtype == torch.bfloat16
+    assert (ours - theirs).norm() < 0.03 * theirs.norm()
+    U, s, Vt = torch.linalg.svd(G, full_matrices=False)
+    driven = torch.diag(U.T @ ours @ Vt.T)  # its singular vectors stay, large singular values come to about 1
+    torch.testing.assert_close((U * driven) @ Vt, ours, rtol=0, atol=1e-4)
+    assert ((driven > 0.6) & (driven < 1.3))[s > 0.1 * s[0]].all()
+
+
+# ---------------------------------------------------------------------------------------------- the shipped base
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, float]:
+    return pretrain.audit(files.load_checkpoint(files.BASE_CHECKPOINT), "mix", count=96, seed=1)
+
+
+def test_the_checkpoint_is_small_and_loads_without_running_code() -> None:
+    assert files.BASE_CHECKPOINT.stat().st_size < 1_000_000
+    assert set(torch.load(files.BASE_CHECKPOINT, weights_only=True)) == {"config", "model"}
+
+
+def test_the_shipped_base_passes_every_gate(found: dict[str, float]) -> None:
+    assert pretrain.missed_gates(found) == []
+
+
+def test_a_gate_that_is_missed_is_named(found: dict[str, float]) -> None:
+    assert pretrain.missed_gates(found | {"the true step": 0.5}) == ["the true step"]
+    far = found | {"an irrelevant hint": found["no hint"] + 0.1}
+    assert any("within 0.08" in name for name in pretrain.missed_gates(far))
+
+
+@pytest.mark.parametrize(
+    ("flags", "cause"),
+    [
+        (["--width", "12"], "--width"),
+        (["--muon-rate", "1e30", "--steps", "2", "--batch", "2"], "not finite"),
+        (["--check-only", "--out", "nowhere.pt"], "nowhere.pt"),
+    ],
+    ids=" ".join,
+)
+def test_bad_input_gets_one_sentence_and_writes_nothing(
+    flags: list[str], cause: str, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = [] if "--out" in flags else ["--out", str(tmp_path / "base.pt")]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *flags, *out])
+    with pytest.raises(SystemExit) as stop:
+        run_script(pretrain.main)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2 and error.startswith("error: ") and cause in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_new_base_goes_to_out_and_leaves_the_shipped_one_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shipped = files.checksum(files.BASE_CHECKPOINT)
+    small = ["--steps", "2", "--batch", "2", "--layers", "2", "--width", "8", "--out", str(tmp_path / "base.pt")]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *small])
+    monkeypatch.setattr(pretrain, "report", lambda model: None)
+    pretrain.main()
+    assert files.load_checkpoint(tmp_path / "base.pt").config.n_embd == 8
+    assert files.checksum(files.BASE_CHECKPOINT) == shipped
