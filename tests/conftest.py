@@ -154,6 +154,21 @@ def metrics(out: Path) -> list[dict]:
     return [json.loads(line) for line in files.read_text(file_of(out, "metrics.jsonl")).splitlines()]
 
 
+@pytest.fixture
+def optimizer_steps(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, list[torch.Tensor]]]:
+    """The learning rate and the gradients of every step that AdamW takes."""
+    steps = []
+
+    class Recorder(torch.optim.AdamW):
+        def step(self) -> None:
+            (group,) = self.param_groups
+            steps.append((group["lr"], [parameter.grad.clone() for parameter in group["params"]]))
+            super().step()
+
+    monkeypatch.setattr(torch.optim, "AdamW", Recorder)
+    return steps
+
+
 class Stop(Exception):
     pass
 

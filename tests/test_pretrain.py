@@ -60,7 +60,7 @@ def test_no_part_is_played_by_a_better_author(author: Author) -> None:
     assert facts_followed(author) == pytest.approx(0.25, abs=0.06)
 
 
-def test_who_is_told_a_step_writes_what_was_told_be_it_right_or_wrong() -> None:
+def test_a_step_in_the_context_is_copied_be_it_right_or_wrong() -> None:
     careful = Author(popular=HINTED.popular, slip=0.5)
     for problem, rng in random_problems(200):
         told = true_steps(problem)[0][:-1] + str(rng.randint(0, 9))
