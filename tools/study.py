@@ -6,9 +6,9 @@
     python -m tools.study rosd --show         prints the table of what is there and runs nothing
     python -m tools.study all                 every study
 
-results/<study>.json is written after every finished run and is meant to be committed. A run that any of these files holds
-with the same flags, seed, base (by its checksum) and code is not run again: a study goes on where it stopped, also on
-another machine. Runs from before the code was recorded count as well. Delete the files to measure everything anew.
+results/<study>.json is written after every finished run and is meant to be committed. A run that one of these files
+holds with the same flags, seed, base (by its checksum) and code is not run again: a study continues where it stopped,
+even on another machine. Runs from before the code was recorded count as well. Delete the files to measure it all anew.
 """
 
 import importlib
