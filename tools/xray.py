@@ -69,12 +69,10 @@ def answer_strip(model: GPT, task: Task, problem: Problem, tokens: list[int]) ->
     correct = task.verify(problem, task.decode(tokens), ended=tokens[-1] in task.stop).correct
     with torch.no_grad():
         logp = response_logprobs(model, [task.encode(task.prompt(problem))], [tokens])[0]  # (T, V)
-    shown = [
-        Token(
-            piece, says=f"t = {t}, P = {logp[t, token].exp():.3f}", choices=(("likeliest", likeliest(logp[t], task)),)
-        )
-        for t, (piece, token) in enumerate(zip(task.pieces(tokens), tokens, strict=True))
-    ]
+    shown = []
+    for t, (piece, token) in enumerate(zip(task.pieces(tokens), tokens, strict=True)):
+        says, choices = f"t = {t}, P = {logp[t, token].exp():.3f}", (("likeliest", likeliest(logp[t], task)),)
+        shown.append(Token(piece, says=says, choices=choices))
     return Strip(Markup("<code>{}</code>").format(problem.question), shown, "right" if correct else "wrong")
 
 
@@ -183,7 +181,7 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
         s, r = subspace.principal_directions(G)[0], subspace.choose_rank(c.rank, G.size(1))
         says = [f"s_{i + 1} = {value:.3g}" for i, value in enumerate(s.tolist())]
         shown = [Token(bar, dimmed=i >= r, says=says[i]) for i, bar in enumerate(subspace.bars(s))]
-        spectra.append(Strip(site_name(site), shown, note=f"r = {r}" if site in projectors else "not projected"))
+        spectra.append(Strip(f"{site_name(site)}, {f'r = {r}' if site in projectors else 'not projected'}", shown))
     problems = task.problems(c.domain, 4, random.Random(f"prompt {c.seed}"), test=True)
     prompts = [task.encode(task.prompt(problem)) for problem in problems]
     text, taken = [*prompts[0], *task.encode(problems[0].solution)], {}
