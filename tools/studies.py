@@ -46,7 +46,7 @@ TEXTS = {  # what the base writes under projection, at the best site of each bas
         ("aligned", "{aligned|unmarked}"),
         ("full", "{aligned|unmarked} --loss full"),
         ("random", "{aligned|unmarked} --subspace random"),
-        ("random at its best place", "{random} --subspace random"),
+        ("random at its best site", "{random} --subspace random"),
         ("aligned, calibrated on exam", "{aligned}"),
         ("aligned, calibrated without the mark", "{unmarked}"),
     )
@@ -136,7 +136,7 @@ STUDIES = {
             "SSD, T = 0.6": "--method ssd --temperature 0.6",
             "SPD, full-sequence loss": "{aligned|unmarked} --loss full",
             "SPD, random subspace": "{aligned|unmarked} --subspace random",  # another draw with every seed
-            "SPD, random subspace at its best place": "{random} --subspace random",
+            "SPD, random subspace at its best site": "{random} --subspace random",
             "SPD, T = 1": "{aligned|unmarked} --temperature 1",  # beside PSR, which samples at the same temperature
             "SPD, calibrated on exam": "{aligned}",
             "SPD, calibrated without the mark": "{unmarked}",
