@@ -17,6 +17,7 @@ import os
 import random
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from tempfile import TemporaryDirectory
@@ -24,7 +25,6 @@ from typing import Any
 
 import torch
 
-import train_rosd
 from data import Verdict
 from data.requests import problem_request
 from data.sources import WordProblem
@@ -32,29 +32,29 @@ from data.words import Words
 from errors import UserError
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.parallel import keep_freed_memory
 from harness.run import find_task, peak_memory_mb, seeded
-from lora import TARGETS, make_trainable
+from lessons import Lesson, pairs_to_learn_from, teacher_prompt
+from lora import TARGETS, trainable_copy
 from model import sample
 from reflect import sample_rollouts
+from tools.memory import update
+from train_rosd import configure
 
 TASK, BATCH, GROUP, NEW, RATE = "gym:chain_sum:max_digits=1", 4, 4, 48, 1e-4  # problems, rollouts each, their tokens
-LONGEST = 160  # tokens of a rollout that may end by itself
+LONGEST, STEPS = 160, 2  # tokens of a rollout that may end by itself; steps that are timed, after one that is not
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 SAMPLING |= {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0}
-Step = Callable[[int], object]
 
 
 @dataclass(frozen=True)
 class Config:
     real: str = option("", "folder of a Hugging Face model")
     repeats: int = option(5, "repetitions; the best one counts", minimum=1)
-    threads: int = option(0, "CPU threads; 0 leaves it to torch", minimum=0)
 
 
 def bench_task(folder: str, may_end: bool = False) -> Words:
     """The task, with responses that may end by themselves, or only when they are full."""
-    task = find_task(train_rosd.Config(task=TASK, base=folder, max_response=LONGEST if may_end else NEW))
+    task = find_task(configure(task=TASK, base=folder, max_response=LONGEST if may_end else NEW))
     task.stop = task.stop if may_end else (-1,)
     return task
 
@@ -63,17 +63,21 @@ def draw(task: Words, step: int) -> list[WordProblem]:
     return task.problems(task.domains[0], BATCH, random.Random(step))
 
 
-def timed(run: Step, steps: int) -> list[float]:
-    seconds = []
-    for step in range(steps):
-        began = time.perf_counter()
-        run(step)
-        seconds.append(time.perf_counter() - began)
-    return seconds
+def seconds_of(run: Callable[[int], object], step: int) -> float:
+    began = time.perf_counter()
+    run(step)
+    return time.perf_counter() - began
 
 
-def timed_rollouts(run: Callable[[int], list[list[int]]], stop: tuple[int, ...], steps: int) -> list[float]:
-    """Seconds of each step; where responses may end, a placeholder and the seconds per 1,000 tokens of 2 x steps."""
+def best_step(run: Callable[[int], object]) -> float:
+    """Seconds of the best step after the first."""
+    return min([seconds_of(run, step) for step in range(1 + STEPS)][1:])
+
+
+def rollout_time(run: Callable[[int], list[list[int]]], stop: tuple[int, ...]) -> float:
+    """Seconds of the best step; where responses may end, seconds per 1,000 tokens, over three times as many steps."""
+    if stop == (-1,):
+        return best_step(run)
     lengths = []
 
     def count(step: int) -> None:
@@ -81,39 +85,40 @@ def timed_rollouts(run: Callable[[int], list[list[int]]], stop: tuple[int, ...],
             ends = [i + 1 for i, token in enumerate(response) if token in stop]
             lengths.append(ends[0] if ends else len(response))
 
-    if stop == (-1,):
-        return timed(count, steps)
-    timed(count, 1)
+    count(0)
     lengths.clear()
-    return [float("nan"), sum(timed(count, 2 * steps)) / sum(lengths) * 1000]
+    return sum(seconds_of(count, step) for step in range(3 * STEPS)) / sum(lengths) * 1000
 
 
 # ---------------------------------------------------------------------------------------------- ours
 
 
-def our_rollouts(may_end: bool, folder: str, steps: int) -> list[float]:
+def our_rollouts(may_end: bool, folder: str) -> float:
     task, model = bench_task(folder, may_end), files.load_checkpoint(folder).bfloat16()
 
     def run(step: int) -> list[list[int]]:
-        prompts = [task.encode(task.student_prompt(problem)) for problem in draw(task, step)]
+        prompts = [task.encode(task.prompt(problem)) for problem in draw(task, step)]
         return sample(model, prompts, task.max_response, task.stop, GROUP, generator=seeded(step))[0]
 
-    return timed_rollouts(run, task.stop, steps)
+    return rollout_time(run, task.stop)
 
 
-def our_step(method: str, folder: str, steps: int) -> list[float]:
-    task, model = bench_task(folder), files.load_checkpoint(folder).bfloat16()
-    config = train_rosd.Config(method=method, finetune="lora", group=GROUP, learning_rate=RATE)
-    config = train_rosd.settle(config)
-    optimizer = torch.optim.AdamW(make_trainable(model, "lora", 8, 8.0), lr=RATE)
+def our_step(method: str, folder: str) -> float:
+    task, base = bench_task(folder), files.load_checkpoint(folder).bfloat16().requires_grad_(False)
+    config = configure(method, finetune="lora", group=GROUP)
+    student, weights = trainable_copy(base, "lora")
+    optimizer = torch.optim.AdamW(weights, lr=RATE)
 
     def run(step: int) -> None:
-        rollouts = sample_rollouts(model, task, draw(task, step), GROUP, seeded(step))
-        judged = [dataclasses.replace(r, verdict=Verdict(i % 2 == 1, True, None)) for i, r in enumerate(rollouts)]
-        lessons, _ = train_rosd.make_lessons(judged, model, task, config, step, None)
-        train_rosd.update(model, model, optimizer, lessons, task, config, step)
+        rollouts = sample_rollouts(student, task, draw(task, step), GROUP, seeded(step))
+        rollouts = [dataclasses.replace(y, verdict=Verdict(i % 2 == 1, True, None)) for i, y in enumerate(rollouts)]
+        lessons = []
+        for y, peer, A in pairs_to_learn_from(rollouts, config):
+            prompts = task.prompt(y.problem), teacher_prompt(task, y, peer, None, config)
+            lessons.append(Lesson(*map(task.encode, prompts), y.tokens, y.logprobs, 0, len(y.tokens), A))
+        update(student, base, weights, optimizer, lessons, config)
 
-    return timed(run, steps)
+    return best_step(run)
 
 
 # ---------------------------------------------------------------------------------------------- theirs
@@ -127,24 +132,24 @@ def with_adapters(folder: str) -> Any:
     return get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM"))
 
 
-def their_rollouts(may_end: bool, folder: str, steps: int) -> list[float]:
+def their_rollouts(may_end: bool, folder: str) -> float:
     from transformers import AutoModelForCausalLM
 
     task, ends = bench_task(folder, may_end), {"max_new_tokens": LONGEST, "min_new_tokens": None}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
     def run(step: int) -> list[list[int]]:
-        prompts = [task.encode(task.student_prompt(problem)) for problem in draw(task, step)]
+        prompts = [task.encode(task.prompt(problem)) for problem in draw(task, step)]
         longest = max(map(len, prompts))
         ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
         real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
         settings = SAMPLING | ({**ends, "eos_token_id": list(task.stop)} if may_end else {})
         return model.generate(ids, attention_mask=real, num_return_sequences=GROUP, **settings)[:, longest:].tolist()
 
-    return timed_rollouts(run, task.stop, steps)
+    return rollout_time(run, task.stop)
 
 
-def trl_step(method: str, folder: str, steps: int) -> list[float]:
+def trl_step(method: str, folder: str) -> float:
     from datasets import Dataset
     from transformers import TrainerCallback
 
@@ -159,7 +164,8 @@ def trl_step(method: str, folder: str, steps: int) -> list[float]:
         kind = {"distillation_mode": "topk_logits", "distillation_topk": 100, "distillation_add_tail": True}
         kind |= {"distillation_alpha": 0.5, "teacher_model_kind": "base"}
     task, seconds = bench_task(folder), []
-    asked = [problem_request(problem.question, task.ending) for step in range(steps) for problem in draw(task, step)]
+    problems = [problem for step in range(1 + STEPS) for problem in draw(task, step)]
+    requests = [problem_request(problem.question, task.ending) for problem in problems]
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -175,13 +181,13 @@ def trl_step(method: str, folder: str, steps: int) -> list[float]:
         kind |= {"per_device_train_batch_size": BATCH * GROUP, "num_generations": GROUP, "max_completion_length": NEW}
         kind |= {"generation_kwargs": {"min_new_tokens": NEW}, "gradient_checkpointing": False, "bf16": False}
         silent = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
-        settings = Settings(output_dir=out, max_steps=steps, learning_rate=RATE, **kind, **silent)
-        rows = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in asked])
+        settings = Settings(output_dir=out, max_steps=1 + STEPS, learning_rate=RATE, **kind, **silent)
+        rows = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in requests])
         Trainer(with_adapters(folder), every_other, settings, rows, callbacks=[Clock()]).train()
-    return seconds
+    return min(seconds[1:])
 
 
-def book_step(folder: str, steps: int) -> list[float]:
+def book_step(folder: str) -> float:
     task, model = bench_task(folder), with_adapters(folder)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=RATE)
 
@@ -197,27 +203,27 @@ def book_step(folder: str, steps: int) -> list[float]:
     def run(step: int) -> None:
         optimizer.zero_grad()
         for problem in draw(task, step):
-            prompt = task.encode(task.student_prompt(problem))
+            x = task.encode(task.prompt(problem))
             with torch.no_grad():
-                ids = torch.tensor([prompt])
-                written = model.generate(input_ids=ids, num_return_sequences=GROUP, **SAMPLING)[:, len(prompt) :]
-            told = task.encode(task.teacher_prompt(problem, solution=task.decode(written[1].tolist())))
+                ids = torch.tensor([x])
+                written = model.generate(input_ids=ids, num_return_sequences=GROUP, **SAMPLING)[:, len(x) :]
+            x_T = task.encode(task.prompt(problem, solution=task.decode(written[1].tolist())))
             for y in written.split(4):
-                student = logits_of(prompt, y)
+                student = logits_of(x, y)
                 index = student.topk(20, dim=-1).indices
                 with torch.no_grad():
-                    q = with_tail(logits_of(told, y), index)
+                    q = with_tail(logits_of(x_T, y), index)
                 p = with_tail(student, index)
                 ((p.exp() * (p - q)).sum() / (BATCH * written.numel())).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
-    return timed(run, steps)
+    return best_step(run)
 
 
 # ---------------------------------------------------------------------------------------------- side by side
 
-CONTESTS: dict[str, dict[str, Callable[[str, int], list[float]]]] = {  # the first is ours
+CONTESTS: dict[str, dict[str, Callable[[str], float]]] = {  # the first is ours
     "rollouts, all full": {"ours": partial(our_rollouts, False), "transformers": partial(their_rollouts, False)},
     "rollouts, to their ends": {"ours": partial(our_rollouts, True), "transformers": partial(their_rollouts, True)},
     "GRPO step": {"ours": partial(our_step, "grpo"), "TRL": partial(trl_step, "grpo")},
@@ -225,42 +231,37 @@ CONTESTS: dict[str, dict[str, Callable[[str, int], list[float]]]] = {  # the fir
 }
 
 
-def contestant(contest: str, name: str, folder: str, threads: int, steps: int, answer: Any) -> None:
+def contestant(contest: str, name: str, folder: str) -> tuple[float, float]:
+    """Seconds, and the peak memory of this process in MB."""
     os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}  # nothing is fetched, and nothing reported
-    torch.set_num_threads(threads)
-    keep_freed_memory()  # as in our runs; it helps the others too
-    answer.put((min(CONTESTS[contest][name](folder, 1 + steps)[1:]), peak_memory_mb() or float("nan")))
+    return CONTESTS[contest][name](folder), peak_memory_mb() or float("nan")
 
 
-def compare(folder: str, threads: int, repeats: int) -> str:
-    """The best step of each contestant over `repeats` processes, of two steps each (six of those that may end)."""
-    context, found = multiprocessing.get_context("spawn"), {}
+def compare(folder: str, repeats: int) -> str:
+    """The best step of each contestant over `repeats` processes, and the largest peak."""
+    context, best = multiprocessing.get_context("spawn"), {}
     for _ in range(repeats):
-        for contest, names in CONTESTS.items():
-            for name in names:
-                answer = context.Queue()
-                child = context.Process(target=contestant, args=(contest, name, folder, threads, 2, answer))
-                child.start()
-                child.join()
-                if child.exitcode:
-                    raise UserError(f"the {contest} of {name} failed, see above; it needs `pip install trl peft`")
-                seconds, peak = answer.get()
-                before = found.get((contest, name), (float("inf"), 0))
-                found[contest, name] = min(before[0], seconds), max(before[1], peak)
+        for key in ((contest, name) for contest, names in CONTESTS.items() for name in names):
+            with ProcessPoolExecutor(1, context) as process:
+                try:
+                    seconds, peak = process.submit(contestant, *key, folder).result()
+                except ImportError as error:
+                    raise UserError(f"{key[1]} needs {error.name}; pip install trl peft") from error
+            before = best.get(key, (float("inf"), 0))
+            best[key] = min(before[0], seconds), max(before[1], peak)
     rows = []
-    for (contest, name), (seconds, peak) in found.items():
-        ratio = seconds / found[contest, "ours"][0]
+    for (contest, name), (seconds, peak) in best.items():
+        ratio = seconds / best[contest, "ours"][0]
         unit = "s / 1,000 tokens" if "ends" in contest else "s"
         rows.append([contest, name, f"{seconds:.2f} {unit}", f"{peak:,.0f} MB", f"{ratio:.2f}x"])
-    header = [f"{BATCH} x {GROUP} rollouts", "", "best time", "peak memory", "this / ours"]
-    return markdown_table(header, rows)
+    return markdown_table([f"{BATCH} x {GROUP} rollouts", "", "best time", "peak memory", "this / ours"], rows)
 
 
 def main() -> None:
     config = parse_config(Config, __doc__)
     if not config.real:
         raise UserError("give the folder of a Hugging Face model with --real")
-    print(compare(config.real, config.threads or torch.get_num_threads(), config.repeats))
+    print(compare(config.real, config.repeats))
 
 
 if __name__ == "__main__":

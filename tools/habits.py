@@ -25,7 +25,7 @@ from tools import stats
 from tools.studies import STUDIES
 from tools.study import base_path, command_of, plan
 
-PLACES = ("without a hint", "before the hinted step", "after it")
+WHERE = ("without a hint", "before the hinted step", "after it")
 
 
 @dataclass(frozen=True)
@@ -37,19 +37,19 @@ class Config:
 
 @torch.no_grad()
 def check_probabilities(model: GPT, task: Task, problems: int) -> dict[str, float]:
-    """Mean probability of a check where one could begin, at each of PLACES."""
-    rng, found = random.Random("habits"), {place: [] for place in PLACES}
+    """Mean probability of a check where one could begin, at each of WHERE."""
+    rng, found = random.Random("habits"), {where: [] for where in WHERE}
     check = task.encode(CHECK_MARK)[0]
     for problem in task.problems("mix", problems, rng, test=True):
         steps, response = problem.solution.split(";"), task.encode(problem.solution)
         hinted = rng.randrange(1, len(steps) - 1)  # the last piece is the answer
-        prompts = [task.student_prompt(problem), task.teacher_prompt(problem, idea=steps[hinted])]
+        prompts = [task.prompt(problem), task.prompt(problem, idea=steps[hinted])]
         chances = response_logprobs(model, list(map(task.encode, prompts)), [response] * 2)[:, :, check].exp()  # (2, T)
         begins = [t + 1 for t, token in enumerate(task.pieces(response)) if token == ";"]  # of every step but the first
-        found[PLACES[0]] += chances[0, begins].tolist()
-        found[PLACES[1]] += chances[1, begins[:hinted]].tolist()
-        found[PLACES[2]] += chances[1, begins[hinted:]].tolist()
-    return {place: sum(values) / len(values) for place, values in found.items()}
+        found[WHERE[0]] += chances[0, begins].tolist()
+        found[WHERE[1]] += chances[1, begins[:hinted]].tolist()
+        found[WHERE[2]] += chances[1, begins[hinted:]].tolist()
+    return {where: sum(values) / len(values) for where, values in found.items()}
 
 
 def measured(config: Config, task: Task) -> Iterator[dict]:
@@ -68,11 +68,11 @@ def table(rows: list[dict], *_: object) -> str:
     lines = []
     for variant in dict.fromkeys(row["variant"] for row in rows):
         cells = []
-        for place in PLACES:
-            found = stats.estimate({(r["base"], 0): r[place] for r in rows if r["variant"] == variant})
+        for where in WHERE:
+            found = stats.estimate({(r["base"], 0): r[where] for r in rows if r["variant"] == variant})
             cells.append(f"{100 * found.mean:.0f} ± {100 * (found.half or 0):.0f}")
         lines.append([variant, *cells])
-    return markdown_table(["P(check), %", *PLACES], lines)
+    return markdown_table(["P(check), %", *WHERE], lines)
 
 
 def main() -> None:

@@ -4,11 +4,11 @@
     python -m tools.mechanism --readme   also puts the table between its markers in the READMEs
     python -m tools.mechanism --base out/base.pt    measures a base of your own and keeps nothing
 
-For every base, place (layers; keys, values or both; rank) and subspace, on training problems alone: the log-probability
+For every base, site (layers; keys, values or both; rank) and subspace, on training problems alone: the log-probability
 of the right digit at S, and the probability of each nuisance decision of this world, after prefixes of golden solutions
-and of the base's own text. The studies' rule: a base's place is where golden solutions have the highest mean log p.
+and of the base's own text. The studies' rule: a base's site is where golden solutions have the highest mean log p.
 
-results/spd-mechanism.json has a line a place; a base that it holds, by its checksum, is not measured again.
+results/spd-mechanism.json has a line a site; a base that it holds, by its checksum, is not measured again.
 """
 
 import itertools
@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import subspace
@@ -28,13 +27,14 @@ from data.chains import CHECK_MARK, STEP, calculate, operations
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import seeded
-from model import GPT, generate, response_logprobs
-from subspace import Place, SubspaceConfig, hooked, project_kv
+from losses import token_logprobs
+from model import GPT, generate, pad, response_logprobs
+from subspace import Site, hooked, project_kv
 from tools import stats
-from tools.studies import BASES, CALIBRATION, FRESH, best_place, mechanism_rows, place_name, rows_of, with_golden
+from tools.studies import BASES, CALIBRATION, FRESH, best_site, mechanism_rows, site_label
 from tools.study import base_checksum, base_path
 
-NAME, DOMAIN, PROBLEMS = "spd-mechanism", "exam", 200  # a quarter of the problems with a text of the base's own
+NAME, DOMAIN, PROBLEMS = "spd-mechanism", "exam", 200  # a quarter of the problems with a sampled text as well
 PROJECT, RANKS = ("k", "v", "kv"), (30, 35, 40, 45, 50, 60)  # percent
 DRAWS, FIRST_DRAW = 3, 100  # random subspaces are not those of the studies, whose seeds count from 0
 DIGITS, OPERATORS, END = "0123456789", "+-*", "<|end|>"
@@ -43,7 +43,7 @@ NUISANCES = ("check", "merge", "wrong", "stop")
 
 @dataclass(frozen=True)
 class Config:
-    base: str = option("", "a checkpoint of your own; without one, the bases of the studies")
+    base: str = option("", "a checkpoint to measure; without one, the bases of the studies")
     ranks: tuple[str, ...] = option(tuple(map(str, RANKS)), "ranks to measure it at, percent")
     readme: bool = option(False, "put the table into the READMEs")
 
@@ -51,8 +51,8 @@ class Config:
 def decisions(question: str, written: list[str]) -> Iterator[tuple[str, int, tuple[str, ...]]]:
     """(decision, position, the tokens that take it) of a text, given as its tokens' texts, prefix by prefix.
 
-    'right' and 'wrong' go by plain arithmetic on the step as it is written; 'check' is asked after every step, 'merge'
-    where a step could take in the next operation, 'stop' where operations are left.
+    'right' and 'wrong' go by plain arithmetic on the step as it is written. 'check' is possible after every step,
+    'merge' where a step could take in the next operation, 'stop' where operations are left.
 
     >>> [(name, t) for name, t, _ in decisions("3+8-5", list("3+8=1;1-5=6;#6")) if name != "wrong"]
     [('merge', 3), ('right', 4), ('check', 6), ('stop', 6), ('right', 10), ('check', 12), ('right', 13)]
@@ -100,19 +100,19 @@ def make_probe(task: Task, problems: list[Problem], texts: list[list[int]]) -> P
             found.setdefault(name, []).append((row, t, tokens))
     columns = {name: zip(*entries, strict=True) for name, entries in found.items()}
     indexed = {name: (torch.tensor(r), torch.tensor(t), torch.stack(v)) for name, (r, t, v) in columns.items()}
-    return Probe([task.encode(task.student_prompt(problem)) for problem in problems], texts, indexed)
+    return Probe([task.encode(task.prompt(problem)) for problem in problems], texts, indexed)
 
 
 @torch.no_grad()
-def measure(model: GPT, golden: Probe, own: Probe) -> dict[str, float]:
+def measure(model: GPT, golden: Probe, sampled: Probe) -> dict[str, float]:
     """Means over golden solutions and over decisions; `rest` is log p of a golden solution without the tokens at S."""
     measures = {}
-    for probe, kind in ((golden, ""), (own, "own ")):
+    for probe, kind in ((golden, ""), (sampled, "sampled ")):
         logp = response_logprobs(model, probe.prompts, probe.texts)  # (B, T, V)
         taken = {name: (logp[r, t].exp() * v).sum(dim=-1) for name, (r, t, v) in probe.decisions.items()}  # (N,)
         if probe is golden:
-            y = pad_sequence(list(map(torch.tensor, probe.texts)), True, -1)  # (B, T)
-            each = logp.gather(-1, y.clamp(min=0).unsqueeze(-1)).squeeze(-1).masked_fill(y < 0, 0).sum(dim=1)  # (B,)
+            y = pad(probe.texts, -1)  # (B, T)
+            each = (token_logprobs(logp, y.clamp(min=0)) * (y >= 0)).sum(dim=1)  # (B,)
             measures["rest"] = (each.sum() - taken["right"].log().sum()).item() / len(each)
         measures[kind + "right"] = taken["right"].log().mean().item()
         measures |= {kind + name: taken[name].mean().item() for name in NUISANCES}
@@ -120,13 +120,26 @@ def measure(model: GPT, golden: Probe, own: Probe) -> dict[str, float]:
 
 
 @torch.no_grad()
-def mark_vectors(model: GPT, prompts: list[list[int]], sites: list[Place]) -> dict[Place, Tensor]:
-    """Keys and values of the exam's mark, the last token but one of a prompt: place -> (prompts, d)."""
-    seen: dict[Place, Tensor] = {}
-    with hooked(model, sites, "linear", lambda place, output: seen.update({place: output})):
-        model.hidden(pad_sequence(list(map(torch.tensor, prompts)), batch_first=True))
+def mark_vectors(model: GPT, prompts: list[list[int]], sites: list[Site]) -> dict[Site, Tensor]:
+    """Keys and values of the exam's mark, the last token but one of a prompt: site -> (prompts, d)."""
+    seen: dict[Site, Tensor] = {}
+    with hooked(model, sites, "linear", lambda site, output: seen.update({site: output})):
+        model.hidden(pad(prompts))
     rows, at = torch.arange(len(prompts)), torch.tensor([len(prompt) - 2 for prompt in prompts])
-    return {place: output[rows, at] for place, output in seen.items()}
+    return {site: output[rows, at] for site, output in seen.items()}
+
+
+def condensed_gradients(
+    model: GPT, task: Task, domains: tuple[str, ...], size: int, loss: str, seed: int = 0
+) -> dict[Site, Tensor]:
+    """site -> a matrix (at most d, d) with the singular values and right singular vectors of the gradients G."""
+    sites = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
+    examples = subspace.calibration_set(task, domains, size, loss, seed)
+    condensed = {}
+    for site, G in subspace.capability_gradients(model, examples, sites).items():
+        s, V = subspace.principal_directions(G)
+        condensed[site] = s[:, None] * V.T
+    return condensed
 
 
 def share_inside(x: Tensor, P: Tensor) -> float:
@@ -139,49 +152,61 @@ def share_inside(x: Tensor, P: Tensor) -> float:
 
 
 def measure_base(
-    model: GPT, task: Task, problems: list[Problem], solutions: list[list[int]], ranks: tuple[int, ...] = RANKS
+    model: GPT,
+    task: Task,
+    problems: list[Problem],
+    solutions: list[list[int]],
+    ranks: tuple[int, ...] = RANKS,
+    calibration_size: int = 500,
 ) -> Iterator[dict]:
-    """A row for the base itself, and one for every place and subspace."""
+    """A row for the base itself, and one for every site and subspace."""
     golden = make_probe(task, problems, solutions)
     written = generate(model, golden.prompts[::4], task.max_response, task.stop, generator=seeded("mechanism"))
-    own = make_probe(task, problems[::4], written)
+    sampled = make_probe(task, problems[::4], written)
     row = {"layers": "", "project": "", "rank": 100, "subspace": "none", "draw": 0, "mark": 1.0}
-    yield row | measure(model, golden, own)
-    sites = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
-    marks = mark_vectors(model, golden.prompts, sites)
-    gradients = {}
-    for name in ("aligned", "full", "unmarked"):
-        settings = SubspaceConfig(loss="full" if name == "full" else "aligned")
-        examples = subspace.calibration_set(task, CALIBRATION[name], settings, seed=0)
-        G = subspace.capability_gradients(model, examples, sites)
-        gradients[name] = {place: subspace.condense(rows) for place, rows in G.items()}
+    yield row | measure(model, golden, sampled)
+    gradients = {
+        name: condensed_gradients(model, task, CALIBRATION[name], calibration_size, loss)
+        for name, loss in (("aligned", "aligned"), ("full", "full"), ("unmarked", "aligned"))
+    }
+    marks = mark_vectors(model, golden.prompts, list(gradients["aligned"]))
     subspaces = [(name, 0) for name in gradients] + [("random", draw) for draw in range(DRAWS)]
     layers = range(1, model.config.n_layer + 1)
     wheres = [*itertools.product(map(str, layers), PROJECT), ("paper", "kv")]
-    for (spec, kinds), rank in tqdm([*itertools.product(wheres, ranks)], unit="place"):
+    for (spec, kinds), rank in tqdm([*itertools.product(wheres, ranks)], unit="site"):
         chosen = [(layer, kind) for layer in subspace.target_layers(spec, len(layers)) for kind in kinds]
         for name, draw in subspaces:
-            settings = SubspaceConfig(rank=f"{rank}%", subspace="random" if name == "random" else "gradient")
-            G = {place: gradients.get(name, gradients["aligned"])[place] for place in chosen}
-            projectors = subspace.make_projectors(G, settings, model.config.n_kv_head, FIRST_DRAW + draw)
+            G = {site: gradients.get(name, gradients["aligned"])[site] for site in chosen}
+            kind = "random" if name == "random" else "gradient"
+            projectors = subspace.make_projectors(G, f"{rank}%", kind, seed=FIRST_DRAW + draw)
             row = {"layers": spec, "project": kinds, "rank": rank, "subspace": name, "draw": draw}
-            row["mark"] = min(share_inside(marks[place], P) for place, P in projectors.items())  # read through both
+            row["mark"] = min(share_inside(marks[site], P) for site, P in projectors.items())  # read through both
             with project_kv(model, projectors):
-                yield row | measure(model, golden, own)
+                yield row | measure(model, golden, sampled)
 
 
 def mechanism_table(rows: list[dict]) -> str:
-    """What happens to the decisions of every base, unprojected and at the best place of every subspace."""
-    header = ["base", "subspace", "best place", "log p", "right, kept", "check", "check, own", "merge", "mark inside"]
+    """What happens to the decisions of every base, unprojected and at the best site of every subspace."""
+    header = [
+        "base",
+        "subspace",
+        "best site",
+        "log p",
+        "right, kept",
+        "check",
+        "check, sampled",
+        "merge",
+        "mark inside",
+    ]
     lines = []
     for base in sorted({row["base"] for row in rows}):
-        plain = best_place(rows, base, "none")
+        plain = best_site(rows, base, "none")
         for name in ("none", *CALIBRATION):
-            row = best_place(rows, base, name)
+            row = best_site(rows, base, name)
             kept = math.exp(row["right"] - plain["right"])
-            values = kept, row["check"], row["own check"], row["merge"], row["mark"]
+            values = kept, row["check"], row["sampled check"], row["merge"], row["mark"]
             cells = [f"{row['golden']:.1f}", *(f"{100 * value:.0f}" for value in values)]
-            lines.append([str(base), name, place_name(row), *cells])
+            lines.append([str(base), name, site_label(row), *cells])
     return f"{markdown_table(header, lines)}\n\n{corner_note(rows)}"
 
 
@@ -208,22 +233,22 @@ def main() -> None:
     S = sum(len(task.decisive(task.pieces(solution))) for solution in solutions) / len(solutions)
     if config.base:
         model = files.load_checkpoint(config.base).eval()
-        found = measure_base(model, task, problems, solutions, tuple(map(int, config.ranks)))
-        rows = [{"base": config.base} | row for row in found]
-        print(mechanism_table(with_golden(rows, S)))
+        found = [*measure_base(model, task, problems, solutions, tuple(map(int, config.ranks)))]
+        rows = [[config.base, *row.values()] for row in found]
+        print(mechanism_table(mechanism_rows({"S": S, "columns": ["base", *found[0]], "rows": rows})))
         return
     path, checksums = stats.RESULTS / f"{NAME}.json", {str(base): base_checksum(base) for base in (*BASES, *FRESH)}
-    held = files.read_json(path) if path.exists() else {"bases": {}, "columns": [], "rows": []}
-    known = {base: sum for base, sum in held["bases"].items() if checksums.get(base) == sum}
-    rows = [row for row in rows_of(held) if str(row["base"]) in known]
+    content = files.read_json(path) if path.exists() else {"bases": {}, "rows": []}
+    known = {base: sum for base, sum in content["bases"].items() if checksums.get(base) == sum}
+    rows = [row for row in content["rows"] if str(row[0]) in known]
     for base in (*BASES, *FRESH):
         if str(base) not in known:
             model = files.load_checkpoint(base_path(base)).eval()
-            rows += [{"base": base} | row for row in measure_base(model, task, problems, solutions)]
+            for row in measure_base(model, task, problems, solutions):
+                rows.append([base, *(float(f"{x:.3g}") if isinstance(x, float) else x for x in row.values())])
             known[str(base)] = checksums[str(base)]
-            rows.sort(key=lambda row: row["base"])
-            short = [[float(f"{x:.3g}") if isinstance(x, float) else x for x in row.values()] for row in rows]
-            stats.write_results(NAME, {"bases": known, "S": S, "columns": list(rows[0])}, "rows", short)
+            rows.sort(key=lambda row: row[0])
+            stats.write_results(NAME, {"bases": known, "S": S, "columns": ["base", *row]}, "rows", rows)
     rows = mechanism_rows()
     print(mechanism_table(rows))
     if config.readme:

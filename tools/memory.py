@@ -1,5 +1,9 @@
 """What ROSD needs of a GPU's memory, computed; and what one update really takes on this machine.
 
+    python -m tools.memory                                   the table, for a GPU
+    python -m tools.memory --measure full --micro-batch 16   one update of a small model, and the peak of this process
+    python -m tools.memory --results out/*/results.json      the peaks of finished runs
+
 docs/real_models.md has the formulas and both tables.
 """
 
@@ -9,17 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
-import losses
-from data import Verdict
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import find_task, peak_memory_mb
-from lora import add_lora, make_trainable
+from lessons import Lesson, by_length
+from lora import trainable_copy
 from model import GPT, GPTConfig
-from reflect import Rollout
+from train_rosd import METHODS, configure
 from train_rosd import Config as RosdConfig
-from train_rosd import Lesson, settle, update
 
 QWEN3 = {  # layers, width, query heads, hidden width of the MLP
     "Qwen3-0.6B": (28, 1024, 16, 3072),
@@ -28,11 +31,15 @@ QWEN3 = {  # layers, width, query heads, hidden width of the MLP
 }
 
 
+LOGITS = 4  # float32 tensors of the size of the responses' logits that an update holds at once
+
+
 @dataclass(frozen=True)
 class Config:
     length: int = option(1024, "tokens of prompt and response together", minimum=2)
+    response: int = option(512, "tokens of the response alone", minimum=1)
     rollouts: int = option(64, "rollouts sampled at once, problems times G", minimum=1)
-    micro_batch: int = option(4, "rollouts an update holds at once", minimum=1)
+    micro_batch: int = option(2, "rollouts an update holds at once", minimum=1)
     measure: str = option("", "make an update of a small model, print the peak", choices=("full", "lora"))
     results: tuple[str, ...] = option((), "results.json of finished runs: print their peaks")
 
@@ -42,9 +49,9 @@ def gigabytes(name: str, finetune: str, config: Config) -> dict[str, float]:
     layers, width, heads, hidden = QWEN3[name]
     shape = GPTConfig(151_936, config.length, layers, width, heads, n_kv_head=8, head_dim=128, n_hidden=hidden)
     with torch.device("meta"):
-        model = GPT(shape)
-        P = sum(p.numel() for p in model.parameters())
-        A = sum(p.numel() for p in add_lora(model))
+        base = GPT(shape)
+        P = sum(p.numel() for p in base.parameters())
+        A = sum(p.numel() for p in trainable_copy(base, "lora")[1])
     Q, K = heads * 128, 8 * 128  # widths of queries, and of keys
     saved = 4 * width + 5 * Q + 5 * K + 4 * hidden  # numbers that backward needs, a token and layer
     full, tokens = finetune == "full", config.micro_batch * config.length
@@ -55,7 +62,7 @@ def gigabytes(name: str, finetune: str, config: Config) -> dict[str, float]:
         "gradients": 4 * (P if full else A),
         "AdamW": 8 * (P if full else A),
         "activations": tokens * layers * (size * saved + upcast),
-        "logits": 8 * 4 * min(losses.CHUNK, tokens * shape.vocab_size),
+        "logits": LOGITS * 4 * config.micro_batch * config.response * shape.vocab_size,
         "KV cache": config.rollouts * config.length * layers * 2 * K * size,
     }
     always = sum(parts[part] for part in ("weights", "gradients", "AdamW"))
@@ -63,16 +70,30 @@ def gigabytes(name: str, finetune: str, config: Config) -> dict[str, float]:
     return {part: value / 2**30 for part, value in parts.items()}
 
 
-def measure(finetune: str) -> float:
+def update(
+    student: GPT, teacher: GPT, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer, lessons: list[Lesson],
+    config: RosdConfig,
+) -> None:  # fmt: skip
+    """The last part of a step of train_rosd.py."""
+    M = sum(lesson.end - lesson.start for lesson in lessons)
+    optimizer.zero_grad()
+    for part in by_length(lessons, config.micro_batch):
+        (METHODS[config.method].loss(student, teacher, part, config) / M).backward()
+    nn.utils.clip_grad_norm_(weights, config.grad_clip)
+    optimizer.step()
+
+
+def measure(finetune: str, micro_batch: int) -> float | None:
     """Peak in MB of this process after an update: 8 layers of width 256, golden solutions in the place of rollouts."""
-    task, config = find_task(RosdConfig()), settle(RosdConfig(finetune=finetune))
-    student, base = (GPT(GPTConfig(50_000, 256, 8, 256, 8, 4, 32, 768)).requires_grad_(False) for _ in range(2))
-    optimizer, lessons = torch.optim.AdamW(make_trainable(student, finetune, 8, 8.0)), []
+    config = configure(finetune=finetune, micro_batch=micro_batch)
+    task, base = find_task(config), GPT(GPTConfig(50_000, 256, 8, 256, 8, 4, 32, 768)).requires_grad_(False)
+    student, weights = trainable_copy(base, finetune)
+    lessons = []
     for problem in task.problems("mix", 128, random.Random(0)):
-        tokens, told = task.encode(problem.solution), task.teacher_prompt(problem, solution=problem.solution)
-        rollout = Rollout(problem, tokens, [0.0] * len(tokens), problem.solution, Verdict(False, True, None))
-        lessons.append(Lesson(rollout, told, 0, len(tokens)))
-    update(student, student if finetune == "lora" else base, optimizer, lessons, task, config, 0)
+        x, x_T = task.prompt(problem), task.prompt(problem, solution=problem.solution)
+        x, x_T, y = map(task.encode, (x, x_T, problem.solution))
+        lessons.append(Lesson(x, x_T, y, [0.0] * len(y), 0, len(y), 0.0))
+    update(student, base, weights, torch.optim.AdamW(weights), lessons, config)
     return peak_memory_mb()
 
 
@@ -82,9 +103,7 @@ def main() -> None:
         found = [files.read_json(Path(path)) for path in config.results]
         print(markdown_table(["run", "peak, MB"], [[r["name"], f"{r['peak_memory_mb']:.0f}"] for r in found]))
     elif config.measure:
-        print(f"logits in chunks {measure(config.measure):.0f} MB", end=", ")
-        losses.CHUNK = 1 << 60
-        print(f"at once {measure(config.measure):.0f} MB")
+        print(f"{measure(config.measure, config.micro_batch):.0f} MB")
     else:
         rows = []
         for name, finetune in itertools.product(QWEN3, ("full", "lora")):

@@ -4,8 +4,8 @@
 
 Takes the first wrong response to every problem that has one, and puts each kind of hint behind the problem. Measured:
 P(reference answer) right after the answer mark; the same where the response first writes its own result, all before it
-kept; whether a fresh greedy response is right. Then the reflections: their form, by the worked examples shown first and
-by whether the answer was told. Writes results/real-audit.json, an entry a task; intervals are t over problems.
+kept; whether a fresh greedy response is right. Then the reflections: their form, by the number of worked examples and
+by whether the prompt holds the answer. Writes results/real-audit.json, an entry a task; intervals are t over problems.
 """
 
 import copy
@@ -13,9 +13,7 @@ import itertools
 import random
 import re
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,37 +27,31 @@ from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import TaskConfig, open_task_and_base, provenance, seeded
 from model import GPT, generate, response_logprobs
-from reflect import Rollout, choose_peers, locate, parse_reflection, sample_rollouts, token_at
+from reflect import Rollout, pair_with_peers, parse_reflection, sample_rollouts, token_at
 from tools import stats
+
+BATCH = 16  # sequences that are read at once
+Case = tuple[Rollout, str]  # a wrong response, and the solution that its reflector reads
 
 
 @dataclass(frozen=True)
 class Config(TaskConfig):
     task: str = option("gym:chain_sum:max_digits=1", "what the problems are from; its first domain is taken")
-    problems: int = option(64, "problems that are asked, of the training split", minimum=2)
+    problems: int = option(64, "problems of the training split", minimum=2)
     group: int = option(4, "samples a problem at temperature 1", minimum=1)
-    grid: int = option(16, "wrong responses on which the ways to ask for a reflection are compared", minimum=2)
-    batch: int = option(16, "sequences in memory at once", minimum=1)
-
-
-def in_batches(function: Callable[..., list], what: str, size: int, *columns: list) -> list:
-    """function of rows of similar length, a batch at a time under a progress bar -> its results in the rows' order."""
-    order, results = sorted(range(len(columns[0])), key=lambda i: len(columns[0][i])), {}
-    for start in tqdm(range(0, len(order), size), desc=what, dynamic_ncols=True):
-        chosen = order[start : start + size]
-        results |= zip(chosen, function(*([column[i] for i in chosen] for column in columns)), strict=True)
-    return [results[i] for i in range(len(order))]
+    grid: int = option(16, "wrong responses on which the prompts for a reflection are compared", minimum=2)
 
 
 @torch.no_grad()
 def probability(model: GPT, task: Words, prompts: list[str], befores: list[str], answers: list[str]) -> list[float]:
     """P(answer, and no further digit | prompt, before) of each row."""
     responses = [[*task.encode(b + a), task.end()] for b, a in zip(befores, answers, strict=True)]
-    logp = response_logprobs(model, list(map(task.encode, prompts)), responses).cpu()  # (B, T, V)
-    digits, found = [task.encode(digit)[0] for digit in "0123456789"], []
-    for p, tokens, before in zip(logp, responses, befores, strict=True):
-        k, end = token_at(len(before), task.pieces(tokens)), len(tokens) - 1
-        found.append((p[range(k, end), tokens[k:end]].sum().exp() * (1 - p[end, digits].exp().sum())).item())
+    digits, found, x = [task.encode(digit)[0] for digit in "0123456789"], [], list(map(task.encode, prompts))
+    for i in range(0, len(x), BATCH):
+        rows = response_logprobs(model, x[i : i + BATCH], responses[i : i + BATCH]).cpu()  # (B, T, V)
+        for logp, y, before in zip(rows, responses[i:], befores[i:], strict=False):
+            k, end = token_at(len(before), task.pieces(y)), len(y) - 1
+            found.append((logp[range(k, end), y[k:end]].sum().exp() * (1 - logp[end, digits].exp().sum())).item())
     return found
 
 
@@ -74,94 +66,90 @@ def true_idea(problem: WordProblem) -> str:
     return steps[-1] if steps else f"The result is {problem.answer}."
 
 
-def first_result(rollout: Rollout) -> str | None:
+def before_result(y: Rollout) -> str | None:
     """The response up to where it first writes the result that it ends with; None where it has none."""
-    given = final_answer(rollout.text, rollout.problem.answer)
-    if given is None or given not in rollout.text:
+    given = final_answer(y.text, y.problem.answer)
+    if given is None or given not in y.text:
         return None
-    match = re.search(rf"=\s*({re.escape(given)})(?!\d)", rollout.text)
-    return rollout.text[: match.start(1) if match else rollout.text.rfind(given)]
+    match = re.search(rf"=\s*({re.escape(given)})(?!\d)", y.text)
+    return y.text[: match.start(1) if match else y.text.rfind(given)]
 
 
-def wrong_responses(model: GPT, task: Words, config: Config) -> tuple[dict, int, float]:
-    """(wrong response, solution shown beside it) by question; the number of problems; the share of right responses."""
+def wrong_responses(model: GPT, task: Words, config: Config) -> tuple[list[Case], int, float]:
+    """A wrong response to each problem that has one, the number of problems, and the share of right responses."""
     problems = task.problems(task.domains[0], config.problems, random.Random(f"audit {config.seed}"))
     problems, rollouts = list({problem.question: problem for problem in problems}.values()), []
-    at_once, draw = max(1, config.batch // config.group), seeded("audit", config.seed)
-    for i in tqdm(range(0, len(problems), at_once), desc="rollouts", dynamic_ncols=True):
+    at_once, draw = max(1, BATCH // config.group), seeded("audit", config.seed)
+    for i in tqdm(range(0, len(problems), at_once), desc="rollouts"):
         rollouts += sample_rollouts(model, task, problems[i : i + at_once], config.group, draw)
-    cases = {}
-    for rollout, peer in zip(rollouts, choose_peers(rollouts, config.group), strict=True):
-        if not rollout.verdict.correct and first_result(rollout) is not None:
-            cases.setdefault(rollout.problem.question, (rollout, peer.text if peer else rollout.problem.solution))
-    return cases, len(problems), sum(rollout.verdict.correct for rollout in rollouts) / len(rollouts)
+    cases: dict[str, Case] = {}
+    for y, peer, _ in pair_with_peers(rollouts, config.group):
+        if not y.verdict.correct and before_result(y) is not None:
+            cases.setdefault(y.problem.question, (y, peer.text if peer else y.problem.solution))
+    return list(cases.values()), len(problems), sum(y.verdict.correct for y in rollouts) / len(rollouts)
 
 
 def audit(model: GPT, task: Words, config: Config) -> dict:
     cases, count, right = wrong_responses(model, task, config)
-    forms, shown, ideas = {}, [], []
-    for shots, told in itertools.product(sorted({0, 1, config.shots}), (True, False)):
+    shares, shown, ideas = {}, [], []
+    for shots, answer in tqdm([*itertools.product(sorted({0, 1, config.shots}), (True, False))], desc="reflections"):
         asker = copy.copy(task)
         asker.shots = shots
-        own = (shots, told) == (config.shots, False)  # as in training: the hint "its own reflection"
-        asked = list(cases.values())[: None if own else config.grid]
-        prompts = [asker.reflector_prompt(rollout.problem, rollout.text, peer, told) for rollout, peer in asked]
-        way = f"{shots} examples, {'told' if told else 'not told'}"
-        texts = in_batches(partial(greedy, model, task, task.max_reflection), way, config.batch, prompts)
-        forms[way] = form(task, [rollout for rollout, _ in asked], texts)
+        in_training = (shots, answer) == (config.shots, False)  # the hint "its own reflection"
+        chosen = cases if in_training else cases[: config.grid]
+        prompts = [asker.reflector_prompt(y.problem, y.text, solution, answer) for y, solution in chosen]
+        texts = greedy(model, task, task.max_reflection, prompts)
+        way = f"{shots} examples" + ", with the answer" * answer
+        shares[way] = form([y for y, _ in chosen], texts)
         shown += [
-            {"way": way, "attempt": r.text, "written": text}
-            for (r, _), text in list(zip(asked, texts, strict=True))[:5]
+            {"way": way, "attempt": y.text, "written": text} for (y, _), text in zip(chosen[:5], texts, strict=False)
         ]
-        ideas = [parse_reflection(text).idea for text in texts] if own else ideas
-    wrong = [(rollout, idea) for (rollout, _), idea in zip(cases.values(), ideas, strict=True) if idea]
+        ideas = [parse_reflection(text, []).idea for text in texts] if in_training else ideas
+    wrong = [(y, idea) for (y, _), idea in zip(cases, ideas, strict=True) if idea]
     figures = {"problems": count, "right": right, "wrong": len(cases), "with an idea": len(wrong)}
     if len(wrong) < 2:
         raise UserError(f"too few of {figures} for an audit; give more --problems or another --task")
-    return {**figures, "hints": hints(model, task, wrong, config), "reflections": forms, "shown": shown}
+    return {**figures, "hints": hints(model, task, wrong, config), "reflections": shares, "shown": shown}
 
 
 def hints(model: GPT, task: Words, wrong: list[tuple[Rollout, str]], config: Config) -> dict:
     """hint -> measure -> [mean, half of its interval, mean and half of the paired difference from no hint]."""
-    asked, own, rng = [r.problem for r, _ in wrong], [idea for _, idea in wrong], random.Random(config.seed)
-    true = list(map(true_idea, asked))
+    problems, written, rng = [y.problem for y, _ in wrong], [idea for _, idea in wrong], random.Random(config.seed)
+    true = list(map(true_idea, problems))
     false = [falsify(idea, rng) for idea in true]
     prompts = {
-        "no hint": list(map(task.student_prompt, asked)),
-        "an irrelevant hint": list(map(task.teacher_prompt, asked, own[1:] + own[:1])),
-        "its own reflection": list(map(task.teacher_prompt, asked, own)),
-        "the true result": list(map(task.teacher_prompt, asked, true)),
-        "a wrong result": list(map(task.teacher_prompt, asked, false)),
-        "a reference solution": [task.teacher_prompt(problem, solution=problem.solution) for problem in asked],
+        "no hint": list(map(task.prompt, problems)),
+        "an irrelevant hint": list(map(task.prompt, problems, written[1:] + written[:1])),
+        "its own reflection": list(map(task.prompt, problems, written)),
+        "the true result": list(map(task.prompt, problems, true)),
+        "a wrong result": list(map(task.prompt, problems, false)),
+        "a reference solution": [task.prompt(problem, solution=problem.solution) for problem in problems],
     }
-    befores, answers, values = [first_result(r) for r, _ in wrong], [problem.answer for problem in asked], {}
-    chance, marks = partial(probability, model, task), [f"{MARK} "] * len(wrong)
-    for hint, held in prompts.items():
-        written = in_batches(partial(greedy, model, task, task.max_response), hint, config.batch, held)
+    befores, answers, values = [before_result(y) for y, _ in wrong], [problem.answer for problem in problems], {}
+    for hint, x in tqdm(prompts.items(), desc="hints"):
+        responses = greedy(model, task, task.max_response, x)
         rows = {hint: answers}
-        rows |= (
-            {"... and that wrong result": list(map(final_answer, false, answers))} if hint == "a wrong result" else {}
-        )
+        if hint == "a wrong result":
+            rows["... and that wrong result"] = list(map(final_answer, false, answers))
         for row, results in rows.items():
-            given = [final_answer(text, result) or "" for text, result in zip(written, results, strict=True)]
+            given = [final_answer(text, result) or "" for text, result in zip(responses, results, strict=True)]
             values[row] = {
-                "P after the mark": in_batches(chance, row, config.batch, held, marks, results),
-                "P in its own response": in_batches(chance, row, config.batch, held, befores, results),
+                "P after the mark": probability(model, task, x, [f"{MARK} "] * len(x), results),
+                "P in its own response": probability(model, task, x, befores, results),
                 "greedy": list(map(float, map(equal, given, results))),
             }
     none = values["no hint"]
     return {row: {name: interval(x) + interval(x, none[name]) for name, x in by.items()} for row, by in values.items()}
 
 
-def form(task: Words, wrong: list[Rollout], texts: list[str]) -> dict[str, list]:
+def form(wrong: list[Rollout], texts: list[str]) -> dict[str, list]:
     """Shares of the reflections with an idea, a quote, a quote that is found, an idea that names the answer."""
     shares = {"an idea": [], "a quote": [], "quote found": [], "idea names the answer": []}
-    for rollout, read in zip(wrong, map(parse_reflection, texts), strict=True):
-        numbers = re.findall(r"-?\w+", read.idea or "")
-        found = locate(read.quote, task.pieces(rollout.tokens)) is not None
-        facts = (read.idea is not None, read.quote is not None, found, rollout.problem.answer in numbers)
-        for share, fact in zip(shares.values(), facts, strict=True):
-            share.append(float(fact))
+    for y, text in zip(wrong, texts, strict=True):
+        read = parse_reflection(text, y.pieces)
+        named = y.problem.answer in re.findall(r"-?\w+", read.idea or "")
+        for share, fact in zip(shares.values(), (read.idea, read.quote, read.span, named or None), strict=True):
+            share.append(float(fact is not None))
     return {name: interval(share) for name, share in shares.items()}
 
 
@@ -189,14 +177,12 @@ def main() -> None:
     (task, model), path, began = open_task_and_base(config), stats.RESULTS / "real-audit.json", time.time()
     if not isinstance(task, Words):
         raise UserError(f"{config.task} has its audit in pretrain.py --check-only; give another --task")
-    about = {"config": files.plain(config) | {"base": Path(config.base).name}, **provenance()}
-    about["base_checksum"] = files.checksum(config.base)
+    about = {"config": files.plain(config) | {"base": Path(config.base).name}, **provenance(model)}
     found = audit(model, task, config)
+    about |= {"base_checksum": files.checksum(config.base), "seconds": time.time() - began}
     others = files.read_json(path) if path.is_file() else {}
-    files.write_json(path, others | {config.task: {**about, "seconds": time.time() - began, **found}})
-    print(
-        f"{found['right']:.0%} of {config.group} samples of {found['problems']} problems are right\n\n{tables(found)}"
-    )
+    files.write_json(path, others | {config.task: about | found})
+    print(f"{found['right']:.0%} of the samples of {found['problems']} problems are right\n\n{tables(found)}")
 
 
 if __name__ == "__main__":

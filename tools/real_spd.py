@@ -1,37 +1,38 @@
-"""SPD's protocol on real weights: the place by a rule on training problems, then fresh problems, greedily.
+"""SPD's protocol on real weights: the site by a rule on training problems, then fresh problems, greedily.
 
     python -m tools.real_spd --base FOLDER --task gym:products
     python -m tools.real_spd --readme       puts the table of what is there between its markers in the READMEs
 
 The rule is that of tools/mechanism.py: the layer, keys or values, and rank at which golden solutions of training
 problems are likeliest under projection, for each kind of subspace. Then every kind answers the same test problems at
-its place. Intervals are Student's t over problems, of paired differences from the base's own answers. Writes
+its site. Intervals are Student's t over problems, of paired differences from the base's answers. Writes
 results/real-spd.json after every answered set; what that file holds for the same settings is not done again.
 """
 
 import itertools
-import json
 import random
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from data import Task
-from data.task import Problem
+from data import Problem, Task
 from evaluate import answer
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import TaskConfig, open_task_and_base, provenance
 from model import GPT, response_logprobs
-from subspace import Place, SubspaceConfig, calibration_set, capability_gradients, condense, make_projectors, project_kv
+from subspace import Site, make_projectors, project_kv
 from tools import stats
+from tools.mechanism import condensed_gradients
 
 PATH = stats.RESULTS / "real-spd.json"
-INCIDENTAL = ("task", "threads", "device", "batch", "readme")  # settings that change no answer to a task
-DRAWS = 3  # random subspaces at the aligned loss's place; their best place is that of the first draw
+INCIDENTAL = ("task", "device", "readme")  # settings that change no answer to a task
+DRAWS = 3  # random subspaces at the aligned loss's site; their best site is that of the first draw
+Gradients = dict[str, dict[Site, Tensor]]  # by the calibration loss
 
 
 @dataclass(frozen=True)
@@ -41,62 +42,54 @@ class Config(TaskConfig):
     every: int = option(3, "search every so many layers, and the paper's pair", minimum=1)
     ranks: tuple[str, ...] = option(("50%", "75%"), "ranks to search")
     calibration_size: int = option(100, "calibration examples, N_cal", "20 to 500", minimum=1)
-    search: int = option(24, "training problems on which a place is chosen", minimum=1)
+    search: int = option(24, "training problems on which a site is chosen", minimum=1)
     problems: int = option(400, "test problems drawn; equal ones count once", minimum=2)
-    batch: int = option(16, "responses in memory at once", minimum=1)
     readme: bool = option(False, "put the table into the READMEs")
 
 
-Gradients = dict[Place, Tensor]
+class Where(NamedTuple):
+    layers: tuple[int, ...]
+    project: str
+    rank: str
+
+    def __str__(self) -> str:
+        return f"layer {', '.join(str(layer + 1) for layer in self.layers)} {self.project} {self.rank}"
 
 
-def all_gradients(model: GPT, task: Task, config: Config) -> dict[str, Gradients]:
-    """loss -> the condensed gradients at the keys and values of every layer."""
-    places = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
-    found = {}
-    for loss in ("aligned", "full"):
-        settings = SubspaceConfig(loss=loss, calibration_size=config.calibration_size)
-        examples = calibration_set(task, task.domains[:1], settings, config.seed)
-        rows = capability_gradients(model, examples, places, batch=config.batch)
-        found[loss] = {place: condense(G) for place, G in rows.items()}
-    model.requires_grad_(False)
-    return found
-
-
-def projectors(model: GPT, gradients: dict[str, Gradients], kind: str, place: list, draw: int) -> dict[Place, Tensor]:
-    layers, project, rank = place
-    chosen = [(layer, each) for layer in layers for each in project]
-    G = {each: gradients["full" if kind == "full" else "aligned"][each] for each in chosen}
-    settings = SubspaceConfig(rank=rank, subspace="random" if kind == "random" else "gradient")
-    return make_projectors(G, settings, model.config.n_kv_head, draw)
+def projectors(gradients: Gradients, kind: str, where: Where, draw: int) -> dict[Site, Tensor]:
+    G = gradients["full" if kind == "full" else "aligned"]
+    chosen = {(layer, each): G[layer, each] for layer in where.layers for each in where.project}
+    return make_projectors(chosen, where.rank, "random" if kind == "random" else "gradient", seed=draw)
 
 
 @torch.no_grad()
 def golden_logp(model: GPT, task: Task, problems: list[Problem]) -> float:
     """Mean log-probability of the golden solutions."""
-    prompts = [task.encode(task.student_prompt(problem)) for problem in problems]
+    prompts = [task.encode(task.prompt(problem)) for problem in problems]
     responses = [[*task.encode(problem.solution), task.end()] for problem in problems]
     logp = response_logprobs(model, prompts, responses)  # (B, T, V)
     return sum(p[range(len(y)), y].sum().item() for p, y in zip(logp, responses, strict=True)) / len(problems)
 
 
-def choose_place(model: GPT, task: Task, gradients: dict[str, Gradients], kind: str, config: Config) -> tuple:
-    """(log p of golden solutions, place) of the best place of a kind of subspace."""
+def best_site(model: GPT, task: Task, gradients: Gradients, kind: str, config: Config) -> Where:
+    """Where golden solutions of training problems are likeliest under projection."""
     L, rng = model.config.n_layer, random.Random(f"search {config.seed}")
     problems = task.problems(task.domains[0], config.search, rng)
-    layers = [*([layer] for layer in range(config.every - 1, L, config.every)), [L // 2 - 1, L - 1]]
+    layers = [*((layer,) for layer in range(config.every - 1, L, config.every)), (L // 2 - 1, L - 1)]
     found = []
-    for place in tqdm([*itertools.product(layers, ("k", "v", "kv"), config.ranks)], desc=f"places, {kind}"):
-        with project_kv(model, projectors(model, gradients, kind, place, config.seed)):
-            found.append((golden_logp(model, task, problems), list(place)))
-    return max(found, key=lambda each: each[0])
+    for where in tqdm(
+        [*itertools.starmap(Where, itertools.product(layers, ("k", "v", "kv"), config.ranks))], desc=kind
+    ):
+        with project_kv(model, projectors(gradients, kind, where, config.seed)):
+            found.append((golden_logp(model, task, problems), where))
+    return max(found, key=lambda each: each[0])[1]
 
 
 def right_answers(model: GPT, task: Task, config: Config) -> str:
     """A digit for every different test problem: 1 where it is answered rightly, greedily."""
     drawn = task.problems(task.domains[0], config.problems, random.Random(f"test {config.seed}"), test=True)
     problems = list({problem.question: problem for problem in drawn}.values())
-    _, verdicts = answer(model, task, problems, temperature=0.0, at_once=config.batch)
+    _, verdicts = answer(model, task, problems, temperature=0.0)
     return "".join(str(int(verdict.correct)) for verdict in verdicts)
 
 
@@ -109,13 +102,8 @@ def table(content: dict) -> str:
             paired = stats.difference(right, base)
             gain = "" if name == "base" else f"{100 * paired.mean:+.1f} ± {100 * paired.half:.1f}"
             accuracy = f"{100 * stats.estimate(right).mean:.1f}"
-            lines.append([task, name, row["place"], str(len(right)), accuracy, gain])
-    return markdown_table(["task", "text of", "place", "problems", "right, %", "difference"], lines)
-
-
-def show(place: list) -> str:
-    layers, project, rank = place
-    return f"layer {', '.join(str(layer + 1) for layer in layers)} {project} {rank}"
+            lines.append([task, name, row["site"], str(len(right)), accuracy, gain])
+    return markdown_table(["task", "text of", "site", "problems", "right, %", "difference"], lines)
 
 
 def measure_all(config: Config) -> dict:
@@ -123,32 +111,32 @@ def measure_all(config: Config) -> dict:
     task, model = open_task_and_base(config)
     model = model.float()
     settings = files.plain(config) | {"base": Path(config.base).name, "checksum": files.checksum(config.base)}
-    settings["system"] = task.tokenizer.system
     settings |= {"device type": model.device.type} if model.device.type != "cpu" else {}  # rounds in its own way
     about = {name: x for name, x in settings.items() if name not in INCIDENTAL}
     content = files.read_json(PATH) if PATH.exists() else {}
     if content.get("settings") != about:
-        content = {"settings": about, "commit": provenance()["commit"], "tasks": {}}
+        content = {"settings": about, "commit": provenance(model)["commit"], "tasks": {}}
     rows = content["tasks"].setdefault(config.task, {})
 
-    def measure(name: str, place: str, found: dict[Place, Tensor]) -> None:
+    def measure(name: str, site: str, found: dict[Site, Tensor]) -> None:
         if name not in rows:
             with project_kv(model, found):
-                rows[name] = {"place": place, "right": right_answers(model, task, config)}
-            files.write_text(PATH, json.dumps(content, indent=1) + "\n")
+                rows[name] = {"site": site, "right": right_answers(model, task, config)}
+            files.write_json(PATH, content)
 
     measure("base", "", {})
-    gradients = all_gradients(model, task, config)
-    half, L = "50%", model.config.n_layer
-    paper = [[L // 2 - 1, L - 1], "kv", half]
-    measure("aligned, the paper's place", show(paper), projectors(model, gradients, "aligned", paper, 0))
-    best = {}
+    calibration = task.domains[:1], config.calibration_size
+    gradients = {
+        loss: condensed_gradients(model, task, *calibration, loss, config.seed) for loss in ("aligned", "full")
+    }
+    paper, best = Where((model.config.n_layer // 2 - 1, model.config.n_layer - 1), "kv", "50%"), {}
+    measure("aligned, the paper's site", str(paper), projectors(gradients, "aligned", paper, 0))
     for kind in ("aligned", "full", "random"):
-        best[kind] = choose_place(model, task, gradients, kind, config)[1]
-        measure(kind, show(best[kind]), projectors(model, gradients, kind, best[kind], config.seed))
+        best[kind] = best_site(model, task, gradients, kind, config)
+        measure(kind, str(best[kind]), projectors(gradients, kind, best[kind], config.seed))
     for draw in range(1, DRAWS):
-        found = projectors(model, gradients, "random", best["aligned"], config.seed + draw)
-        measure(f"random at the place of aligned, draw {draw}", show(best["aligned"]), found)
+        found = projectors(gradients, "random", best["aligned"], config.seed + draw)
+        measure(f"random at the site of aligned, draw {draw}", str(best["aligned"]), found)
     return content
 
 

@@ -47,7 +47,9 @@ def main() -> None:
         for gguf, hub in NAMES.items():
             name = name.replace(gguf, hub)
         weights[name] = weight.bfloat16()
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with files.replacing(folder / "model.safetensors") as temporary:
+        save_file(weights, temporary, {"format": "pt"})
+        temporary.chmod(0o644)  # the library writes files that their owner alone can read
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "tie_word_embeddings": True}
     config |= {"vocab_size": len(texts), "dtype": "bfloat16", "rms_norm_eps": 1e-5}
     special = [{"id": i, "content": texts[i], **SPECIAL} for i, kind in enumerate(kinds) if kind == 3]

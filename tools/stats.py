@@ -177,7 +177,8 @@ def note(results: dict) -> str:
     reference = "the base" if results["reference"] == "base" else "the first row below the base"
     text = f"Mean ± half of the 95 % interval, Student's t over {over}.\n`*`: the paired difference from {reference} "
     text += "has an interval that excludes 0."
-    missing = results["planned"] - len(runs)
+    missing, versions = results["planned"] - len(runs), {run.get("code") for run in runs}
+    text += f" The runs are of {len(versions)} versions of the code." if len(versions) > 1 else ""
     return text + (f" {missing} of {results['planned']} runs are still missing." if missing else "")
 
 

@@ -1,8 +1,8 @@
 """The studies as data: which script runs with which flags, from which bases, with which seeds.
 
 A study's `flags` are those of every run; a variant's flags come after them, and the last one counts. {aligned} among
-them is the best place of this subspace on the base of the run (`best_place`), and {aligned|unmarked} is the better
-place of two. They are chosen from results/spd-mechanism.json, which tools/mechanism.py writes.
+them is the best site of this subspace on the base of the run (`best_site`), and {aligned|unmarked} is the better
+site of two. They are chosen from results/spd-mechanism.json, which tools/mechanism.py writes.
 """
 
 import re
@@ -13,7 +13,7 @@ import numpy as np
 from tools.stats import read_results
 
 BASES = (0, 1, 2, 3, 4)  # pretraining seeds: 0 is data/base.pt, the others are results/bases/seed<N>.pt
-FRESH = (5, 6)  # pretrained when the rule for the places of SPD stood, to confirm it
+FRESH = (5, 6)  # pretrained when the rule for the sites of SPD stood, to confirm it
 SEEDS = (0, 1, 2)
 CALIBRATION = {  # domains of the calibration set, by the name of the subspace
     "aligned": ("exam",),
@@ -37,16 +37,16 @@ class Study:
 METHODS = {"ROSD": "", "SDPO": "--method sdpo", "OPSD": "--method opsd", "GRPO": "--method grpo"}
 THREE = {name: METHODS[name] for name in ("ROSD", "SDPO", "GRPO")}
 RELEASED = {f"{name} as released": f"{flags} --preset released".strip() for name, flags in METHODS.items()}
-QUOTES = {"span mask": "--mask span", "span mask, random quotes": "--mask span --spoil-quote 1.0"}
+QUOTES = {"span mask": "--mask span", "span mask, random quotes": "--mask span --control random-quotes"}
 GENERATION = "--domain exam --epochs 0 --prompts 1"  # of SPD: only what the base writes, before any training
-TEXTS = {  # what the base writes under projection, at the best place of each base
+TEXTS = {  # what the base writes under projection, at the best site of each base
     f"{name}{title}": f"{flags} {temperature}".strip()
     for title, temperature in ((", greedy", ""), (", T = 1", "--temperature 1"))
     for name, flags in (
         ("aligned", "{aligned|unmarked}"),
         ("full", "{aligned|unmarked} --loss full"),
         ("random", "{aligned|unmarked} --subspace random"),
-        ("random at its best place", "{random} --subspace random"),
+        ("random at its best site", "{random} --subspace random"),
         ("aligned, calibrated on exam", "{aligned}"),
         ("aligned, calibrated without the mark", "{unmarked}"),
     )
@@ -55,8 +55,8 @@ TEXTS = {  # what the base writes under projection, at the best place of each ba
 SMOLLM2 = ("smollm2",)  # the folder that `python -m tools.smollm2 smollm2` makes
 REAL = "--task gym:chain_sum:max_digits=1:seed=4,products:seed=4 --shots 2"  # the best of 18 prompts
 REAL += " --max-response 40 --learning-rate 5e-4"
-REAL += " --eval-problems 400 --eval-samples 1 --eval-temperature 0 --eval-batch 32"
-RULE = "--layers 6 --project k --rank 50%"  # where tools/real_spd.py places the aligned subspace for these sums
+REAL += " --eval-problems 400 --eval-samples 1 --eval-temperature 0"
+RULE = "--layers 6 --project k --rank 50%"  # the site that tools/real_spd.py chooses for these sums
 
 STUDIES = {
     "rosd": Study(METHODS),
@@ -83,10 +83,11 @@ STUDIES = {
         | {"without reflection": "--context peer"}
         | {"correct rollouts alone": "--learn-from right", "wrong rollouts alone": "--learn-from wrong"}
         | {"wrong rollouts alone, span mask": "--learn-from wrong --mask span"}
-        | {f"{dose:.0%} of the ideas false": f"--spoil-idea {dose}" for dose in (0.25, 0.5, 1.0)}
+        | {f"{dose:.0%} of the ideas false": f"--control false-ideas --dose {dose}" for dose in (0.25, 0.5)}
         | {
-            "100% of the ideas of another problem": "--spoil-idea 1.0 --spoil-kind other",
-            "100% of the quotes random": "--spoil-quote 1.0",
+            "100% of the ideas false": "--control false-ideas",
+            "100% of the ideas of another problem": "--control other-ideas",
+            "100% of the quotes random": "--control random-quotes",
         },
         seeds=(0, 1),
         curve=(),
@@ -135,7 +136,7 @@ STUDIES = {
             "SSD, T = 0.6": "--method ssd --temperature 0.6",
             "SPD, full-sequence loss": "{aligned|unmarked} --loss full",
             "SPD, random subspace": "{aligned|unmarked} --subspace random",  # another draw with every seed
-            "SPD, random subspace at its best place": "{random} --subspace random",
+            "SPD, random subspace at its best site": "{random} --subspace random",
             "SPD, T = 1": "{aligned|unmarked} --temperature 1",  # beside PSR, which samples at the same temperature
             "SPD, calibrated on exam": "{aligned}",
             "SPD, calibrated without the mark": "{unmarked}",
@@ -152,12 +153,12 @@ STUDIES = {
         | {
             "ROSD, correct rollouts alone": "--learn-from right",
             "ROSD, wrong rollouts alone": "--learn-from wrong",
-            "ROSD, ideas of other problems": "--spoil-idea 1 --spoil-kind other",
+            "ROSD, ideas of other problems": "--control other-ideas",
             "ROSD, an oracle reflects": "--reflector oracle",
             "ROSD, an oracle reflects, whole mask": "--reflector oracle --mask whole",
             "ROSD, an oracle reflects, correct rollouts alone": "--reflector oracle --learn-from right",
             "ROSD, an oracle reflects, wrong rollouts alone": "--reflector oracle --learn-from wrong",
-            "ROSD, an oracle reflects falsely": "--reflector oracle --spoil-idea 1",
+            "ROSD, an oracle reflects falsely": "--reflector oracle --control false-ideas",
         },
         f"{REAL} --finetune lora --steps 20 --batch 4 --group 4",
         SMOLLM2,
@@ -183,49 +184,43 @@ def planned(study: Study) -> int:
 
 
 def flags_of(study: Study, variant: str, base: int | str) -> str:
-    """The flags of a run, its places filled in."""
+    """The flags of a run, its sites filled in."""
 
-    def place(found: re.Match) -> str:
+    def site_flags(found: re.Match) -> str:
         rows = mechanism_rows()
-        best = max((best_place(rows, base, name) for name in found[1].split("|")), key=lambda row: row["golden"])
+        best = max((best_site(rows, base, name) for name in found[1].split("|")), key=lambda row: row["golden"])
         where = f"--layers {best['layers']} --project {best['project']} --rank {best['rank']}%"
         return f"{where} --calibration-domain {' '.join(CALIBRATION[best['subspace']])}"
 
-    return re.sub(r"\{([\w|]+)\}", place, f"{study.flags} {study.variants[variant]}".strip())
+    return re.sub(r"\{([\w|]+)\}", site_flags, f"{study.flags} {study.variants[variant]}".strip())
 
 
-# ---------------------------------------------------------------------------------------------- the place of SPD
+# ---------------------------------------------------------------------------------------------- the site of SPD
 
 
-def mechanism_rows() -> list[dict]:
-    """What tools/mechanism.py measured of the bases of the studies."""
-    held = read_results("spd-mechanism", "mechanism")
-    return with_golden(rows_of(held), held["S"])
+def mechanism_rows(content: dict | None = None) -> list[dict]:
+    """The rows of results/spd-mechanism.json, whose columns are named once, or of the same content.
+
+    `golden` is the mean log-probability of golden solutions: of their tokens at S and of the rest.
+    """
+    content = content or read_results("spd-mechanism", "mechanism")
+    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
+    return [row | {"golden": row["rest"] + content["S"] * row["right"]} for row in rows]
 
 
-def rows_of(held: dict) -> list[dict]:
-    """The rows of results/spd-mechanism.json, whose columns are named once."""
-    return [dict(zip(held["columns"], row, strict=True)) for row in held["rows"]]
-
-
-def with_golden(rows: list[dict], S: float) -> list[dict]:
-    """Rows with `golden`: the mean log-probability of golden solutions, of their tokens at S and of the rest."""
-    return [row | {"golden": row["rest"] + S * row["right"]} for row in rows]
-
-
-def best_place(rows: list[dict], base: int | str, subspace: str) -> dict:
+def best_site(rows: list[dict], base: int | str, subspace: str) -> dict:
     """The rule of the studies: where golden solutions of training problems are likeliest under projection.
 
-    The measures of a place (layers, keys or values, rank) are averaged over the draws of a random subspace.
+    The measures of a site (layers, keys or values, rank) are averaged over the draws of a random subspace.
     """
     draws: dict[str, list[dict]] = {}
     for row in rows:
         if (row["base"], row["subspace"]) == (base, subspace):
-            draws.setdefault(place_name(row), []).append(row)
+            draws.setdefault(site_label(row), []).append(row)
     best = max(draws.values(), key=lambda found: np.mean([row["golden"] for row in found]))
     names = ("base", "layers", "project", "rank", "subspace", "draw")
     return {name: x if name in names else float(np.mean([row[name] for row in best])) for name, x in best[0].items()}
 
 
-def place_name(row: dict) -> str:
+def site_label(row: dict) -> str:
     return f"layer {row['layers']} {row['project']} {row['rank']}%" if row["project"] else "not projected"

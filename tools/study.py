@@ -6,9 +6,9 @@
     python -m tools.study rosd --show         prints the table of what is there and runs nothing
     python -m tools.study all                 every study
 
-results/<study>.json is written after every finished run and is meant to be committed. A run with the same flags, seed
-and base (by its checksum) that any of these files holds is not run again, so that a study goes on where it stopped, on
-another machine, too. Delete the files to measure everything anew.
+results/<study>.json is written after every finished run and is meant to be committed. A run that one of these files
+holds with the same flags, seed, base (by its checksum) and code is not run again: a study continues where it stopped,
+even on another machine. Runs from before the code was recorded count as well. Delete the files to measure it all anew.
 """
 
 import importlib
@@ -88,15 +88,23 @@ def plan(study: Study) -> list[Job]:
 
 
 def known_runs() -> dict[tuple, dict]:
-    """The finished runs of all results files, by the key of their job."""
-    known = {}
+    """The finished runs of today's code in all results files, by the key of their job; see `compact` for a run.
+
+    A run without a version of the code is older than these versions and counts where there is no newer one.
+    """
+    known, code = {}, files.code_checksum()
     for path in sorted(stats.RESULTS.glob("*.json")):
         content = files.read_json(path)
         for run in content.get("runs", ()):
             job = Job(content["script"], run["variant"], run["base"], run["seed"], run["flags"], run["base_checksum"])
-            if job.key not in known or len(run["curve"]) > len(known[job.key]["curve"]):
+            if run.get("code", code) == code and rank(run) > rank(known.get(job.key)):
                 known[job.key] = run
     return known
+
+
+def rank(run: dict | None) -> tuple[bool, int]:
+    """Of two runs with the same key the one with a version of the code counts, and then the one with more curves."""
+    return ("code" in run, len(run["curve"])) if run else (False, -1)
 
 
 def finished(study: Study, jobs: list[Job], known: dict[tuple, dict]) -> dict[Job, dict]:
@@ -123,7 +131,8 @@ def compact(job: Job, study: Study, folder: Path) -> dict[str, Any]:
     rows = [json.loads(line) for line in files.read_text(folder / "metrics.jsonl").splitlines()]
     config, home = result["config"], result["config"]["domain"]
     run = {"variant": job.variant, "base": job.base, "seed": job.seed, "flags": job.flags, "domain": home}
-    run |= {"base_checksum": job.checksum, "commit": result["commit"], "seconds": round(result["seconds"])}
+    run |= {"base_checksum": job.checksum, "code": files.code_checksum(), "commit": result["commit"]}
+    run |= {"seconds": round(result["seconds"])}
     if "group" in config:  # of train_rosd.py
         run["updates"] = config["steps"] * config["minibatches"] * config["updates"]
         run["rollouts"] = config["steps"] * config["batch"] * config["group"]
@@ -159,9 +168,11 @@ def curve_column(rows: list[dict], column: str, home: str) -> list[float | None]
 def command_of(job: Job, out: Path) -> tuple[list[str], Path]:
     """The command of a run, and the folder it leaves its results in; UserError where the script rejects its flags."""
     flags = [*job.flags.split(), "--seed", str(job.seed), "--base", base_path(job.base), "--out", str(out)]
-    flags += ["--threads", "1", "--no-baseline", "--resume"]
-    settings = parse_config(importlib.import_module(job.script.removesuffix(".py")).Config, "", flags)
-    return [sys.executable, job.script, *flags], out / run_name(settings)
+    flags += ["--no-baseline", "--resume"]
+    script = importlib.import_module(job.script.removesuffix(".py"))
+    settings = parse_config(script.Config, "", flags, script.defaults_of)
+    reference = script.configure(settings.method, getattr(settings, "preset", settings.task))
+    return [sys.executable, job.script, *flags], out / run_name(settings, reference)
 
 
 def run_study(name: str, study: Study, config: Config) -> dict:
@@ -180,7 +191,8 @@ def run_study(name: str, study: Study, config: Config) -> dict:
                 while waiting and len(running) < config.processes:
                     job, command, folder = waiting.pop(0)
                     with folder.with_name(folder.name + ".log").open("w", encoding="utf-8") as log:
-                        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=files.ROOT)
+                        one = os.environ | {"OMP_NUM_THREADS": "1"}
+                        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=files.ROOT, env=one)
                     running.append((process, job, folder))
                 time.sleep(0.3)
                 for entry in [entry for entry in running if entry[0].poll() is not None]:

@@ -6,6 +6,7 @@
 After `python train_rosd.py` the first page also shows both students. It finds them in the folder --runs.
 """
 
+import dataclasses
 import math
 import random
 from dataclasses import dataclass
@@ -22,22 +23,24 @@ import subspace
 from data import Problem, Task
 from harness import files
 from harness.cli import option, parse_config, run_script
-from harness.run import open_task_and_base, seeded
+from harness.run import TaskConfig, open_task_and_base, seeded
 from losses import divergence
 from model import GPT, generate, response_logprobs
-from reflect import Rollout, locate, parse_reflection, sample_rollouts
-from subspace import Place, calibrate, calibration_set, hooked, place_name, project_kv
+from reflect import Pair, Rollout, sample_rollouts, write_reflections
+from subspace import Site, hooked, project_kv, site_name
+from train_spd import SubspaceConfig
 
 Choices = list[tuple[str, float]]  # tokens and their probabilities, likeliest first
 
 
 @dataclass(frozen=True)
-class Config(subspace.Config):
+class Config(SubspaceConfig, TaskConfig):
     page: str = option("rosd", "which page", choices=("rosd", "spd"), positional=True)
     html: str = option("", "the file to write; else out/xray.html or out/spd.html")
     runs: str = option("out", "rosd: folder of the trained students")
-    domain: str = option("mix", "domain of the problem and of the calibration set")
-    seed: int = option(reflect.Config.seed, "which problem")
+    domain: str = option("", "domain of the problem and of the calibration set; unset: mix, and exam for spd")
+    temperature: float = option(1.0, "spd: sampling temperature of the answers; 0 is greedy", minimum=0)
+    seed: int = option(6, "which problem")
 
 
 @dataclass(frozen=True)
@@ -61,18 +64,23 @@ class Strip:
     note: str = ""
 
 
-def answer_strip(task: Task, problem: Problem, tokens: list[int]) -> Strip:
-    """An answer to a problem, token by token, and whether it is right."""
-    correct = task.verify(problem, task.decode(tokens)).correct
-    label = Markup("<code>{}</code>").format(problem.question)
-    return Strip(label, [Token(piece) for piece in task.pieces(tokens)], "right" if correct else "wrong")
+def answer_strip(model: GPT, task: Task, problem: Problem, tokens: list[int]) -> Strip:
+    """An answer to a problem, token by token, with the model's likeliest tokens, and whether it is right."""
+    correct = task.verify(problem, task.decode(tokens), ended=tokens[-1] in task.stop).correct
+    with torch.no_grad():
+        logp = response_logprobs(model, [task.encode(task.prompt(problem))], [tokens])[0]  # (T, V)
+    shown = []
+    for t, (piece, token) in enumerate(zip(task.pieces(tokens), tokens, strict=True)):
+        says, choices = f"t = {t}, P = {logp[t, token].exp():.3f}", (("likeliest", likeliest(logp[t], task)),)
+        shown.append(Token(piece, says=says, choices=choices))
+    return Strip(Markup("<code>{}</code>").format(problem.question), shown, "right" if correct else "wrong")
 
 
 def render(page: str, **content: object) -> str:
     """One HTML file that needs no network: style and script are within."""
-    form = files.read_text(Path(__file__).with_name("page.html"))
+    source = files.read_text(Path(__file__).with_name("page.html"))
     strict = {"autoescape": True, "undefined": jinja2.StrictUndefined}
-    return jinja2.Template(form, trim_blocks=True, lstrip_blocks=True, **strict).render(page=page, **content)
+    return jinja2.Template(source, trim_blocks=True, lstrip_blocks=True, **strict).render(page=page, **content)
 
 
 # ---------------------------------------------------------------------------------------------- ROSD
@@ -87,26 +95,25 @@ class Reading(NamedTuple):
     quote_end: int = 0  # the token after the quote, which begins at k
 
 
-def readings(base: GPT, task: Task, rollout: Rollout, peer: Rollout) -> dict[str, Reading]:
+def readings(base: GPT, task: Task, pair: Pair) -> dict[str, Reading]:
     """How each method's teacher reads the rollout; ROSD is left out where the reflection is malformed."""
-    written = reflect.write_reflections(base, task, [rollout], [peer.text])[0]
-    reflection, found = parse_reflection(written), {}
-    k, end = locate(reflection.quote, task.pieces(rollout.tokens)) or (0, 0)
+    (reflection,), (y, peer, _), found = write_reflections(base, task, [pair]), pair, {}
+    k, end = reflection.span or (0, 0)
     if reflection.idea is not None:
-        prompt = task.teacher_prompt(rollout.problem, idea=reflection.idea)
-        note = Markup("The reflector writes <code>{}</code>, so k = {}").format(written, k)
-        found["ROSD"] = Reading(prompt, note, k, end)
-    prompt = task.teacher_prompt(rollout.problem, solution=peer.text)
-    return found | {"SDPO": Reading(prompt, Markup("The teacher holds <code>{}</code>").format(peer.text))}
+        quoted = Markup("quotes <code>{}</code> and ").format(reflection.quote) if reflection.quote else ""
+        note = Markup("The reflector {}writes <code>{}</code>, so k = {}").format(quoted, reflection.idea, k)
+        found["ROSD"] = Reading(task.prompt(y.problem, idea=reflection.idea), note, k, end)
+    note = Markup("The teacher reads <code>{}</code>").format(peer.text)
+    return found | {"SDPO": Reading(task.prompt(y.problem, solution=peer.text), note)}
 
 
 @torch.no_grad()
 def taught_tokens(task: Task, rollout: Rollout, student: GPT, teacher: GPT, reading: Reading) -> list[Token]:
     """The rollout's tokens with m_t, D(pi_S || pi_T) as heat, and the five likeliest of student and teacher."""
-    asked = [(student, task.student_prompt(rollout.problem)), (teacher, reading.prompt)]
-    pi_S, pi_T = (response_logprobs(model, [task.encode(x)], [rollout.tokens])[0] for model, x in asked)  # (T, V)
+    read = [(student, task.prompt(rollout.problem)), (teacher, reading.prompt)]
+    pi_S, pi_T = (response_logprobs(model, [task.encode(x)], [rollout.tokens])[0] for model, x in read)  # (T, V)
     tokens = []
-    for t, (text, D) in enumerate(zip(task.pieces(rollout.tokens), divergence(pi_S, pi_T).tolist(), strict=True)):
+    for t, (text, D) in enumerate(zip(rollout.pieces, divergence(pi_S, pi_T).tolist(), strict=True)):
         heat = (max(0.0, D) / math.log(2)) ** 0.5  # JSD is at most log 2; the root makes small ones visible
         masked, quoted, start = t < reading.start, reading.start <= t < reading.quote_end, t == reading.start > 0
         says = f"t = {t}, m_t = {int(not masked)}, D = {D:.3f}"
@@ -128,7 +135,7 @@ def rosd_page(base: GPT, task: Task, students: dict[str, GPT], group: list[Rollo
     for rollout in {rollout.text: rollout for rollout in wrong_first}.values():
         times, correct = texts.count(rollout.text), rollout.verdict.correct
         count = f", {times} of {len(group)} rollouts" if times > 1 else ""
-        read = readings(base, task, rollout, peer)
+        read = readings(base, task, Pair(rollout, peer, 0.0))
         for view, models in trained.items():
             row = []
             for name, reading in read.items():
@@ -138,7 +145,7 @@ def rosd_page(base: GPT, task: Task, students: dict[str, GPT], group: list[Rollo
     answers = {}
     for name, student in {"before training": base, **students}.items():
         samples = sample_rollouts(student, task, [peer.problem], 6, seeded("xray", peer.problem.question))
-        answers[name] = [answer_strip(task, peer.problem, sample.tokens) for sample in samples]
+        answers[name] = [answer_strip(student, task, peer.problem, sample.tokens) for sample in samples]
     return render("rosd", question=peer.problem.question, views=views, answers=answers)
 
 
@@ -146,15 +153,13 @@ def rosd_page(base: GPT, task: Task, students: dict[str, GPT], group: list[Rollo
 
 
 @torch.no_grad()
-def removed(
-    model: GPT, tokens: list[int], projectors: dict[Place, Tensor], coordinate: str
-) -> dict[Place, list[float]]:
-    """How much of every token's key or value the projector takes away: |x - x P| / |x|, by place."""
-    shares: dict[Place, list[float]] = {}
+def removed(model: GPT, tokens: list[int], projectors: dict[Site, Tensor], coordinate: str) -> dict[Site, list[float]]:
+    """How much of every token's key or value the projector takes away: |x - x P| / |x|, by site."""
+    shares: dict[Site, list[float]] = {}
 
-    def measure(place: Place, output: Tensor) -> None:
+    def measure(site: Site, output: Tensor) -> None:
         x = output.flatten(2)[0]  # (T, d)
-        shares[place] = ((x - x @ projectors[place].to(x)).norm(dim=1) / x.norm(dim=1)).tolist()
+        shares[site] = ((x - x @ projectors[site].to(x)).norm(dim=1) / x.norm(dim=1)).tolist()
 
     with hooked(model, list(projectors), coordinate, measure):
         model(torch.tensor([tokens], device=model.device))
@@ -163,43 +168,53 @@ def removed(
 
 def spd_page(model: GPT, task: Task, config: Config) -> str:
     """Spectra, what the projector takes away from every token, and the answers with and without it."""
-    examples = calibration_set(task, config.calibration_domain or (config.domain,), config, config.seed)
-    projectors = calibrate(model, examples, config, config.seed)
+    c, domains = config, config.calibration_domain or (config.domain,)
+    examples = subspace.calibration_set(task, domains, c.calibration_size, c.loss, c.seed)
+    sites = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
+    gradients = subspace.capability_gradients(model, examples, sites, c.coordinate)
+    targets = subspace.target_layers(c.layers, model.config.n_layer)
+    chosen = {site: G for site, G in gradients.items() if site[0] in targets and site[1] in c.project}
+    heads = model.config.n_kv_head if c.coordinate == "head" else 1
+    projectors = subspace.make_projectors(chosen, c.rank, c.subspace, heads, c.seed)
     spectra = []
-    for place, (s, r) in subspace.spectra(model, examples, config).items():
+    for site, G in gradients.items():
+        s, r = subspace.principal_directions(G)[0], subspace.choose_rank(c.rank, G.size(1))
         says = [f"s_{i + 1} = {value:.3g}" for i, value in enumerate(s.tolist())]
         shown = [Token(bar, dimmed=i >= r, says=says[i]) for i, bar in enumerate(subspace.bars(s))]
-        spectra.append(Strip(place_name(place), shown, note=f"r = {r}" if place in projectors else "not projected"))
-    problems = task.problems(config.domain, 4, random.Random(f"prompt {config.seed}"), test=True)
-    prompts = [task.encode(task.student_prompt(problem)) for problem in problems]
+        spectra.append(Strip(f"{site_name(site)}, {f'r = {r}' if site in projectors else 'not projected'}", shown))
+    problems = task.problems(c.domain, 4, random.Random(f"prompt {c.seed}"), test=True)
+    prompts = [task.encode(task.prompt(problem)) for problem in problems]
     text, taken = [*prompts[0], *task.encode(problems[0].solution)], {}
-    for place, shares in removed(model, text, projectors, config.coordinate).items():
-        what = "key" if place[1] == "k" else "value"
+    for site, shares in removed(model, text, projectors, c.coordinate).items():
+        what = "key" if site[1] == "k" else "value"
         tokens = [
             Token(token, heat=share, says=f"{share:.0%} of its {what} is taken away")
             for token, share in zip(task.pieces(text), shares, strict=True)
         ]
-        taken[place_name(place)] = Strip("prompt and golden solution", tokens)
+        taken[site_name(site)] = Strip("prompt and golden solution", tokens)
     answers = {}
     for name, active in (("without", {}), ("with", projectors)):
-        sampling = {"temperature": config.temperature, "generator": seeded("xray", config.seed)}
-        with project_kv(model, active, config.coordinate):
+        sampling = {"temperature": c.temperature, "generator": seeded("xray", c.seed)}
+        with project_kv(model, active, c.coordinate):
             written = generate(model, prompts, task.max_response, task.stop, **sampling)
-        rows = [answer_strip(task, problem, tokens) for problem, tokens in zip(problems, written, strict=True)]
+            rows = [answer_strip(model, task, *answer) for answer in zip(problems, written, strict=True)]
         answers[f"{name} projection"] = rows
     return render("spd", question=problems[0].question, spectra=spectra, removed=taken, answers=answers)
 
 
 def main() -> None:
     config = parse_config(Config, __doc__)
-    task, model = open_task_and_base(config, config.domain)
+    domain = config.domain or {"rosd": "mix", "spd": "exam"}[config.page] * (config.task == "arithmetic")
+    task, model = open_task_and_base(config, domain)
+    config = dataclasses.replace(config, domain=domain or task.domains[0])
     path = Path(config.html or ("out/xray.html" if config.page == "rosd" else "out/spd.html"))
     files.make_folder(path.resolve().parent)
     if config.page == "rosd":
-        _, peer, group = reflect.example(model, task, config.domain, config.seed)
+        drawn = random.Random(config.seed), seeded("example", config.seed)
+        pair, group = reflect.example(model, task, config.domain, *drawn)
         paths = {name: Path(config.runs, f"{name.lower()}-seed0", "model.pt") for name in ("ROSD", "SDPO")}
         students = {name: files.load_checkpoint(path).to(model.device) for name, path in paths.items() if path.exists()}
-        page = rosd_page(model, task, students, group, peer)
+        page = rosd_page(model, task, students, group, pair.peer)
     else:
         page = spd_page(model, task, config)
     files.write_text(path, page)
