@@ -34,10 +34,10 @@ def evaluate(
 
     The problems are drawn by the seed, so that an interval over seeds holds the problems' variance, too.
     """
-    asked = []
+    drawn = []
     for domain in domains:
-        asked += task.problems(domain, problems, random.Random(f"test {domain} {seed}"), True)
-    _, verdicts = answer(model, task, asked, samples, generator=seeded("evaluate", seed), **sampling)
+        drawn += task.problems(domain, problems, random.Random(f"test {domain} {seed}"), True)
+    _, verdicts = answer(model, task, drawn, samples, generator=seeded("evaluate", seed), label="tests", **sampling)
     scores, per_domain = {}, problems * samples
     for i, domain in enumerate(domains):
         found = verdicts[i * per_domain : (i + 1) * per_domain]

@@ -33,7 +33,8 @@ from controls import Controls, oracle_reflections, spoil
 from errors import UserError
 from evaluate import comparison, evaluate_run, quick_test
 from harness.cli import option, parse_config, run_script
-from harness.run import Run, RunConfig, changed_settings, train_all
+from harness.device import train_all
+from harness.run import Run, RunConfig, changed_settings
 from lessons import CONTEXTS, Lesson, as_tensors, by_length, pairs_to_learn_from, split, statistics, teacher_prompt
 from lora import merge_lora, trainable_copy
 from losses import clipped_surrogate, divergence, importance_ratio, token_logprobs, top_k_with_tail
@@ -240,7 +241,7 @@ def main() -> None:
     results = train_all(train, configs)
     rows = {"base, before training": results[0]["before"]}
     for c, result in zip(configs, results, strict=True):
-        changed = changed_settings(c, configure(c.method))
+        changed = changed_settings(c, configure(c.method, c.preset))
         rows[", ".join([c.method.upper(), *changed]) if changed else METHODS[c.method].title] = result["after"]
     print(f"\n{comparison(rows, results[0]['config']['domain'], results[0]['habits'])}")
     print("Every figure is in " + " and ".join(f"{config.out}/{r['name']}/results.json" for r in results))
