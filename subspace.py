@@ -255,7 +255,7 @@ def main() -> None:
     @dataclass(frozen=True)
     class Config(SubspaceConfig, TaskConfig):
         domain: str = option("exam", "domain of the calibration set and the prompts")
-        temperature: float = option(1.0, "sampling temperature of the answers; 0 is greedy", minimum=0)
+        temperature: float = option(1.0, "sampling temperature of the answers; 0 is greedy", minimum=1e-3, or_zero=True)
 
     c = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
     task, model = open_task_and_base(c, c.domain, *c.calibration_domain)

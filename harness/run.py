@@ -71,7 +71,8 @@ class Run:
 
     def __init__(self, config: RunConfig, reference: RunConfig) -> None:
         check_values(config)
-        self.task, self.base = open_task_and_base(config, config.domain)
+        domains = config.domain, *getattr(config, "calibration_domain", ())
+        self.task, self.base = open_task_and_base(config, *domains)
         name = run_name(config, reference)
         self.config = config = dataclasses.replace(config, domain=config.domain or self.task.domains[0])
         self.label = config.method + (", …" if changed_settings(config, reference) else "")
