@@ -34,10 +34,10 @@ def evaluate(
 
     The problems are drawn by the seed, so that an interval over seeds holds the problems' variance, too.
     """
-    asked = []
+    drawn = []
     for domain in domains:
-        asked += task.problems(domain, problems, random.Random(f"test {domain} {seed}"), test=True)
-    _, verdicts = answer(model, task, asked, samples, generator=seeded("evaluate", seed), **sampling)
+        drawn += task.problems(domain, problems, random.Random(f"test {domain} {seed}"), test=True)
+    _, verdicts = answer(model, task, drawn, samples, generator=seeded("evaluate", seed), label="tests", **sampling)
     scores, per_domain = {}, problems * samples
     for i, domain in enumerate(domains):
         found = verdicts[i * per_domain : (i + 1) * per_domain]
@@ -89,5 +89,9 @@ def comparison(rows: dict[str, dict[str, dict]], home: str, habits: dict[str, st
         return [name, *("-" if value is None else f"{100 * value:.1f}" for value in values)]
 
     table = markdown_table(header, [line(name, scores) for name, scores in rows.items()])
-    said = "".join(f"; {name}: {meaning}" for name, meaning in habits.items())
-    return f"{table}\nelsewhere: mean over the domains that were not trained on{said}; unfinished: no answer in time"
+    legend = {
+        "elsewhere": "mean over the domains that were not trained on",
+        **habits,
+        "unfinished": "no answer in time",
+    }
+    return "\n".join([table, *(f"{name}: {meaning}" for name, meaning in legend.items())])

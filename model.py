@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from errors import UserError
+from harness.progress import inner_bar
 from hub.weights import read_shape, read_weights
 
 
@@ -330,11 +331,12 @@ def sample(
 
 
 def generate(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tuple[int, ...], samples: int = 1, **sampling: Any
-) -> list[list[int]]:
-    """The tokens that `sample` draws, for any number of prompts: as many at once as `rows_at_once` says."""
+    model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tuple[int, ...], samples: int = 1,
+    label: str = "responses", **sampling: Any,
+) -> list[list[int]]:  # fmt: skip
+    """The tokens that `sample` draws, for any number of prompts: under a progress bar where that takes long."""
     step = max(1, rows_at_once(model, max(map(len, prompts), default=0) + max_new_tokens) // samples)
-    parts = (prompts[i : i + step] for i in range(0, len(prompts), step))
+    parts = inner_bar([prompts[i : i + step] for i in range(0, len(prompts), step)], label)
     return [tokens for part in parts for tokens in sample(model, part, max_new_tokens, stop, samples, **sampling)[0]]
 
 

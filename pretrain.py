@@ -8,7 +8,6 @@ updates than AdamW; AdamW trains the embedding, the norms and the first layer's 
 matrix over its full rank; AdamW with weight decay leaves room to spare, as in large models.
 """
 
-import os
 import random
 import time
 from collections.abc import Iterator
@@ -27,7 +26,9 @@ from data.tokenizer import END, VOCAB_SIZE, encode
 from errors import UserError
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.run import pick_device, progress_bar, seeded
+from harness.device import pick_device, slow_in_bfloat16, use_threads
+from harness.progress import progress_bar
+from harness.run import seeded
 from losses import Document, next_token_loss
 from model import GPT, GPTConfig, response_logprobs
 from reflect import Pair, pair_with_peers, sample_rollouts, write_reflections
@@ -41,9 +42,9 @@ class Config:
     adamw_rate: float = option(1e-2, "peak learning rate of AdamW", minimum=0)
     weight_decay: float = option(0.1, "weight decay of the matrices", minimum=0)
     value_decay: float = option(0.2, "weight decay of the keys and values under AdamW", minimum=0)
-    layers: int = option(4, "layers", minimum=2)
-    width: int = option(64, "residual width, a multiple of 8; of four heads", minimum=8)
-    seed: int = option(0, "seed of the weights and the documents")
+    layers: int = option(4, "layers", minimum=2, maximum=100)
+    width: int = option(64, "residual width, a multiple of 8; of four heads", minimum=8, maximum=4096)
+    seed: int = option(0, "seed of the weights and the documents", minimum=0)
     out: str = option("out/base.pt", "where the checkpoint goes")
     check_only: bool = option(False, "train nothing, measure the checkpoint at --out")
     device: str = option("auto", "cpu, cuda, mps or auto")
@@ -80,7 +81,7 @@ def newton_schulz(G: Tensor, coefficients: tuple[float, float, float], steps: in
 def pretrain(config: Config) -> GPT:
     torch.manual_seed(config.seed)
     device = pick_device(config.device)
-    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if slow_in_bfloat16(device):
         _muon._zeropower_via_newtonschulz = newton_schulz  # PyTorch's computes in bfloat16, ten times slower there
     width, heads = config.width, {"n_head": 4, "n_kv_head": 4, "head_dim": config.width // 4}
     model = GPT(GPTConfig(VOCAB_SIZE, n_layer=config.layers, n_embd=width, n_hidden=3 * width, **heads)).to(device)
@@ -195,7 +196,7 @@ def main() -> None:
     config = parse_config(Config, __doc__)
     if config.width % 8:
         raise UserError(f"--width {config.width} does not go into four heads of even width; give a multiple of 8")
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
+    use_threads()
     if not config.check_only:
         files.make_folder(Path(config.out).resolve().parent)
         started = time.time()

@@ -110,7 +110,7 @@ def write_reflections(
         prompts.append(task.reflector_prompt(y.problem, y.text, solution, give_answer))
     unique = list(dict.fromkeys(prompts)) if temperature == 0 else prompts  # greedily, equal prompts have equal answers
     tokens = [task.encode(prompt) for prompt in unique]
-    sampling = {"temperature": temperature, "generator": generator}
+    sampling = {"temperature": temperature, "generator": generator, "label": "reflections"}
     texts = list(map(task.decode, generate(reflector, tokens, task.max_reflection, task.stop, **sampling)))
     if temperature == 0:
         by_prompt = dict(zip(unique, texts, strict=True))

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from data import Task
 from errors import UserError
+from harness.progress import inner_bar
 from model import GPT
 
 Site = tuple[int, str]  # (layer counted from 0, "k" or "v")
@@ -148,7 +149,7 @@ def capability_gradients(
     rows: dict[Site, list[Tensor]] = {site: [] for site in sites}
     longest = max(len(example.prompt) + len(example.solution) for example in examples)
     batch = max(1, min(batch, 2**25 // (longest * model.config.vocab_size)))
-    for start in range(0, len(examples), batch):
+    for start in inner_bar(range(0, len(examples), batch), "calibration"):
         chunk = examples[start : start + batch]
         lengths = torch.tensor([len(e.prompt) + len(e.solution) for e in chunk])
         tokens = torch.zeros(len(chunk), int(lengths.max()), dtype=torch.long)  # (B, T)
@@ -256,7 +257,7 @@ def main() -> None:
     @dataclass(frozen=True)
     class Config(SubspaceConfig, TaskConfig):
         domain: str = option("exam", "domain of the calibration set and the prompts")
-        temperature: float = option(1.0, "sampling temperature of the answers; 0 is greedy", minimum=0)
+        temperature: float = option(1.0, "sampling temperature of the answers; 0 is greedy", minimum=1e-3, or_zero=True)
 
     c = parse_config(Config, "Singular-value spectra, and prompts answered with and without projection.")
     task, model = open_task_and_base(c, c.domain, *c.calibration_domain)

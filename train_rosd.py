@@ -33,7 +33,8 @@ from controls import ControlsConfig, oracle_reflections, spoil
 from errors import UserError
 from evaluate import comparison, evaluate_run, quick_test
 from harness.cli import option, parse_config, run_script
-from harness.run import Run, RunConfig, changed_settings, train_all
+from harness.device import train_all
+from harness.run import Run, RunConfig, changed_settings
 from lessons import CONTEXTS, Lesson, as_tensors, by_length, pairs_to_learn_from, split, statistics, teacher_prompt
 from lora import merge_lora, trainable_copy
 from losses import clipped_surrogate, divergence, importance_ratio, token_logprobs, top_k_with_tail

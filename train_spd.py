@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from tqdm import tqdm
 
 import subspace
 from evaluate import accuracy_of_text, evaluate_run, out_of_domain
 from harness.cli import markdown_table, option, parse_config, run_script
-from harness.run import Run, RunConfig, changed_settings, train_all
+from harness.device import train_all
+from harness.progress import inner_bar
+from harness.run import Run, RunConfig, changed_settings
 from lora import merge_lora, trainable_copy
 from losses import next_token_loss
 from model import generate
@@ -63,7 +64,9 @@ class Config(SubspaceConfig, RunConfig):
     """training"""
 
     method: str = option("spd", "what to train", choices=tuple(METHODS))
-    temperature: float = option(0.0, "sampling temperature of the completions, 0 is greedy", "not stated", minimum=0)
+    temperature: float = option(
+        0.0, "sampling temperature of the completions, 0 is greedy", "not stated", minimum=1e-3, or_zero=True
+    )
     top_k: int = option(0, "truncated sampling: keep so many tokens; 0 keeps all", minimum=0)
     top_p: float = option(1.0, "truncated sampling: keep this much probability", minimum=0.01, maximum=1)
     prompts: int = option(2000, "training prompts, one completion each", minimum=1)
@@ -119,7 +122,7 @@ def train(config: Config) -> dict:
             order, losses = run.random("order", 0, epoch).sample(pairs, len(pairs)), []
             updates = math.ceil(len(pairs) / config.batch)
             student.train()
-            for i in tqdm(range(updates), desc=f"epoch {epoch + 1}", leave=False, position=1):
+            for i in inner_bar(range(updates), f"epoch {epoch + 1}"):
                 progress = (epoch + i / updates) / config.epochs
                 optimizer.param_groups[0]["lr"] = config.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
                 loss = next_token_loss(student, order[i * config.batch :][: config.batch], config.completion_only)

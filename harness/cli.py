@@ -2,9 +2,11 @@
 
 import argparse
 import dataclasses
+import inspect
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -15,7 +17,7 @@ from typing import Any, TypeVar
 from errors import UserError
 
 Config = TypeVar("Config")
-DECIDES_DEFAULTS = ("method", "preset", "task")  # settings that others' defaults may depend on
+DECIDES_DEFAULTS = ("method", "preset", "task")  # settings that the defaults of others may depend on
 
 
 def option(
@@ -25,10 +27,12 @@ def option(
     choices: tuple = (),
     minimum: float | None = None,
     maximum: float | None = None,
+    or_zero: bool = False,
     positional: bool = False,
 ) -> Any:
     """A field of a config that is a flag: default, meaning, the paper's value where it has one, what is allowed."""
-    about = {"help": help, "paper": paper, "choices": choices, "limits": (minimum, maximum), "positional": positional}
+    limits = (minimum, maximum, or_zero)
+    about = {"help": help, "paper": paper, "choices": choices, "limits": limits, "positional": positional}
     return dataclasses.field(default=default, metadata=about)
 
 
@@ -43,64 +47,72 @@ def parse_config(
     argv: list[str] | None = None,
     defaults: Callable[..., dict[str, Any]] = lambda **_: {},
 ) -> Config:
-    """Parse and validate the flags of a frozen dataclass, in a group for every class that declares some.
+    """Parse and check the flags of a frozen dataclass; --help has a group for every class that declares some.
 
-    defaults gives what depends on the method, the preset and the task; --help shows the values in force.
+    defaults gives the defaults that depend on the method, the preset and the task; --help shows those in force.
     """
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    fields = {field.name: field for field in dataclasses.fields(config_class)}
+    fields = {field.name: field for field in dataclasses.fields(config_class) if field.metadata}
     kinds = typing.get_type_hints(config_class)
-    first = Parser(add_help=False, allow_abbrev=False)  # reads the settings that decide defaults
-    for declaring in (cls for cls in config_class.__mro__ if "__annotations__" in vars(cls)):
-        names = [name for name in declaring.__annotations__ if fields.get(name) and fields[name].metadata]
+    deciding = Parser(add_help=False, allow_abbrev=False)
+    for name in set(DECIDES_DEFAULTS) & set(fields):
+        deciding.add_argument(f"--{name}", default=fields[name].default)
+    in_force = defaults(**vars(deciding.parse_known_args(argv)[0]))
+
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for declaring in config_class.__mro__:
+        names = [name for name in inspect.get_annotations(declaring) if name in fields]
         title = (declaring.__doc__ or "").partition("\n")[0]
-        group = parser.add_argument_group(title if "(" not in title else "settings")
+        group = parser.add_argument_group(title if "(" not in title else "settings")  # a dataclass's own is its shape
         for name in names:
-            if not any(action.dest == name for action in parser._actions):  # a subclass may have declared it anew
-                add_flag(group, fields[name], kinds[name])
-                if name in DECIDES_DEFAULTS:
-                    first.add_argument(f"--{name}", default=fields[name].default)
-    parser.set_defaults(**defaults(**vars(first.parse_known_args(argv)[0])))
+            field = fields.pop(name)  # a subclass may have declared it anew
+            add_flag(group, field, kinds[name], in_force.get(name, field.default))
     values = vars(parser.parse_args(argv))
-    for name, field in fields.items():
-        if name in values and isinstance(values[name], list):
-            values[name] = tuple(values[name])
-        if name in values and field.metadata:
-            check_limits(name, values[name], *field.metadata["limits"])
-    return config_class(**values)
+    config = config_class(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
+    check_values(config)
+    return config
 
 
-def add_flag(group: Any, field: dataclasses.Field, kind: Any) -> None:
-    meta = field.metadata
-    if typing.get_origin(kind) is not tuple and typing.get_args(kind):  # `int | None`
+def add_flag(group: Any, field: dataclasses.Field, kind: Any, default: Any) -> None:
+    meta, several = field.metadata, typing.get_origin(kind) is tuple
+    if typing.get_args(kind):  # `int | None` or `tuple[str, ...]`
         kind = typing.get_args(kind)[0]
-    default = " ".join(map(str, field.default)) if isinstance(field.default, tuple) else "%(default)s"
-    notes = [] if field.default in (None, "", ()) else [f"default: {default}"]
+    shown = " ".join(map(str, default)) if several else default
+    notes = [] if shown in (None, "") else [f"default: {shown}"]
     notes += [f"paper: {meta['paper']}"] if meta["paper"] else []
-    text = meta["help"].replace("%", "%%") + (f" ({'; '.join(notes)})" if notes else "")
-    settings: dict[str, Any] = {"default": field.default, "help": text}
+    text = (meta["help"] + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
+    settings: dict[str, Any] = {"default": default, "help": text}
     if kind is bool:
         settings["action"] = argparse.BooleanOptionalAction
     else:
-        settings["choices"] = meta["choices"] or None
-        if typing.get_origin(kind) is tuple:
-            settings |= {"type": typing.get_args(kind)[0], "nargs": "+"}
-        else:
-            settings |= {"type": kind, "metavar": None if meta["choices"] else kind.__name__.upper()}
+        settings |= {"type": kind, "choices": meta["choices"] or None, "nargs": "+" if several else None}
+        settings["metavar"] = None if meta["choices"] or several else kind.__name__.upper()
     if meta["positional"]:
-        group.add_argument(field.name, nargs="?", **settings)
+        group.add_argument(field.name, **(settings | {"nargs": "?"}))
     else:
         group.add_argument("--" + field.name.replace("_", "-"), **settings)
 
 
-def check_limits(name: str, value: Any, low: float | None, high: float | None) -> None:
-    if not isinstance(value, int | float):
-        return
-    inside = (low is None or value >= low) and (high is None or value <= high)
-    if not inside or not math.isfinite(value):
-        limits = [f"at least {low}"] * (low is not None) + [f"at most {high}"] * (high is not None)
-        allowed = " and ".join(limits) or "a finite number"
-        raise UserError(f"argument --{name.replace('_', '-')}: {value} is not allowed, give {allowed}")
+def check_values(config: Any) -> None:
+    """Raise UserError where a setting is not one of its choices or outside its limits, wherever it comes from."""
+    for field in dataclasses.fields(config):
+        if not field.metadata:
+            continue
+        value, choices = getattr(config, field.name), field.metadata["choices"]
+        low, high, or_zero = field.metadata["limits"]
+        wrong = f"argument --{field.name.replace('_', '-')}: {value!s:.40} is not allowed, give"
+        if choices and value not in choices:
+            raise UserError(f"{wrong} one of {', '.join(choices)}")
+        if not isinstance(value, int | float) or (value == 0 and or_zero):
+            continue
+        if high is None and isinstance(value, int):
+            high = 10**9
+        if not math.isfinite(value) or (low is not None and value < low) or (high is not None and value > high):
+            limits = ["0 or"] * or_zero + [f"at least {low}"] * (low is not None)
+            limits += ["and"] * (low is not None and high is not None) + [f"at most {high}"] * (high is not None)
+            raise UserError(f"{wrong} {' '.join(limits) or 'a finite number'}")
+
+
+# ---------------------------------------------------------------------------------------------- the end of a script
 
 
 def run_script(main: Callable[[], None], stopped: str = "Stopped.") -> None:
@@ -117,20 +129,21 @@ def run_script(main: Callable[[], None], stopped: str = "Stopped.") -> None:
     except KeyboardInterrupt:
         print(f"\n{stopped}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        signal.set_wakeup_fd(-1)
 
 
-def end_soon_after_ctrl_c(stopped: str, seconds: float = 5.0) -> None:
-    """End the process even where one long operation keeps Python from seeing the interrupt."""
-    if threading.current_thread() is not threading.main_thread():
-        return
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.set_wakeup_fd(writing)  # written to by the signal itself, at once
+def end_soon_after_ctrl_c(stopped: str, seconds: float = 3.0) -> None:
+    """Let a thread end the process even where one long operation keeps Python from seeing the interrupt."""
+    reading, writing = socket.socketpair()
+    writing.setblocking(False)
+    signal.set_wakeup_fd(writing.fileno())  # the signal itself writes to it, at once
 
     def watch() -> None:
-        os.read(reading, 1)
+        reading.recv(1)
         time.sleep(seconds)
         print(f"\n{stopped}", file=sys.stderr, flush=True)
+        writing.close()
         os._exit(130)
 
     threading.Thread(target=watch, daemon=True).start()

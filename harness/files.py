@@ -4,6 +4,8 @@ import dataclasses
 import json
 import math
 import os
+import platform
+import subprocess
 import sys
 import tempfile
 import zlib
@@ -12,9 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import numpy
+import tiktoken
 import torch
 
 from errors import UserError
+from harness.device import slow_in_bfloat16
 from hub.weights import their_name
 from model import GPT, GPTConfig
 
@@ -60,7 +65,7 @@ def lock_folder(folder: Path) -> IO:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path` and move it there only when everything has been written."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two runs may write the same file about their base
     try:
         yield temporary
         os.replace(temporary, path)
@@ -111,29 +116,30 @@ def read_json(path: Path) -> Any:
 
 def save_checkpoint(path: Path, model: GPT) -> None:
     """Write weights and shape; UserError where a weight is not finite."""
-    check_finite(model, f"the weights that were to go to {path}", "nothing was written; try a lower learning rate")
+    remedy = "nothing was written; try a lower learning rate"
+    check_finite(model.state_dict(), f"the weights that were to go to {path}", remedy)
     state = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
     with replacing(path) as temporary:
         torch.save({"config": dataclasses.asdict(model.config), "model": state}, temporary)
 
 
 def save_model(folder: Path, model: GPT, base: Path | str) -> None:
-    """Write folder/model.pt; if the base is a Hugging Face folder, folder/model, one with the base's tokenizer."""
+    """Write folder/model.pt; for a Hugging Face base folder/model, with its tokenizer and number format."""
     if not Path(base).is_dir():
         return save_checkpoint(folder / "model.pt", model)
     from safetensors.torch import save_file
 
-    check_finite(model, f"the weights that were to go to {folder}", "nothing was written; try a lower learning rate")
+    about = read_json(Path(base) / "config.json")
+    dtype = about.get("dtype") or about.get("torch_dtype") or dtype_name(model)  # it may be computed in another one
+    weights = {name: tensor.detach().cpu().to(getattr(torch, dtype)) for name, tensor in model.state_dict().items()}
+    check_finite(weights, f"the weights that were to go to {folder}", "nothing was written; try a lower learning rate")
     folder = make_folder(folder / "model")
     for name in HUB_FILES:
         if (Path(base) / name).is_file():
             write_text(folder / name, read_text(Path(base) / name))
-    dtype = str(model.embed.weight.dtype).removeprefix("torch.")  # which need not be the base's
-    write_json(folder / "config.json", read_json(folder / "config.json") | {"dtype": dtype, "torch_dtype": dtype})
     with replacing(folder / "model.safetensors") as temporary:
-        weights = {their_name(name): tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, temporary, {"format": "pt"})
-        temporary.chmod(0o644)
+        save_file({their_name(name): x.contiguous() for name, x in weights.items()}, temporary, {"format": "pt"})
+        temporary.chmod(0o644)  # safetensors makes it readable by its owner alone
 
 
 def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> GPT:
@@ -142,8 +148,7 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> GPT
     A folder's own number format is kept, but on a CPU without bfloat16 units float32 is several times as fast.
     """
     if Path(path).is_dir():
-        slow = torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        return GPT.from_pretrained(path, torch.float32 if slow else None)
+        return GPT.from_pretrained(path, torch.float32 if slow_in_bfloat16(device) else None)
     path = find_file(path)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -151,20 +156,22 @@ def load_checkpoint(path: Path | str, device: torch.device | str = "cpu") -> GPT
         model.load_state_dict({name: tensor.float() for name, tensor in state["model"].items()})
     except Exception as error:
         raise UserError(f"{path} is no checkpoint of this project or is damaged; make it with pretrain.py") from error
-    check_finite(model, str(path), "make it anew with pretrain.py")
+    check_finite(model.state_dict(), str(path), "make it anew with pretrain.py")
     return model
 
 
 def find_file(path: Path | str) -> Path:
     """The checkpoint at a path, taken from the repository's folder if it is not found from the current one."""
     found = Path(path) if Path(path).is_file() else ROOT / path
-    if not found.is_file():
+    if not found.is_file() and Path(path).suffix == ".pt":
         raise UserError(f"no checkpoint at {path}; make one with `python pretrain.py --out {path}`")
+    if not found.is_file():
+        raise UserError(f"no model folder at {path}; download it, or `python -m tools.smollm2 smollm2` makes one")
     return found
 
 
-def check_finite(model: torch.nn.Module, what: str, remedy: str) -> None:
-    for name, tensor in model.state_dict().items():
+def check_finite(state: dict[str, torch.Tensor], what: str, remedy: str) -> None:
+    for name, tensor in state.items():
         if not tensor.isfinite().all():
             raise UserError(f"{what}: {name} holds a number that is not finite; {remedy}")
 
@@ -186,3 +193,25 @@ def code_checksum() -> str:
     paths = [path for folder in (ROOT, ROOT / "data", ROOT / "hub") for path in sorted(folder.glob("*.py"))]
     text = b"".join(path.read_bytes() for path in paths)
     return f"{zlib.crc32(text + torch.__version__.encode()):08x}"
+
+
+def dtype_name(model: GPT) -> str:
+    return str(model.embed.weight.dtype).removeprefix("torch.")
+
+
+def provenance(base: GPT) -> dict[str, Any]:
+    """Versions, commit, number format, threads and device, for every results file."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        commit = git("rev-parse", "HEAD")
+        if git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.pt"):
+            commit += "+changes"
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    versions = {"torch": torch.__version__, "numpy": numpy.__version__, "tiktoken": tiktoken.__version__}
+    computed = {"dtype": dtype_name(base), "threads": torch.get_num_threads(), "device": base.device.type}
+    return {"commit": commit, "python": platform.python_version(), **versions, **computed}

@@ -8,13 +8,9 @@ out/base-*.json           accuracies of the base, shared by all runs under out/ 
 """
 
 import dataclasses
-import multiprocessing
-import os
-import platform
 import random
-import subprocess
+import re
 import sys
-import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -22,15 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy
-import tiktoken
 import torch
-from tqdm import tqdm
 
 from data import Task, load_task
 from errors import UserError
 from harness import files
-from harness.cli import option
+from harness.cli import DECIDES_DEFAULTS, check_values, option
+from harness.device import peak_memory_mb, pick_device, use_threads
+from harness.files import provenance
+from harness.progress import progress_bar
 from model import GPT
 
 
@@ -56,7 +52,7 @@ class RunConfig(TaskConfig):
     baseline: bool = option(True, "also train what the method is compared with, for the table")
     eval_problems: int = option(64, "test problems a domain", minimum=1)
     eval_samples: int = option(16, "samples a test problem", "16", minimum=1)
-    eval_temperature: float = option(1.0, "temperature of the tests", "0.6", minimum=0)
+    eval_temperature: float = option(1.0, "temperature of the tests", "0.6", minimum=1e-3, or_zero=True)
     eval_top_p: float = option(1.0, "truncation (top-p) of the tests", "0.95", minimum=0.01, maximum=1)
     eval_every: int = option(0, "steps between short tests, for learning curves; 0 tests never", minimum=0)
 
@@ -64,7 +60,7 @@ class RunConfig(TaskConfig):
 EVALUATION = ("eval_problems", "eval_samples", "eval_temperature", "eval_top_p")
 # Settings that say where and how fast, not what: they may change when a run is resumed.
 INCIDENTAL = ("out", "base", "resume", "device", "baseline")  # the base is compared by its content
-SHOWN = ("loss", "accuracy", "quote_match")  # beside the progress bar
+SHOWN = ("loss", "accuracy")  # beside the progress bar
 
 
 class Run:
@@ -74,7 +70,9 @@ class Run:
     """
 
     def __init__(self, config: RunConfig, reference: RunConfig) -> None:
-        self.task, self.base = open_task_and_base(config, config.domain)
+        check_values(config)
+        domains = config.domain, *getattr(config, "calibration_domain", ())
+        self.task, self.base = open_task_and_base(config, *domains)
         name = run_name(config, reference)
         self.config = config = dataclasses.replace(config, domain=config.domain or self.task.domains[0])
         self.label = config.method + (", …" if changed_settings(config, reference) else "")
@@ -93,14 +91,17 @@ class Run:
 
     def __enter__(self) -> "Run":
         self.began, self.lock, path = time.time(), files.lock_folder(self.folder), self.folder / "state.pt"
-        if not path.exists():
-            if self.config.resume and not self.results:
-                print(f"{self.folder} has nothing to resume: the run begins at its first step.", file=sys.stderr)
-        elif not self.config.resume:
-            print(f"{self.folder}: starts anew; --resume would have gone on where it stopped.", file=sys.stderr)
-        else:
+        for unfinished in self.folder.glob("*.tmp"):  # of a process that was killed while it wrote
+            unfinished.unlink(missing_ok=True)
+        if path.exists() and self.config.resume:
             self.saved = self.read_state(path)
             self.history, self.state = self.saved["history"], self.saved["state"]
+        elif path.exists():
+            print(f"{self.folder}: starts anew; --resume would have gone on where it stopped.", file=sys.stderr)
+        elif self.config.resume and not self.results:
+            others = sorted(p.parent.name for p in self.folder.parent.glob(f"{self.config.method}-*/state.pt"))
+            hint = f"; unfinished runs with other settings: {', '.join(others)}" if others else ""
+            print(f"{self.folder} has nothing to resume, the run begins at its first step{hint}.", file=sys.stderr)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -141,13 +142,14 @@ class Run:
                     part.load_state_dict(self.saved["parts"][name])
             except (KeyError, ValueError, RuntimeError) as error:
                 raise UserError(f"{self.folder / 'state.pt'} is damaged; delete it and run again") from error
+        self.saved = None
 
     def save(self) -> None:
         """Write the state, then the metrics made from it: stopped in between, the resumed run loses nothing."""
-        for name, part in self.parts.items():
-            if isinstance(part, torch.nn.Module):
-                files.check_finite(part, f"the {name}'s weights", "the state before is intact; lower --learning-rate")
         parts = {name: part.state_dict() for name, part in self.parts.items()}
+        for name in [name for name, part in self.parts.items() if isinstance(part, torch.nn.Module)]:
+            remedy = "the state before is intact; lower --learning-rate"
+            files.check_finite(parts[name], f"the {name}'s weights", remedy)
         state = self.state | {"seconds": self.seconds()}
         with files.replacing(self.folder / "state.pt") as temporary:
             torch.save({**self.about, "history": self.history, "state": state, "parts": parts}, temporary)
@@ -166,7 +168,8 @@ class Run:
     def of_base(self, name: str, measure: Callable[[], Any], *settings: str) -> Any:
         """What `measure` says of the base; runs under --out with equal code and settings share it."""
         names = ("task", "shots", "max_response", "seed", *EVALUATION, *settings)
-        key = [self.origin, files.code_checksum(), self.base.device.type, *(getattr(self.config, n) for n in names)]
+        computed = self.base.device.type, files.dtype_name(self.base)
+        key = [self.origin, files.code_checksum(), *computed, *(getattr(self.config, n) for n in names)]
         path = self.folder.parent / f"base-{name}-{zlib.crc32(repr(key).encode()):08x}.json"
         if not path.exists():
             files.write_json(path, measure())
@@ -220,13 +223,6 @@ class Run:
         self.progress.set_postfix_str(", ".join(f"{n} {row[n]:.2g}" for n in SHOWN if row.get(n) is not None))
 
 
-def progress_bar(items: Any, label: str, initial: int = 0, total: int | None = None) -> tqdm:
-    """A bar that fits in 80 columns; the bars of trainings side by side stand below one another."""
-    position = int(multiprocessing.current_process().name.partition("training-")[2] or 0)  # see train_side_by_side
-    form = "{desc}: {percentage:3.0f}%|{bar:8}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}] {postfix}"
-    return tqdm(items, desc=label, initial=initial, total=total, position=position, bar_format=form)
-
-
 def seeded(*key: object) -> torch.Generator:
     """A CPU generator seeded by a key like ("rollout", seed, step): no random state has to be saved."""
     return torch.Generator().manual_seed(zlib.crc32(repr(key).encode()))
@@ -235,31 +231,48 @@ def seeded(*key: object) -> torch.Generator:
 # ---------------------------------------------------------------------------------------------- names
 
 
-def changed_settings(config: RunConfig, reference: RunConfig) -> list[str]:
-    """E.g. ['control false-ideas', 'dose 0.5']: every setting that is not the method's own, but for test sizes."""
-    no_flag = {"method", "domain", "seed", "eval_problems", "eval_samples", *INCIDENTAL}
-    changed = []
+def changes(config: RunConfig, reference: RunConfig) -> dict[str, Any]:
+    """Every setting that is not the method's own, but for domain, seed and the size of the tests."""
+    not_named = {"method", "domain", "seed", "eval_problems", "eval_samples", *INCIDENTAL}
+    changed = {}
     for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if field.name not in no_flag and value != getattr(reference, field.name):
-            changed.append(f"{field.name} {'+'.join(map(str, value)) if isinstance(value, tuple) else value}")
-    if getattr(config, "preset", "paper") != "paper":
-        changed.append(f"preset {config.preset}")
+        value, name = getattr(config, field.name), field.name
+        usual = field.default if name in DECIDES_DEFAULTS else getattr(reference, name)  # the reference has the same
+        if name not in not_named and value != usual:
+            changed[name] = value
     return changed
 
 
+def as_text(value: Any) -> str:
+    return "+".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
+def changed_settings(config: RunConfig, reference: RunConfig) -> list[str]:
+    """E.g. ['control false-ideas', 'dose 0.5'], for the rows of a table."""
+    return [f"{name.replace('_', ' ')} {as_text(value)}" for name, value in changes(config, reference).items()]
+
+
 def run_name(config: RunConfig, reference: RunConfig) -> str:
-    """E.g. 'rosd-mask=whole-add-seed0': method, changed settings, base, domain, seed; without loss of information."""
-    flags = [text.replace(" ", "=", 1) for text in changed_settings(config, reference)]
+    """E.g. 'rosd-mask=whole-domain=add-seed0': method, changed settings, domain, base, seed.
+
+    A name that was shortened, or that could be read in two ways, ends in a checksum of all that it stands for.
+    """
+    changed = changes(config, reference)
+    if config.domain not in ("", reference.domain):
+        changed["domain"] = config.domain
     base = files.checksum(config.base)
     if not files.BASE_CHECKPOINT.is_file() or base != files.checksum(files.BASE_CHECKPOINT):
-        flags.append(f"base={Path(config.base).name.removesuffix('.pt')}.{base}")
-    domain = [config.domain] if config.domain and config.domain != reference.domain else []
-    exact = "-".join([config.method, *flags, *domain, f"seed{config.seed}"])
-    name = "".join(c if c.isalnum() or c in "+.-=_" else "_" for c in exact)
-    if name == exact and len(name) < 200:
+        changed["base"] = f"{Path(config.base).resolve().name.removesuffix('.pt')}.{base}"
+    words = ""
+    for name, value in changed.items():
+        last = as_text(value).rstrip("/").rpartition("/")[2]  # of a path
+        words += f"-{name}={re.sub('[^A-Za-z0-9_.+%-]+', '_', last)}"
+    name = f"{config.method}{words[:60]}-seed{config.seed}"
+    # In lower case, because some file systems do not tell it from upper case.
+    exact = all(re.fullmatch("[a-z0-9_.%-]+|True|False|None", as_text(value)) for value in changed.values())
+    if exact and len(words) <= 60:
         return name
-    return f"{name[:180]}-{zlib.crc32(exact.encode()):08x}"  # file systems allow 255
+    return f"{name}-{zlib.crc32(repr((config.method, changed, config.seed)).encode()):08x}"
 
 
 # ---------------------------------------------------------------------------------------------- task, base, device
@@ -276,7 +289,7 @@ def find_task(config: TaskConfig, *domains: str) -> Task:
 
 def open_task_and_base(config: TaskConfig, *domains: str) -> tuple[Task, GPT]:
     """The task, and the base, frozen, on its device; UserError where they do not match."""
-    use_threads(config)
+    use_threads(config.base)
     task, device = find_task(config, *domains), pick_device(config.device)
     model = files.load_checkpoint(config.base, device)
     has, needed = model.config.vocab_size, task.vocab_size
@@ -284,116 +297,3 @@ def open_task_and_base(config: TaskConfig, *domains: str) -> tuple[Task, GPT]:
         sizes = f"{has} tokens, the task one of {needed}"
         raise UserError(f"{config.base} has a vocabulary of {sizes}; give the --task or the --base that belongs to it")
     return task, model.to(device).requires_grad_(False).eval()
-
-
-def use_threads(config: TaskConfig) -> None:
-    """As many CPU threads as OMP_NUM_THREADS says. By default one, or the cores for a Hugging Face model.
-
-    A model as small as data/base.pt gains nothing from a second thread. Trainings side by side share the cores.
-    """
-    threads = int(os.environ.get("OMP_NUM_THREADS", 0))
-    beside = int(os.environ.get("TRAININGS", 1))
-    torch.set_num_threads(threads or (max(1, (os.cpu_count() or 1) // beside) if Path(config.base).is_dir() else 1))
-
-
-def pick_device(name: str = "auto") -> torch.device:
-    """The device of this name; 'auto' takes CUDA, then MPS, then the CPU."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.zeros(1, device=name).device
-        if device.type not in ("cpu", "cuda", "mps"):
-            raise NotImplementedError
-        return device
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name!r} cannot be used here; give --device auto, cpu, cuda or mps") from error
-
-
-# ---------------------------------------------------------------------------------------------- trainings side by side
-
-
-def train_all(train: Callable[[Any], dict], configs: list[Any]) -> list[dict]:
-    """`train` of every config -> results in the same order; on a CPU in a process for each, as many as it has cores."""
-    cores = os.cpu_count() or 1
-    if len(configs) == 1 or cores == 1 or pick_device(configs[0].device).type != "cpu":
-        return [train(config) for config in configs]
-    results: list[dict] = []
-    for start in range(0, len(configs), cores):
-        results += train_side_by_side(train, configs[start : start + cores])
-    return results
-
-
-def train_side_by_side(train: Callable[[Any], dict], configs: list[Any]) -> list[dict]:
-    """The first config in this process, each other one in a process of its own."""
-    os.environ["TRAININGS"] = str(len(configs))
-    context, children = multiprocessing.get_context("spawn"), []
-    try:
-        for i, config in enumerate(configs[1:], start=1):
-            receiving, sending = context.Pipe(duplex=False)
-            child = context.Process(target=train_in_child, args=(train, config, sending), name=f"training-{i}")
-            child.start()
-            sending.close()
-            children.append((child, receiving))
-        return [train(configs[0]), *(result_of(receiving) for _, receiving in children)]
-    finally:  # after an error or Ctrl-C as well: what each run has saved is complete
-        for child, _ in children:
-            child.kill()
-            child.join()
-
-
-def train_in_child(train: Callable[[Any], dict], config: Any, sending: Any) -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
-
-    def watch() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)  # however the parent ends, this process ends as well
-
-    threading.Thread(target=watch, daemon=True).start()
-    try:
-        sending.send(train(config))
-    except UserError as error:
-        sending.send(error)
-
-
-def result_of(receiving: Any) -> dict:
-    try:
-        result = receiving.recv()
-    except EOFError as error:
-        raise UserError("a training beside this one ended without a result; its own output says why") from error
-    if isinstance(result, UserError):
-        raise result
-    return result
-
-
-# ---------------------------------------------------------------------------------------------- provenance
-
-
-def provenance(base: GPT) -> dict[str, Any]:
-    """Versions, commit, number format and threads, for every results file."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(files.ROOT), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        commit = git("rev-parse", "HEAD")
-        if git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.pt"):
-            commit += "+changes"
-    except (OSError, subprocess.CalledProcessError):
-        commit = "unknown"
-    versions = {"torch": torch.__version__, "numpy": numpy.__version__, "tiktoken": tiktoken.__version__}
-    computed = {"dtype": str(base.embed.weight.dtype).removeprefix("torch."), "threads": torch.get_num_threads()}
-    return {"commit": commit, "python": platform.python_version(), **versions, **computed, "device": base.device.type}
-
-
-def peak_memory_mb() -> float | None:
-    """The largest memory of this process so far, in MB of 2**20 bytes: the GPU's, or else the resident set."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
