@@ -34,7 +34,7 @@ from errors import UserError
 from evaluate import comparison, evaluate_run, quick_test
 from harness.cli import option, parse_config, run_script
 from harness.device import train_all
-from harness.run import Run, RunConfig, changed_settings
+from harness.run import Run, RunConfig, changed_settings, find_task
 from lessons import CONTEXTS, Lesson, as_tensors, by_length, pairs_to_learn_from, split, statistics, teacher_prompt
 from lora import merge_lora, trainable_copy
 from losses import clipped_surrogate, divergence, importance_ratio, token_logprobs, top_k_with_tail
@@ -153,13 +153,12 @@ def configure(method: str = "rosd", preset: str = "paper", **settings: object) -
 
 def train(config: Config) -> dict:
     """One run -> the content of its results.json."""
+    if config.mask == "oracle" and not find_task(config).knows_first_error:
+        raise UserError(f"the task {config.task} knows no true first error; give another --mask than oracle")
     with Run(config, configure(config.method, config.preset)) as run:
         if run.results:
             return run.results
         config, task, base = run.config, run.task, run.base  # the config with its domain filled in
-        if config.mask == "oracle" and not task.knows_first_error:
-            raise UserError(f"the task {config.task} knows no true first error; give another --mask than oracle")
-
         # One model plays three parts. The base is frozen. With LoRA the student shares its weights and trains adapters.
         torch.manual_seed(config.seed)
         student, weights = trainable_copy(base, config.finetune)

@@ -64,9 +64,7 @@ class Config(SubspaceConfig, RunConfig):
     """training"""
 
     method: str = option("spd", "what to train", choices=tuple(METHODS))
-    temperature: float = option(
-        0.0, "sampling temperature of the completions, 0 is greedy", "not stated", minimum=1e-3, or_zero=True
-    )
+    temperature: float = option(0.0, "temperature of the completions; 0: greedy", None, minimum=1e-3, or_zero=True)
     top_k: int = option(0, "truncated sampling: keep so many tokens; 0 keeps all", minimum=0)
     top_p: float = option(1.0, "truncated sampling: keep this much probability", minimum=0.01, maximum=1)
     prompts: int = option(2000, "training prompts, one completion each", minimum=1)

@@ -67,7 +67,8 @@ def parse_config(
             field = fields.pop(name)  # a subclass may have declared it anew
             add_flag(group, field, kinds[name], in_force.get(name, field.default))
     values = vars(parser.parse_args(argv))
-    config = config_class(**{name: tuple(x) if isinstance(x, list) else x for name, x in values.items()})
+    values = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+    config = config_class(**in_force | values)  # a default in force may be of a field without a flag
     check_values(config)
     return config
 

@@ -124,19 +124,19 @@ def save_checkpoint(path: Path, model: GPT) -> None:
 
 
 def save_model(folder: Path, model: GPT, base: Path | str) -> None:
-    """Write folder/model.pt; for a Hugging Face base folder/model, with its tokenizer and number format."""
+    """Write folder/model.pt; for a Hugging Face base folder/model, with its tokenizer, in the model's number format."""
     if not Path(base).is_dir():
         return save_checkpoint(folder / "model.pt", model)
     from safetensors.torch import save_file
 
-    about = read_json(Path(base) / "config.json")
-    dtype = about.get("dtype") or about.get("torch_dtype") or dtype_name(model)  # it may be computed in another one
-    weights = {name: tensor.detach().cpu().to(getattr(torch, dtype)) for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     check_finite(weights, f"the weights that were to go to {folder}", "nothing was written; try a lower learning rate")
     folder = make_folder(folder / "model")
     for name in HUB_FILES:
         if (Path(base) / name).is_file():
             write_text(folder / name, read_text(Path(base) / name))
+    dtype = {"dtype": dtype_name(model), "torch_dtype": dtype_name(model)}  # which need not be the base's
+    write_json(folder / "config.json", read_json(folder / "config.json") | dtype)
     with replacing(folder / "model.safetensors") as temporary:
         save_file({their_name(name): x.contiguous() for name, x in weights.items()}, temporary, {"format": "pt"})
         temporary.chmod(0o644)  # safetensors makes it readable by its owner alone

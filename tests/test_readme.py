@@ -25,7 +25,7 @@ SMALL = {
     "pretrain.py": "--steps 1 --batch 2 --layers 2 --width 8 --out out/base.pt",
 }
 # Run by CI or by the tests of tools and processes, or no whole command:
-ELSEWHERE = ("-m pytest", "-m tools", "pip", "NAME", "--base out/", "--base models/", "--base smollm2")
+ELSEWHERE = ("-m pytest", "tests/", "-m tools", "pip", "NAME", "--base out/", "--base models/", "--base smollm2")
 
 
 def commands() -> list[str]:

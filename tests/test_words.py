@@ -227,8 +227,7 @@ def test_transformers_reads_a_trained_model(
 @pytest.mark.usefixtures("right_half_of_the_time")
 def test_the_demo_runs_without_a_true_first_error(folder: Path, file: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(Words, "max_reflection", 6)
-    text = "<error_quote>x</error_quote><explanation>It is\n5.</explanation>"
-    monkeypatch.setattr(reflect, "write_reflections", lambda *_: [text])
+    monkeypatch.setattr(reflect, "write_reflections", lambda *_: [reflect.Reflection("x", "It is\n5.")])
     monkeypatch.setattr(sys, "argv", ["reflect.py", "--base", str(folder), "--task", str(file)])
     run_script(reflect.main)
     printed = capsys.readouterr().out
