@@ -77,8 +77,8 @@ class KVCache:
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v with grouped queries: q (B, n_head, T, D), k and v (B, n_kv_head, S, D).
 
-    For a single query (T = 1), PyTorch's CPU kernel would first copy k and v for every query head. Passing the query
-    heads that share a key head as its queries avoids that: it takes a third off the sampling of SmolLM2-135M.
+    For a single query, PyTorch's CPU kernel would copy k and v for every query head. Passing the query heads that
+    share a key head as its queries avoids that: it takes a third off the sampling of SmolLM2-135M.
     """
     B, n_head, T, D = q.shape
     if T == 1:
@@ -213,8 +213,8 @@ def pad(rows: list[list], value: float = 0) -> Tensor:
 def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, list[KVCache]]:
     """Read B prompts -> the hidden state after each (B, n_embd), True where a key is no padding (B, P), the caches.
 
-    Padding stands on the right. A long beginning that all prompts share, such as worked examples, is read only once:
-    on SmolLM2-135M that makes reflections three times as fast.
+    Padding stands on the right. A long beginning that all prompts share, such as worked examples, is read once: that
+    makes reflections of SmolLM2-135M three times as fast.
     """
     device, caches = model.device, [KVCache() for _ in model.blocks]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
@@ -324,10 +324,8 @@ def sample(
         logits = model.logits(model.hidden(token, position, mask, caches))[:, 0]  # (rows, V)
         position = position + 1
     lengths = (tokens >= 0).sum(dim=1).tolist()
-    return (
-        [row[:n] for row, n in zip(tokens.tolist(), lengths, strict=True)],
-        [row[:n] for row, n in zip(logprobs.tolist(), lengths, strict=True)],
-    )
+    cut = [[row[:n] for row, n in zip(rows, lengths, strict=True)] for rows in (tokens.tolist(), logprobs.tolist())]
+    return cut[0], cut[1]
 
 
 def generate(
