@@ -1,6 +1,5 @@
 """What projections do to decisions: the right positions are asked, and measures are what they say."""
 
-import dataclasses
 import random
 import sys
 from pathlib import Path
@@ -9,11 +8,12 @@ import pytest
 import torch
 from conftest import tiny_gpt
 
-from data import Task, load_task
+import subspace
+from data import load_task
 from harness import files
 from harness.cli import run_script
 from model import response_logprobs
-from subspace import Example, SubspaceConfig, project_kv
+from subspace import project_kv
 from tools import mechanism, stats
 from tools.mechanism import decisions, make_probe, mark_vectors, measure, share_inside
 from tools.studies import BASES, FRESH, mechanism_rows
@@ -26,7 +26,7 @@ PATH = stats.RESULTS / "spd-mechanism.json"
 ROWS = mechanism_rows()
 
 
-def asked(question: str, text: str) -> dict[str, list]:
+def found_in(question: str, text: str) -> dict[str, list]:
     found: dict[str, list] = {}
     for name, t, tokens in decisions(question, list(text)):
         found.setdefault(name, []).append((t, "".join(tokens)))
@@ -34,18 +34,18 @@ def asked(question: str, text: str) -> dict[str, list]:
 
 
 def test_a_check_is_asked_once_a_step_and_never_of_a_check() -> None:
-    found = asked("3+8-5!", "3+8=1;?3+8=1;1-5=6;#6")
+    found = found_in("3+8-5!", "3+8=1;?3+8=1;1-5=6;#6")
     assert found["check"] == [(6, "?"), (19, "?")]
     assert found["stop"] == [(6, "#<|end|>")]  # all is done at 19: there the answer belongs
     assert found["right"] == [(4, "1"), (11, "1"), (17, "6"), (20, "6")]
 
 
 def test_right_is_judged_by_the_step_as_it_is_written_and_the_answer_by_the_last_step() -> None:
-    found = asked("3+8-5*2", "3+8-5=7;7*2=4;#5")
+    found = found_in("3+8-5*2", "3+8-5=7;7*2=4;#5")
     assert found["right"] == [(6, "6"), (12, "4"), (15, "4")]
     assert found["wrong"][0] == (6, "012345789")
     assert found["merge"] == [(3, "+-*"), (5, "+-*")]  # a third operation is left; the last step has none to take in
-    assert asked("3+8", "+;3=;#3") == {}  # no step, nothing to judge
+    assert found_in("3+8", "+;3=;#3") == {}  # no step, nothing to judge
 
 
 def test_on_golden_solutions_right_is_asked_at_S() -> None:
@@ -69,7 +69,7 @@ def test_measures_are_those_of_a_loop_over_tokens() -> None:
         rest.append(sum(x for t, x in enumerate(each) if t not in decisive))
         after = [t for t in range(1, len(text)) if TASK.pieces(text)[t - 1] == ";"]
         checks += [logp[t, TASK.encode("?")[0]].exp().item() for t in after]
-    assert found["right"] == found["own right"] == pytest.approx(sum(S) / len(S), rel=1e-4)
+    assert found["right"] == found["sampled right"] == pytest.approx(sum(S) / len(S), rel=1e-4)
     assert found["rest"] == pytest.approx(sum(rest) / 3, rel=1e-4)
     assert found["check"] == pytest.approx(sum(checks) / len(checks), rel=1e-4)
     with project_kv(model, {(0, "v"): torch.zeros(16, 16)}):
@@ -77,7 +77,7 @@ def test_measures_are_those_of_a_loop_over_tokens() -> None:
 
 
 def test_the_vectors_are_those_of_the_mark() -> None:
-    model, prompts = tiny_gpt(TASK), [TASK.encode(TASK.student_prompt(problem)) for problem in PROBLEMS]
+    model, prompts = tiny_gpt(TASK), [TASK.encode(TASK.prompt(problem)) for problem in PROBLEMS]
     first = model.blocks[0]
     with torch.no_grad():
         expected = first.attn.v_proj(first.attn_norm(model.embed(torch.tensor(TASK.encode("!")))))  # (1, d)
@@ -150,22 +150,25 @@ def test_projections_in_the_corner_are_counted_base_by_base() -> None:
 def test_the_committed_file_is_of_these_bases_and_the_page_shows_it() -> None:
     held = files.read_json(PATH)
     assert held["bases"] == {str(base): mechanism.base_checksum(base) for base in EVERY}
-    assert mechanism.mechanism_table(ROWS) in files.read_text(stats.RESULTS / "README.md")
+    assert mechanism.mechanism_table(ROWS) in files.read_text(stats.RESULTS / "spd-mechanism.md")
     assert PATH.stat().st_size < 400_000
 
 
-def test_every_kind_of_subspace_is_measured_at_every_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = mechanism.subspace.calibration_set
-
-    def short(task: Task, domains: tuple[str, ...], config: SubspaceConfig, seed: int) -> list[Example]:
-        return whole(task, domains, dataclasses.replace(config, calibration_size=40), seed)
-
-    monkeypatch.setattr(mechanism.subspace, "calibration_set", short)
+def test_every_kind_of_subspace_is_measured_at_every_site(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mechanism, "generate", lambda *_, **__: GOLDEN[::4])
     model = tiny_gpt(TASK)
-    rows = list(mechanism.measure_base(model, TASK, PROBLEMS, GOLDEN, ranks=(30,)))
+    rows = list(mechanism.measure_base(model, TASK, PROBLEMS, GOLDEN, ranks=(30,), calibration_size=40))
     kinds = [row["subspace"] for row in rows]
     each = 3 * model.config.n_layer + 1  # every layer with k, v and kv, and the paper's pair
     assert [kinds.count(kind) for kind in ("none", "aligned", "full", "unmarked")] == [1, each, each, each]
     assert kinds.count("random") == each * mechanism.DRAWS
     assert all(0 <= row["mark"] <= 1 + 1e-5 for row in rows)
+
+
+def test_condensed_gradients_span_what_all_gradients_span() -> None:
+    model = tiny_gpt(TASK)
+    examples = subspace.calibration_set(TASK, ("exam",), 12, "aligned", 0)
+    whole = subspace.capability_gradients(model, examples, [(0, "v")])
+    condensed = mechanism.condensed_gradients(model, TASK, ("exam",), 12, "aligned")
+    P, expected = (subspace.make_projectors({(0, "v"): G[0, "v"]})[0, "v"] for G in (condensed, whole))
+    torch.testing.assert_close(P, expected, atol=1e-4, rtol=0)

@@ -25,9 +25,9 @@ TINY = {
     "train_rosd.py": f"{SMALL} --steps 2 --batch 2 --group 2",
     "train_spd.py": f"{SMALL} --prompts 4 --calibration-size 64 --epochs 1",
 }
-HELD = {path.stem: files.read_json(path) for path in stats.RESULTS.glob("*.json") if path.stem in STUDIES}
-HELD = {name: content for name, content in HELD.items() if "runs" in content}
-PAGES = "".join(files.read_text(p) for p in (files.ROOT / "README.md", stats.RESULTS / "README.md") if p.exists())
+STORED = {path.stem: files.read_json(path) for path in stats.RESULTS.glob("*.json") if path.stem in STUDIES}
+STORED = {name: content for name, content in STORED.items() if "runs" in content}
+PAGES = "".join(map(files.read_text, (files.ROOT / "README.md", *stats.RESULTS.glob("*.md"))))
 SHOWN = re.findall(r"<!-- table ([\w-]+)( differences)?(?:: (.+?))? -->\n(.*?)\n<!-- end -->", PAGES, re.DOTALL)
 
 # ---------------------------------------------------------------------------------------------- statistics
@@ -136,17 +136,17 @@ def test_a_table_goes_between_its_markers_and_chooses_its_columns(
     assert "old" not in filled and not stats.fill_readme("y", lambda differences, columns: "")
 
 
-@pytest.mark.parametrize(("name", "differences", "columns", "shown"), [row for row in SHOWN if row[0] in HELD])
+@pytest.mark.parametrize(("name", "differences", "columns", "shown"), [row for row in SHOWN if row[0] in STORED])
 def test_the_readmes_show_exactly_what_the_results_files_hold(
     name: str, differences: str, columns: str, shown: str
 ) -> None:
-    assert shown == stats.table(HELD[name], bool(differences), columns.split(", ") if columns else None)
+    assert shown == stats.table(STORED[name], bool(differences), columns.split(", ") if columns else None)
 
 
-@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("name", STORED)
 def test_a_results_file_is_small_and_holds_runs_of_its_study(name: str) -> None:
-    held, declared = HELD[name], STUDIES[name]
-    for run in held["runs"]:
+    stored, declared = STORED[name], STUDIES[name]
+    for run in stored["runs"]:
         assert run["flags"] == flags_of(declared, run["variant"], run["base"])
         assert run["base"] in declared.bases and run["seed"] in declared.seeds and len(run["commit"]) >= 40
     assert (stats.RESULTS / f"{name}.json").stat().st_size < 200_000
@@ -169,7 +169,7 @@ def test_the_scripts_know_every_flag_and_no_two_variants_are_the_same(
     assert len(folders) == len(runs) and len(set(declared.variants.values())) == len(declared.variants)
 
 
-def test_places_are_those_of_the_base_and_of_the_subspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sites_are_those_of_the_base_and_of_the_subspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "RESULTS", tmp_path)
     columns = ["base", "layers", "project", "rank", "subspace", "draw", "rest", "right"]
     rows = [
@@ -224,8 +224,9 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
             script, *flags = command[1:]
             shop.started.append(" ".join(flags[: flags.index("--out")]))
             self.returncode = int(any(text in shop.started[-1] for text in shop.fail))
-            config = parse_config(importlib.import_module(script[:-3]).Config, "", flags)
-            folder = files.make_folder(Path(config.out) / run_name(config))
+            module = importlib.import_module(script[:-3])
+            config = parse_config(module.Config, "", flags, module.defaults_of)
+            folder = files.make_folder(Path(config.out) / run_name(config, module.configure(config.method)))
             scores = {d: {"mean": 1 / 3, "unfinished": 0.0, "problems": 9, "samples": 9} for d in ("mix", "add")}
             about = {"config": files.plain(config) | {"domain": "mix", "minibatches": 2}, "commit": "c" * 40}
             files.write_json(folder / "results.json", about | {"seconds": 1.25, "before": scores, "after": scores})
@@ -271,6 +272,21 @@ def test_only_other_flags_and_other_bases_are_run_again(
     assert len(workshop.started) == 16  # those of base 1
 
 
+def test_runs_of_other_code_are_not_reused_but_those_from_before_it_was_recorded_are(
+    workshop: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = stats.RESULTS / "x.json"
+    stored = workshop.run()
+    files.write_json(
+        path, stored | {"runs": [{**run, "code": "other"} for run in stored["runs"][:3]] + stored["runs"][3:]}
+    )
+    workshop.run()
+    assert len(workshop.started) == 11
+    old = [{name: x for name, x in run.items() if name != "code"} for run in stored["runs"]]
+    files.write_json(path, stored | {"runs": old[:4] + stored["runs"][4:]})
+    assert "2 versions of the code" in stats.note(workshop.run()) and len(workshop.started) == 11
+
+
 def test_variants_that_are_the_same_on_a_base_share_its_run(workshop: SimpleNamespace) -> None:
     twins = dataclasses.replace(workshop.study, variants={"A": "", "B": "--mask span", "A again": ""})
     assert len(workshop.run(twins)["runs"]) == 12 and len(workshop.started) == 8
@@ -310,7 +326,7 @@ def test_real_runs_leave_what_the_study_collects(script: str, tmp_path: Path, mo
     assert set(stats.figures(run, "after")) >= {"in domain", "elsewhere", "unfinished"} and set(
         stats.figures(run, "before")
     )
-    assert len(json.dumps(run)) < 1500 and run["base_checksum"] == files.checksum("data/base.pt")
+    assert len(json.dumps(run)) < 1600 and run["base_checksum"] == files.checksum("data/base.pt")
     if script == "train_rosd.py":
         assert (run["updates"], run["rollouts"], len(run["curve"]["accuracy"])) == (2, 8, 2)
     else:

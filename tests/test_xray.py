@@ -14,7 +14,7 @@ from data import Task, load_task
 from harness import files
 from losses import divergence
 from model import GPT, response_logprobs
-from reflect import Rollout, choose_peers, locate, parse_reflection, sample_rollouts, write_reflections
+from reflect import Rollout, locate, pair_with_peers, sample_rollouts, write_reflections
 from tools import xray
 from tools.xray import Strip, Token
 
@@ -57,7 +57,8 @@ def model() -> GPT:
 def rollout(task: Task) -> Rollout:
     problem = task.problem("mix", random.Random(0))
     tokens = [*task.encode(problem.solution), task.end()]
-    return Rollout(problem, tokens, [0.0] * len(tokens), problem.solution, task.verify(problem, problem.solution))
+    verdict = task.verify(problem, problem.solution)
+    return Rollout(problem, tokens, [0.0] * len(tokens), problem.solution, task.pieces(tokens), verdict)
 
 
 @pytest.mark.parametrize("page", ["rosd", "spd"])
@@ -84,10 +85,10 @@ def test_after_training_the_page_shows_both_students(task: Task, model: GPT, rol
 
 
 def test_tokens_carry_mask_divergence_and_both_distributions(task: Task, model: GPT, rollout: Rollout) -> None:
-    prompt = task.teacher_prompt(rollout.problem, solution=rollout.text)
+    prompt = task.prompt(rollout.problem, solution=rollout.text)
     tokens = xray.taught_tokens(task, rollout, model, model, xray.Reading(prompt, "", 6, 9))
     with torch.no_grad():
-        student = response_logprobs(model, [task.encode(task.student_prompt(rollout.problem))], [rollout.tokens])
+        student = response_logprobs(model, [task.encode(task.prompt(rollout.problem))], [rollout.tokens])
         teacher = response_logprobs(model, [task.encode(prompt)], [rollout.tokens])
         D = divergence(student, teacher)[0]
     assert [token.text for token in tokens] == task.pieces(rollout.tokens)
@@ -105,15 +106,12 @@ def test_tokens_carry_mask_divergence_and_both_distributions(task: Task, model: 
 def test_rosd_reads_from_the_quote_on_and_sdpo_reads_everything(task: Task, model: GPT) -> None:
     problems = task.problems("mix", 8, random.Random(1))
     rollouts = sample_rollouts(model, task, problems, 8, torch.Generator().manual_seed(1))
-    pairs = zip(rollouts, choose_peers(rollouts, 8), strict=True)
-    wrong, peer = next((r, peer) for r, peer in pairs if peer and not r.verdict.correct)
-    written = write_reflections(model, task, [wrong], [peer.text])[0]
-    read, quote = xray.readings(model, task, wrong, peer), parse_reflection(written).quote
-    found = locate(quote, task.pieces(wrong.tokens))
-    assert read["SDPO"].prompt == task.teacher_prompt(wrong.problem, solution=peer.text) and read["SDPO"].start == 0
-    assert escape(written) in read["ROSD"].note and read["ROSD"].start == (found or (0, 0))[0]
-    if found:
-        assert "".join(task.pieces(wrong.tokens)[found[0] : read["ROSD"].quote_end]) == quote
+    pair = next(pair for pair in pair_with_peers(rollouts, 8) if pair.peer and not pair.y.verdict.correct)
+    (reflection,), read = write_reflections(model, task, [pair]), xray.readings(model, task, pair)
+    k, end = locate(reflection.quote, pair.y.pieces) or (0, 0)
+    assert read["SDPO"].prompt == task.prompt(pair.y.problem, solution=pair.peer.text) and read["SDPO"].start == 0
+    assert read["ROSD"].prompt == task.prompt(pair.y.problem, idea=reflection.idea)
+    assert (read["ROSD"].start, read["ROSD"].quote_end) == (k, end) and escape(reflection.idea) in read["ROSD"].note
 
 
 def test_what_the_projector_takes_away_is_a_share(task: Task, model: GPT, rollout: Rollout) -> None:

@@ -40,7 +40,7 @@ class Config:
     response: int = option(512, "tokens of the response alone", minimum=1)
     rollouts: int = option(64, "rollouts sampled at once, problems times G", minimum=1)
     micro_batch: int = option(2, "rollouts an update holds at once", minimum=1)
-    measure: str = option("", "make an update of a small model, print the peak", choices=("full", "lora"))
+    measure: str = option("", "make an update of a small model, print the peak", choices=("", "full", "lora"))
     results: tuple[str, ...] = option((), "results.json of finished runs: print their peaks")
 
 

@@ -27,7 +27,7 @@ from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import TaskConfig, open_task_and_base, provenance, seeded
 from model import GPT, generate, response_logprobs
-from reflect import Rollout, pair_with_peers, parse_reflection, sample_rollouts, token_at
+from reflect import Rollout, locate, pair_with_peers, parse_reflection, sample_rollouts, token_at
 from tools import stats
 
 BATCH = 16  # sequences that are read at once
@@ -104,7 +104,7 @@ def audit(model: GPT, task: Words, config: Config) -> dict:
         shown += [
             {"way": way, "attempt": y.text, "written": text} for (y, _), text in zip(chosen[:5], texts, strict=False)
         ]
-        ideas = [parse_reflection(text, []).idea for text in texts] if in_training else ideas
+        ideas = [parse_reflection(text).idea for text in texts] if in_training else ideas
     wrong = [(y, idea) for (y, _), idea in zip(cases, ideas, strict=True) if idea]
     figures = {"problems": count, "right": right, "wrong": len(cases), "with an idea": len(wrong)}
     if len(wrong) < 2:
@@ -146,9 +146,10 @@ def form(wrong: list[Rollout], texts: list[str]) -> dict[str, list]:
     """Shares of the reflections with an idea, a quote, a quote that is found, an idea that names the answer."""
     shares = {"an idea": [], "a quote": [], "quote found": [], "idea names the answer": []}
     for y, text in zip(wrong, texts, strict=True):
-        read = parse_reflection(text, y.pieces)
+        read = parse_reflection(text)
+        found = locate(read.quote, y.pieces)
         named = y.problem.answer in re.findall(r"-?\w+", read.idea or "")
-        for share, fact in zip(shares.values(), (read.idea, read.quote, read.span, named or None), strict=True):
+        for share, fact in zip(shares.values(), (read.idea, read.quote, found, named or None), strict=True):
             share.append(float(fact is not None))
     return {name: interval(share) for name, share in shares.items()}
 

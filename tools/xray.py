@@ -26,7 +26,7 @@ from harness.cli import option, parse_config, run_script
 from harness.run import TaskConfig, open_task_and_base, seeded
 from losses import divergence
 from model import GPT, generate, response_logprobs
-from reflect import Pair, Rollout, sample_rollouts, write_reflections
+from reflect import Pair, Rollout, locate, sample_rollouts, write_reflections
 from subspace import Site, hooked, project_kv, site_name
 from train_spd import SubspaceConfig
 
@@ -98,7 +98,7 @@ class Reading(NamedTuple):
 def readings(base: GPT, task: Task, pair: Pair) -> dict[str, Reading]:
     """How each method's teacher reads the rollout; ROSD is left out where the reflection is malformed."""
     (reflection,), (y, peer, _), found = write_reflections(base, task, [pair]), pair, {}
-    k, end = reflection.span or (0, 0)
+    k, end = locate(reflection.quote, y.pieces) or (0, 0)
     if reflection.idea is not None:
         quoted = Markup("quotes <code>{}</code> and ").format(reflection.quote) if reflection.quote else ""
         note = Markup("The reflector {}writes <code>{}</code>, so k = {}").format(quoted, reflection.idea, k)

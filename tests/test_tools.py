@@ -1,0 +1,185 @@
+"""The other tools: pictures, habits, memory, the benchmark, and what is measured on real weights."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROWS, Letters, tiny_gpt, write_lines
+from torch import Tensor
+
+from data import Task, load_task
+from data.chains import CHECK_MARK
+from harness import files
+from model import GPT, response_logprobs
+from reflect import Rollout
+from tools import bench, habits, memory, plots, real_audit, real_spd, stats
+
+# ---------------------------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize(("name", "word"), [("curves", "GRPO as released"), ("spd-mechanism", "SPD gains here")])
+def test_pictures_are_drawn_from_the_results_with_text_as_text(
+    name: str, word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    for path in stats.RESULTS.glob("*.json"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(stats, "RESULTS", tmp_path)
+    plots.PICTURES[name]()
+    text = files.read_text(tmp_path / f"{name}.svg")
+    assert f">{word}" in text
+
+
+def test_curves_start_at_the_base_and_count_updates_and_rollouts() -> None:
+    scores = {"mix": {"mean": 0.5}, "add": {"mean": 0.1}, "sub": {"mean": 0.3}}
+    curve = {"accuracy": [0.4, 0.6], "away": [None, 0.7]}
+    run = {"base": 0, "seed": 0, "domain": "mix", "before": scores, "updates": 8, "rollouts": 512, "curve": curve}
+    assert plots.curve([run], "away") == {0: {(0, 0): pytest.approx(0.2)}, 2: {(0, 0): 0.7}}
+    assert list(plots.curve([run], "away", "updates")) == [0, 8]
+    assert list(plots.curve([run], "away", "rollouts")) == [0, 512]
+    assert plots.curve([run], "accuracy") == {0: {(0, 0): 0.4}, 1: {(0, 0): 0.6}}  # of rollouts before an update
+
+
+# ---------------------------------------------------------------------------------------------- habits
+
+
+def test_checks_are_read_where_a_step_begins_before_and_after_the_hinted_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = load_task("arithmetic")
+    check = task.encode(CHECK_MARK)[0]
+
+    def canned(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+        text, probs = "".join(task.pieces(responses[0])), torch.full((2, len(responses[0]), task.vocab_size), 0.9)
+        hinted = "".join(task.pieces(prompts[1])).split("<|hint|>")[1].removesuffix("<|assistant|>")
+        for t in range(1, len(text)):
+            if text[t - 1] == ";":
+                probs[0, t, check], probs[1, t, check] = 0.1, 0.2 if t <= text.index(";" + hinted) + 1 else 0.7
+        return probs.log()
+
+    monkeypatch.setattr(habits, "response_logprobs", canned)
+    found = habits.check_probabilities(tiny_gpt(task), task, 20)
+    assert list(found.values()) == pytest.approx([0.1, 0.2, 0.7])
+
+
+# ---------------------------------------------------------------------------------------------- memory
+
+
+def test_full_training_takes_18_bytes_a_weight_and_low_rank_updates_little_more_than_two() -> None:
+    P = 596_049_920 / 2**30  # weights of Qwen3-0.6B, as its safetensors hold them
+    full, lora = (memory.gigabytes("Qwen3-0.6B", finetune, memory.Config()) for finetune in ("full", "lora"))
+    assert sum(full[part] for part in ("weights", "gradients", "AdamW")) == pytest.approx(18 * P)
+    assert 2 * P < sum(lora[part] for part in ("weights", "gradients", "AdamW")) < 2.1 * P
+
+
+def test_the_documents_memory_table_is_what_the_tool_prints(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["memory"])
+    memory.main()
+    assert capsys.readouterr().out in files.read_text(files.ROOT / "docs" / "real_models.md")
+
+
+# ---------------------------------------------------------------------------------------------- real weights
+
+
+@pytest.mark.parametrize("method", ["grpo", "sdpo"])
+def test_the_benchmark_teaches_every_rollout_over_its_full_length(
+    method: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("reasoning_gym")
+    batches = []
+    monkeypatch.setattr(bench, "update", lambda *given: batches.append(given[4]))
+    bench.our_step(method, str(folder))
+    for batch in batches:
+        assert [(x.start, x.end) for x in batch] == [(0, bench.NEW)] * bench.BATCH * bench.GROUP
+
+
+@pytest.mark.parametrize("may_end", [False, True], ids=["all full", "to their ends"])
+def test_both_sides_of_the_benchmark_write_as_many_tokens_as_they_are_timed_for(
+    may_end: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("reasoning_gym")
+    monkeypatch.setattr(bench, "LONGEST", 96)  # the folder's model reads 2,048 tokens
+    monkeypatch.setattr(bench, "rollout_time", lambda run, stop: (run(0), stop))
+    (ours, stop), (theirs, _) = (run(may_end, str(folder)) for run in (bench.our_rollouts, bench.their_rollouts))
+    assert len(ours) == len(theirs) == bench.BATCH * bench.GROUP
+    if not may_end:
+        assert {len(response) for response in ours + theirs} == {bench.NEW}
+    for response in ours if may_end else []:
+        assert len(response) == bench.LONGEST or response[-1] in stop
+
+
+def test_rollouts_that_end_are_timed_per_thousand_tokens_up_to_their_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "seconds_of", lambda run, step: float(run(step) is None))  # 1 s where nothing returns
+    responses = [[5, 5, 5, 9, 0, 0], [5] * 6]  # the first ends with its stop token, 9: 10 tokens in 1 s
+    assert bench.rollout_time(lambda _: responses, (9,)) == pytest.approx(100)
+
+
+REFLECTION = "<error_quote>= 77</error_quote><explanation>It is {answer}.</explanation>"
+
+
+@pytest.fixture(scope="module")
+def eggs(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Task:
+    return load_task(str(write_lines(tmp_path_factory.mktemp("data") / "eggs.jsonl", ROWS)), folder)
+
+
+def test_the_audit_measures_and_tabulates_every_hint(eggs: Task, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rollouts(_: GPT, task: Task, problems: list, group: int, __: object) -> list[Rollout]:
+        texts = [(p, text) for p in problems for text in [f"a + b = {p.answer}"] * (group - 1) + ["a + b = 77"]]
+        written = [(p, task.encode(text), text) for p, text in texts]
+        return [Rollout(p, y, [], text, task.pieces(y), task.verify(p, text)) for p, y, text in written]
+
+    def greedy(_: GPT, task: Task, length: int, prompts: list[str]) -> list[str]:
+        return [REFLECTION.format(answer=7) if length == task.max_reflection else "I say 7" for _ in prompts]
+
+    monkeypatch.setattr(real_audit, "sample_rollouts", rollouts)
+    monkeypatch.setattr(real_audit, "greedy", greedy)
+    found = real_audit.audit(GPT.from_pretrained(folder), eggs, real_audit.Config(problems=12, grid=4))
+    assert found["wrong"] == found["with an idea"] == found["problems"] and found["right"] == 0.75
+    assert all(way["quote found"][0] == way["an idea"][0] == 1 for way in found["reflections"].values())
+    assert {row: 0 <= by["P after the mark"][0] <= 1 for row, by in found["hints"].items()}.keys() == {
+        "no hint", "an irrelevant hint", "its own reflection", "the true result", "a wrong result",
+        "... and that wrong result", "a reference solution",
+    }  # fmt: skip
+    assert found["hints"]["no hint"]["greedy"][2:] == [0, 0]
+    assert "| no hint" in real_audit.tables(json.loads(json.dumps(found)))
+
+
+def test_a_probability_is_that_of_the_whole_answer(eggs: Task, folder: Path) -> None:
+    model = GPT.from_pretrained(folder)
+    one = real_audit.probability(model, eggs, ["ask"] * 10, ["= "] * 10, list("0123456789"))
+    two = real_audit.probability(model, eggs, ["ask"] * 100, ["= "] * 100, [f"{n:02}" for n in range(100)])
+    assert all(p > 0 for p in one + two) and sum(one) + sum(two) < 1  # what is left begins otherwise or is longer
+
+
+def test_the_tables_of_the_audits_page_are_those_of_its_json() -> None:
+    page = files.read_text(stats.RESULTS / "real-audit.md")
+    for task, found in files.read_json(stats.RESULTS / "real-audit.json").items():
+        assert task in page and real_audit.tables(found) in page
+
+
+def test_golden_solutions_are_weighed_with_their_end() -> None:
+    task, model = Letters(), tiny_gpt(Letters())
+    (problem,) = problems = [task.problem("one", random.Random(0))]
+    y = [*task.encode(problem.solution), task.end()]
+    logp = response_logprobs(model, [task.encode(task.prompt(problem))], [y])[0]
+    expected = sum(logp[t, token].item() for t, token in enumerate(y))
+    assert real_spd.golden_logp(model, task, problems) == pytest.approx(expected)
+
+
+def test_spd_on_real_weights_takes_the_best_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, model, seen = Letters(), tiny_gpt(Letters()), []
+    monkeypatch.setattr(real_spd, "golden_logp", lambda *_: seen.append(0) or -abs(len(seen) - 5))
+    gradients = {"aligned": real_spd.condensed_gradients(model, task, ("one",), 12, "aligned")}
+    config = real_spd.Config(every=1, ranks=("25%", "50%"), search=3)
+    best = real_spd.best_site(model, task, gradients, "random", config)
+    assert len(seen) == (model.config.n_layer + 1) * 3 * 2 and str(best) == "layer 1 kv 25%"
+
+
+def test_equal_problems_count_once_and_differences_are_paired_by_problem() -> None:
+    config = real_spd.Config(problems=100)
+    assert len(real_spd.right_answers(tiny_gpt(Letters()), Letters(), config)) == 8  # 4 letters, 2 numbers
+    rows = {"base": {"site": "", "right": "0011"}, "aligned": {"site": "layer 1 k 50%", "right": "1111"}}
+    assert "| 100.0    | +50.0 ± 91.9 |" in real_spd.table({"tasks": {"sums": rows}})
