@@ -4,7 +4,7 @@
 --control other-ideas     the teacher holds an idea about another problem: does it have to be about this one?
 --control random-quotes   the loss begins at a random token: does the first error have to be found?
 --dose 0.25               ... in so many of the reflections
---reflector oracle        the reflections of somebody who knows the truth: what does the reflector's own skill cost?
+--reflector oracle        an oracle's reflections, which know the truth: what does the reflector's own skill cost?
 --learn-from wrong        the corrected wrong rollouts alone, or the confirmed right ones
 """
 
@@ -22,7 +22,7 @@ CONTROLS = ("none", "false-ideas", "other-ideas", "random-quotes")
 
 @dataclass(frozen=True)
 class ControlsConfig:
-    """controls of ours"""  # the title of the group in --help
+    """our controls, not in the paper"""  # the title of the group in --help
 
     control: str = option("none", "what is wrong with the reflections on purpose", "none", CONTROLS)
     dose: float = option(1.0, "the share of the reflections that --control spoils", minimum=0, maximum=1)
@@ -41,14 +41,14 @@ def oracle_reflections(reflector: GPT, task: Task, pairs: list[Pair], *args: Any
 
 def spoil(
     reflections: list[Reflection],
-    quotes: list[Span | None],
+    spans: list[Span | None],
     pairs: list[Pair],
     control: str,
     dose: float,
     rng: random.Random,
 ) -> tuple[list[Reflection], list[Span | None]]:
-    """The reflections and the places of their quotes, a share `dose` of them spoiled."""
-    ideas, places = [reflection.idea for reflection in reflections], list(quotes)
+    """The reflections and the spans of their quotes, a share `dose` of them spoiled."""
+    ideas, places = [reflection.idea for reflection in reflections], list(spans)
     for i, (y, *_) in enumerate(pairs):
         if rng.random() >= dose:
             continue
@@ -60,6 +60,6 @@ def spoil(
             ideas[i] = rng.choice(others or [ideas[i]])
         elif control == "random-quotes" and not y.verdict.correct:
             k = rng.randrange(len(y.tokens))
-            length = quotes[i][1] - quotes[i][0] if quotes[i] else 1
+            length = spans[i][1] - spans[i][0] if spans[i] else 1
             places[i] = k, min(k + length, len(y.tokens))
     return [Reflection(r.quote, idea) for r, idea in zip(reflections, ideas, strict=True)], places

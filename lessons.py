@@ -29,7 +29,7 @@ class Lesson:
     x_T: list[int]  # the teacher's: x and e
     y: list[int]
     logp: list[float]  # log-probs of y when it was sampled
-    start: int  # m_t = 1 for start <= t < end
+    start: int  # k: m_t = 1 for start <= t < end
     end: int
     advantage: float  # GRPO's
 

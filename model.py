@@ -211,9 +211,9 @@ def pad(rows: list[list], value: float = 0) -> Tensor:
 
 
 def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, list[KVCache]]:
-    """Read B prompts -> the hidden state after each (B, n_embd), True where a key is no padding (B, P), the caches.
+    """Read B prompts -> the hidden state after each (B, n_embd), True where a key is not padding (B, P), the caches.
 
-    Padding stands on the right. A long beginning that all prompts share, such as worked examples, is read once: that
+    Padding is on the right. A long beginning that all prompts share, such as worked examples, is read once: that
     makes reflections of SmolLM2-135M three times as fast.
     """
     device, caches = model.device, [KVCache() for _ in model.blocks]

@@ -41,7 +41,7 @@ class Config:
     muon_rate: float = option(0.02, "peak learning rate of Muon", minimum=0)
     adamw_rate: float = option(1e-2, "peak learning rate of AdamW", minimum=0)
     weight_decay: float = option(0.1, "weight decay of the matrices", minimum=0)
-    value_decay: float = option(0.2, "weight decay of the keys and values under AdamW", minimum=0)
+    value_decay: float = option(0.2, "weight decay of the first layer's values, which AdamW trains", minimum=0)
     layers: int = option(4, "layers", minimum=2, maximum=100)
     width: int = option(64, "residual width, a multiple of 8; of four heads", minimum=8, maximum=4096)
     seed: int = option(0, "seed of the weights and the documents", minimum=0)

@@ -101,12 +101,12 @@ def write_reflections(
 ) -> list[Reflection]:
     """(e, q) ~ pi(. | x, y*, y-) for each wrong rollout, e ~ pi(. | x, y+) for each correct one.
 
-    A wrong rollout without a peer is compared with the golden solution, which only OPSD needs.
+    A wrong rollout without a peer is compared with the golden solution (--context gold with a mask that needs a quote).
     """
     prompts = []
     for y, peer, _ in pairs:
-        golden_or_peer = peer.text if peer else y.problem.solution
-        solution = None if y.verdict.correct else golden_or_peer
+        right_solution = peer.text if peer else y.problem.solution
+        solution = None if y.verdict.correct else right_solution  # a correct rollout is read alone
         prompts.append(task.reflector_prompt(y.problem, y.text, solution, give_answer))
     unique = list(dict.fromkeys(prompts)) if temperature == 0 else prompts  # greedily, equal prompts have equal answers
     tokens = [task.encode(prompt) for prompt in unique]
@@ -149,7 +149,7 @@ def locate(quote: str | None, pieces: list[str]) -> Span | None:
     for q in (quote or "", (quote or "").strip()):
         if q and (character := text.find(q)) >= 0:
             end = token_at(character + len(q) - 1, pieces) + 1
-            while end < len(pieces) - 1 and not pieces[end]:  # more tokens of the last character; the last one ends y-
+            while end < len(pieces) - 1 and not pieces[end]:  # further bytes of its last character, not y-'s stop token
                 end += 1
             return token_at(character, pieces), end
     return None
@@ -165,7 +165,7 @@ class Mask(NamedTuple):
     bounds: Callable[[Rollout, Span | None], Span]  # of a wrong rollout and where its quote is: the tokens with m_t = 1
 
 
-MASKS = {  # a quote that is not found, and a true error that is not known, leave the whole response
+MASKS = {  # a quote that is not found, or a true error that is not known, leaves the whole response
     "whole": Mask(False, lambda y, quote: (0, len(y.tokens))),
     "suffix": Mask(True, lambda y, quote: (quote[0] if quote else 0, len(y.tokens))),  # the paper's equation
     "span": Mask(True, lambda y, quote: quote or (0, len(y.tokens))),  # the paper's abstract: the erroneous span

@@ -130,7 +130,7 @@ def hooked(
 
 
 def aligned_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
-    """Sum of L_align over the examples: logits (B, T, V), tokens and weights (B, T), weights 1/|S| on S and else 0.
+    """Sum of L_align over the examples: logits (B, T, V), tokens and weights (B, T); a weight is 1/|S| on S, else 0.
 
     --loss steps and --loss full are the same sum with another S.
     """

@@ -3,7 +3,7 @@
     python train_rosd.py                                   ROSD and SDPO from the same base, then the table of both
     python train_rosd.py --method grpo --no-baseline       any other method by itself
     python train_rosd.py --mask whole                      ROSD without localization; --context peer: y* in place of e
-    python train_rosd.py --preset released                 the settings of the released code, where they differ
+    python train_rosd.py --preset released                 the released code's choices within a step (RELEASED)
 
 One step: the student samples G rollouts a problem; the verifier scores them; the reflector quotes each wrong rollout's
 first error and says what belongs there; the teacher reads that idea and the student's own tokens; from the error on,
@@ -51,7 +51,7 @@ def rosd_loss(student: GPT, teacher: GPT, lessons: list[Lesson], config: "Config
     with torch.no_grad():
         log_T = response_logprobs(teacher, [lesson.x_T for lesson in lessons], [lesson.y for lesson in lessons])
     D = divergence(*top_k_with_tail(log_S, log_T, config.top_k), config.alpha)  # (B, T)
-    rho = importance_ratio(token_logprobs(log_S, y), logp_sampling).detach()  # (B, T), 1 at the first update
+    rho = importance_ratio(token_logprobs(log_S, y), logp_sampling).detach()  # (B, T), a constant weight
     return (m * rho.clamp(max=config.ratio_clip) * D).sum()
 
 
@@ -95,12 +95,12 @@ RELEASED = {  # where the released code differs from the defaults below, which a
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """the method"""  # the title of the group in --help
+    """the method"""
 
     method: str = option("rosd", "what to train", choices=tuple(METHODS))
     preset: str = option("paper", "settings where paper and released code differ", choices=("paper", "released"))
     context: str = option("reflection", "what the teacher reads besides the problem", "reflection", CONTEXTS)
-    mask: str = option("suffix", "tokens of a wrong rollout that the loss is on", "suffix, or span", tuple(MASKS))
+    mask: str = option("suffix", "a wrong rollout's tokens in the loss", "suffix (or span)", tuple(MASKS))
     peer: str = option("shortest", "the correct rollout y*", "shortest", ("shortest", "first"))
     reflector: str = option("base", "who reflects; the oracle knows the truth", "base", ("base", "student", "oracle"))
     ema: float = option(0.0, "EMA rate of the teacher; 0 is a frozen one", "0.0", minimum=0, maximum=1)
@@ -155,14 +155,14 @@ def train(config: Config) -> dict:
     """One run -> the content of its results.json."""
     if config.mask == "oracle" and not find_task(config).knows_first_error:
         raise UserError(f"the task {config.task} knows no true first error; give another --mask than oracle")
-    with Run(config, configure(config.method, config.preset)) as run:
-        if run.results:
+    with Run(config, configure(config.method, config.preset)) as run:  # its name lists what differs from the default
+        if run.results:  # --resume found a finished run
             return run.results
         config, task, base = run.config, run.task, run.base  # the config with its domain filled in
         # One model plays three parts. The base is frozen. With LoRA the student shares its weights and trains adapters.
         torch.manual_seed(config.seed)
         student, weights = trainable_copy(base, config.finetune)
-        teacher = deepcopy(base) if config.ema else base
+        teacher = deepcopy(base).float() if config.ema else base  # float32: bfloat16 would round small EMA steps away
         reflector = student if config.reflector == "student" else base
         write = oracle_reflections if config.reflector == "oracle" else write_reflections
         loss_of = METHODS[config.method].loss
@@ -176,24 +176,24 @@ def train(config: Config) -> dict:
             generator = run.generator("rollout", step)
             rollouts = sample_rollouts(student, task, problems, config.group, generator, config.temperature)
 
-            # 2. Pairs: every wrong y- with a correct peer y* of its group. Groups without a correct one drop out.
+            # 2. Pairs: every rollout with y*, another, correct one of its group. A wrong one without y* drops out.
             pairs = pairs_to_learn_from(rollouts, config)
 
             # 3. Reflections: (e, q) ~ pi(. | x, y*, y-), and e ~ pi(. | x, y+) of the correct ones.
-            # 4. Localization: k = Locate(q, y-). A quote holds the tokens from k to its end; None: it is not found.
-            reflections, quotes, found = [Reflection()] * len(pairs), [None] * len(pairs), None
+            # 4. Localization: k = Locate(q, y-). A span is (k, end of the quote); None: the quote is not found.
+            reflections, spans, located = [Reflection()] * len(pairs), [None] * len(pairs), None
             if reflecting:
                 generator = run.generator("reflect", step)
                 reflections = write(reflector, task, pairs, config.give_answer, config.reflect_temperature, generator)
-                found = quotes = [locate(q, y.pieces) for (q, e), (y, *_) in zip(reflections, pairs, strict=True)]
+                located = spans = [locate(q, y.pieces) for (q, e), (y, *_) in zip(reflections, pairs, strict=True)]
             if config.control != "none":
                 rng = run.random("spoil", step)
-                reflections, quotes = spoil(reflections, quotes, pairs, config.control, config.dose, rng)
+                reflections, spans = spoil(reflections, spans, pairs, config.control, config.dose, rng)
 
             # 5. Lessons: m_t = 1 from k on, and everywhere in a correct rollout. The teacher reads x and e.
             lessons = []
-            for (y, peer, A), (_, e), quote in zip(pairs, reflections, quotes, strict=True):
-                start, end = MASKS["whole" if y.verdict.correct else config.mask].bounds(y, quote)
+            for (y, peer, A), (_, e), span in zip(pairs, reflections, spans, strict=True):
+                start, end = MASKS["whole" if y.verdict.correct else config.mask].bounds(y, span)
                 text = teacher_prompt(task, y, peer, e, config)
                 if text is not None:
                     x, x_T = task.encode(task.prompt(y.problem)), task.encode(text)
@@ -220,7 +220,7 @@ def train(config: Config) -> dict:
                 for theta_T, theta_S in zip(teacher.parameters(), weights, strict=True):
                     theta_T.data.lerp_(theta_S.data, config.ema)
 
-            log = {**statistics(rollouts, pairs, found, task), "learned_from": len(lessons)}
+            log = {**statistics(rollouts, pairs, located, task), "learned_from": len(lessons)}
             run.log(
                 loss=sum(losses) / len(losses) if losses else None, **log, **quick_test(student, task, config, step)
             )
@@ -230,10 +230,10 @@ def train(config: Config) -> dict:
 
 
 def main() -> None:
-    parse = partial(parse_config, Config, __doc__, defaults=defaults_of)
+    parse = partial(parse_config, Config, __doc__.partition("Every other")[0], defaults=defaults_of)
     config = parse(sys.argv[1:])
     configs = [config]
-    if config.baseline and config.method != "sdpo":
+    if config.baseline and config.method != "sdpo":  # SDPO with the same flags, but its own context and mask
         sdpo = [f"--{name}={getattr(METHODS['sdpo'], name)}" for name in ("context", "mask")]
         configs.append(parse([*sys.argv[1:], "--method=sdpo", *sdpo]))
     results = train_all(train, configs)

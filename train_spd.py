@@ -33,6 +33,7 @@ from losses import next_token_loss
 from model import generate
 from subspace import COORDINATES, LOSSES
 
+ROUND = 0  # a part of the seeds' keys, so that published runs can be repeated
 METHODS = {  # the sampling temperature of the completions
     "spd": 0.0,
     "psr": 1.0,  # plain self-retraining, on samples as they come
@@ -73,8 +74,8 @@ class Config(SubspaceConfig, RunConfig):
     batch: int = option(64, "completions an update", minimum=1)
     learning_rate: float = option(3e-3, "peak learning rate of AdamW, cosine to 0", "1e-5", minimum=0)
     finetune: str = option("lora", "what is trained", "lora", ("lora", "full"))
-    lora_dropout: float = 0.05  # paper: 0.05
-    weight_decay: float = 0.01  # paper: 0.01
+    lora_dropout: float = 0.05  # as in the paper
+    weight_decay: float = 0.01  # as in the paper
 
 
 def defaults_of(method: str, task: str) -> dict[str, object]:
@@ -92,7 +93,6 @@ def train(config: Config) -> dict:
         if run.results:
             return run.results
         config, task, base, seed = run.config, run.task, run.base, config.seed
-
         # 1. Calibrate: G = dL_align/dK and dL_align/dV, G = U diag(s) V^T, P = V_r V_r^T.
         P = {}
         if config.method == "spd":
@@ -102,22 +102,22 @@ def train(config: Config) -> dict:
             P = subspace.make_projectors(G, config.rank, config.subspace, subspace.heads(config, base), seed)
 
         # 2. Generate: one raw completion a prompt with K <- K P_K and V <- V P_V. None is filtered.
-        problems = task.problems(config.domain, config.prompts, run.random("prompts", 0))  # 0 was once a round's number
+        problems = task.problems(config.domain, config.prompts, run.random("prompts", ROUND))
         prompts = [task.encode(task.prompt(problem)) for problem in problems]
         with subspace.project_kv(base, P, config.coordinate):
             accuracy = run.once("text", lambda: accuracy_of_text(base, task, config, **sampling_of(config)))
-            sampling = {"generator": run.generator("completion", 0), **sampling_of(config)}
+            sampling = {"generator": run.generator("completion", ROUND), **sampling_of(config)}
             write = partial(generate, base, prompts, task.max_response, task.stop, **sampling)
             pairs = list(zip(prompts, run.once("completions", write), strict=True))
 
         # 3. Fine-tune the original weights, unprojected: -sum_t log p(y_t | x, y_<t).
-        torch.manual_seed(zlib.crc32(f"{seed} 0".encode()))
+        torch.manual_seed(zlib.crc32(f"{seed} {ROUND}".encode()))
         student, weights = trainable_copy(base, config.finetune, dropout=config.lora_dropout)
         optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.weight_decay)
         run.track(student=torch.nn.ParameterList(weights), optimizer=optimizer)
         for epoch in run.steps(config.epochs):
-            torch.manual_seed(zlib.crc32(f"{seed} 0 {epoch}".encode()))  # for dropout
-            order, losses = run.random("order", 0, epoch).sample(pairs, len(pairs)), []
+            torch.manual_seed(zlib.crc32(f"{seed} {ROUND} {epoch}".encode()))  # for dropout
+            order, losses = run.random("order", ROUND, epoch).sample(pairs, len(pairs)), []
             updates = math.ceil(len(pairs) / config.batch)
             student.train()
             for i in inner_bar(range(updates), f"epoch {epoch + 1}"):
@@ -131,7 +131,6 @@ def train(config: Config) -> dict:
             student.eval()
             run.log(loss=sum(losses) / len(losses))
         merge_lora(student)
-
         write = partial(accuracy_of_text, base, task, config, **sampling_of(config))
         own = run.of_base("text", write, "domain", "temperature", "top_k", "top_p")
         before = run.of_base("before", partial(evaluate_run, base, task, config)) if config.epochs else None
@@ -163,7 +162,7 @@ def main() -> None:
         rows.append([name, *texts, *percent(result["after"])])
     header = ["right, %", "text of the base", "text it trains on", f"after training, {home}", "elsewhere"]
     print(f"\n{markdown_table(header, rows)}")
-    print("text: what the base writes at the method's temperature, before any training, without and with projection")
+    print("text: what the base writes for the method, before any training, without and with projection")
     print("Every figure is in " + " and ".join(f"{config.out}/{r['name']}/results.json" for r in results))
 
 

@@ -34,7 +34,7 @@ from model import GPT
 class TaskConfig:
     """the task and the base"""
 
-    task: str = option("arithmetic", "what the problems are from: arithmetic, gym:NAME[,NAME...] or FILE.jsonl")
+    task: str = option("arithmetic", "where the problems come from: arithmetic, gym:NAME[,NAME...] or FILE.jsonl")
     shots: int = option(0, "worked examples in the prompts of a task in words", minimum=0)
     max_response: int | None = option(None, "tokens of a response to a task in words; unset: the task's", minimum=1)
     base: str = option("data/base.pt", "checkpoint to start from, or the folder of a Hugging Face model")
@@ -52,9 +52,9 @@ class RunConfig(TaskConfig):
     baseline: bool = option(True, "also train what the method is compared with, for the table")
     eval_problems: int = option(64, "test problems a domain", minimum=1)
     eval_samples: int = option(16, "samples a test problem", "16", minimum=1)
-    eval_temperature: float = option(1.0, "temperature of the tests", "0.6", minimum=1e-3, or_zero=True)
-    eval_top_p: float = option(1.0, "truncation (top-p) of the tests", "0.95", minimum=0.01, maximum=1)
-    eval_every: int = option(0, "steps between short tests, for learning curves; 0 tests never", minimum=0)
+    eval_temperature: float = option(1.0, "temperature of the tests; released code: 0.6", minimum=1e-3, or_zero=True)
+    eval_top_p: float = option(1.0, "truncation of the tests (top-p); released code: 0.95", minimum=0.01, maximum=1)
+    eval_every: int = option(0, "steps between short tests, for learning curves; 0: never", minimum=0)
 
 
 EVALUATION = ("eval_problems", "eval_samples", "eval_temperature", "eval_top_p")
@@ -248,8 +248,10 @@ def as_text(value: Any) -> str:
 
 
 def changed_settings(config: RunConfig, reference: RunConfig) -> list[str]:
-    """E.g. ['control false-ideas', 'dose 0.5'], for the rows of a table."""
-    return [f"{name.replace('_', ' ')} {as_text(value)}" for name, value in changes(config, reference).items()]
+    """E.g. ['control false-ideas', 'dose 0.5'], for the rows of a table, which share the task and the tests."""
+    shared = {field.name for field in dataclasses.fields(RunConfig)}
+    changed = {name: value for name, value in changes(config, reference).items() if name not in shared}
+    return [f"{name.replace('_', ' ')} {as_text(value)}" for name, value in changed.items()]
 
 
 def run_name(config: RunConfig, reference: RunConfig) -> str:

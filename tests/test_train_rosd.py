@@ -289,3 +289,14 @@ def test_a_flag_wins_over_preset_and_method() -> None:
     config = settings(train_rosd, "", "", "--preset", "released", *flags)
     assert (config.context, config.peer, config.ema, config.learning_rate) == ("both", "shortest", 0.1, 0.5)
     assert config.reflector == "student"
+
+
+def test_an_average_teacher_of_a_bfloat16_base_keeps_small_steps(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "load_checkpoint", lambda *_: tiny_gpt(TASK).bfloat16())
+    stopped_run(base, tmp_path / "out", "--ema", "0.001")
+    teacher = torch.load(file_of(tmp_path / "out", "state.pt"), weights_only=True)["parts"]["teacher"]
+    start = tiny_gpt(TASK).bfloat16().state_dict()
+    assert {x.dtype for x in teacher.values()} == {torch.float32}
+    assert any((teacher[name] != x.float()).any() for name, x in start.items())
