@@ -144,7 +144,7 @@ BAD = [
     (["--seed", "9" * 20], "--seed"),
     (["--domain", "three"], "no domain 'three'; give one of one, two"),
     (["--base", "/nowhere/base.pt"], "no checkpoint at /nowhere/base.pt; make one with `python pretrain.py"),
-    (["--base", "no-folder"], "no model folder at no-folder; download it, or `python -m tools.smollm2 smollm2` makes one"),
+    (["--base", "no-folder"], "no model folder at no-folder; download it, or `python -m tools.smollm2"),
     (["--base", corrupt], "damaged"),
     (["--base", truncated], "damaged"),
     (["--base", other_vocabulary], "vocabulary"),
