@@ -106,12 +106,15 @@ class Words(Task):
 
         examples = []
         for other in self.others(problem):
-            false = falsify(other.answer, random.Random(0))
-            false = false if false != other.answer else "unknown"  # an answer without a number
-            wrong = re.sub(alone(other.answer), lambda _, false=false: false, other.solution)
-            example = (other.solution, None) if peer is None else (wrong, other.solution)
+            example = (other.solution, None) if peer is None else (self.wrong_solution(other), other.solution)
             examples.append((request(other, *example), self.true_reflection(other, example[0])))
         return self.chat(request(problem, attempt, peer), examples)
+
+    def wrong_solution(self, problem: WordProblem) -> str:
+        """The solution with another answer, for a worked example of a reflection."""
+        false = falsify(problem.answer, random.Random(0))
+        false = false if false != problem.answer else "unknown"  # an answer without a number
+        return re.sub(alone(problem.answer), lambda _: false, problem.solution)
 
     def true_reflection(self, problem: WordProblem, response: str) -> str:
         """Quotes where a wrong response first writes the result that it ends with; the idea is the right result."""
