@@ -85,7 +85,7 @@ def plain(response: str) -> str:
         (r"\.(?!\d)", "\n"),
         (r"([\d)])( *(?:plus|minus|times|\\times|[x×·÷]) *)(?=[\d(])", sign),
         (r"(?<=\d)(?: [a-z]+){1,2}(?= ?[-+*/=] ?[-(\d])", blank),
-        (r"([-+*/] ?\d+)( (?:equals|is equal to|is|makes|gives) )(?=-?\d)", sign),
+        (r"([-+*/] *\d+)( (?:equals|is equal to|is|makes|gives) )(?=-?\d)", sign),
         (r"\n(?= *=)", " "),
     ):
         response = re.sub(pattern, replacement, response, flags=re.IGNORECASE | re.MULTILINE)
@@ -208,30 +208,31 @@ class Working:
                 wrong = runs[-1].pop(), side
                 break
         for run in filter(None, runs):
-            parts = set().union(*(self.parts(side.tree, self.known) for side in run))
+            worked = [side for side in run if isinstance(side.tree, ast.BinOp)]
+            parts = set().union(*(self.parts(side.tree, self.known) for side in worked))
             if not parts:
                 return self.foreign(run)
             self.learn(self.known, run[0].value, parts)
             self.done |= parts
             self.last = run[-1].value
             for number in {number for side in run for number in side.numbers()} - self.given:
-                self.learn(self.known, number, self.known.get(number) or self.every.get(number, set()))
+                self.learn(self.known, number, self.known.get(number) or self.every[number])
         if wrong:
             before, side = wrong if isinstance(wrong[0].tree, ast.BinOp) else wrong[::-1]
             fits = isinstance(before.tree, ast.BinOp) and self.parts(before.tree, self.known)
-            remedy = f"{before.text.strip()} = {before.value}" if fits else self.remedy()
+            remedy = f"{' '.join(before.text.split())} = {before.value}" if fits else self.remedy()
             return Mistake(wrong[0].start, wrong[1].end, remedy)
         return None
 
     def foreign(self, run: list[Side]) -> Mistake:
         """A true equation of numbers that do not belong together; ValueError where it may be part of a right way."""
-        if any(self.parts(side.tree, self.every) for side in run):
+        split = not isinstance(run[0].tree, ast.BinOp) and run[0].value in self.known  # 5 = 2 + 3
+        if split or any(self.parts(side.tree, self.every) for side in run if isinstance(side.tree, ast.BinOp)):
             raise ValueError("some of it may have been worked out in the head")
         numbers = {abs(number) for side in run for number in side.numbers()}
-        unexplained = numbers & {abs(n) for n, parts in self.known.items() if not parts}
         repeated = any(len(t) == 2 and all(n % abs(f) == 0 for n in numbers) for t in self.terms for f in t)
-        if unexplained or repeated:
-            raise ValueError("a number may be split into others, a product may be worked out as a sum")
+        if repeated:
+            raise ValueError("a product may be worked out as a sum")
         return Mistake(run[0].start, run[-1].end, self.remedy())
 
     def splits(self, mistake: Mistake, text: str, later: list[re.Match]) -> bool:
@@ -254,7 +255,7 @@ def judge_run(text: str, run: re.Match, working: Working) -> tuple[Working, Mist
     end = run.start() + len(run[0].rstrip(" -+*/(="))
     if "=" not in text[run.start() : end].lstrip(" ="):
         return working, None, set(map(Fraction, re.findall(r"\d+(?:\.\d+)?", run[0])))
-    around = text[run.start() - 1 : run.start()] + text[run.end() : run.end() + 1]
+    around = text[max(0, run.start() - 1) : run.start() + 1], text[run.end() - 1 : run.end() + 1]
     if begins := re.match(r" *[-+*/] *", run[0]):  # a mark of a list, the sign of a number, or a running total
         for written in (f"{working.last} {run[0]}", run[0][begins.end() :], run[0]):
             with suppress(ValueError):
@@ -263,7 +264,8 @@ def judge_run(text: str, run: re.Match, working: Working) -> tuple[Working, Mist
                     return attempt, None, set()
         raise ValueError("it may be meant in several ways")
     mistake = working.judge(read_sides(text, run.start(), end))
-    if mistake and (re.search(r"[\w^%!<>≈≠√\\{}]", around) or re.search(r"[-+*/(] *$", run[0])):
+    touches = any(" " not in pair and re.search(r"[^\W\d]|[\^%!<>≈≠√\\{}]", pair) for pair in around)
+    if mistake and (touches or run[0].rstrip()[-1] in "-+*/("):
         raise ValueError("it goes on with something that cannot be read")
     return working, mistake, set()
 
