@@ -147,7 +147,10 @@ class Working:
     def __init__(self, terms: list[Term]) -> None:
         self.terms, self.values = terms, list(map(math.prod, terms))
         self.given = {Fraction(abs(factor)) for term in terms for factor in term}
+        self.products = {1 << i for i, term in enumerate(terms) if len(term) == 2}
         self.done: Parts = set()  # of the right steps
+        self.operations = 0  # of them
+        self.straight = True  # whether they go from left to right
         self.last = Fraction(self.values[0])  # the running total
         self.every: dict[Fraction, Parts] = defaultdict(set)  # what a number may stand for in any right working
         self.known: dict[Fraction, Parts] = defaultdict(set)  # ... in this one: terms, running totals, right results
@@ -180,6 +183,11 @@ class Working:
                 same = [i for i, term in enumerate(self.terms) if sorted(map(abs, term)) == factors]
                 return {(1 << i, 1 if value == self.values[i] else -1) for i in same}
         return set()
+
+    def may_be_right_by_accident(self) -> bool:
+        """Whether a step before a wrong answer may be wrong, although its numbers fit a right way of working."""
+        complete = ((1 << len(self.terms)) - 1, 1) in self.done
+        return not complete and (not self.straight or self.operations >= sum(map(len, self.terms)) - 1)
 
     def remedy(self) -> str:
         """The step that belongs here: the largest right total and the next term; if no term is left, the answer."""
@@ -215,6 +223,9 @@ class Working:
             self.learn(self.known, run[0].value, parts)
             self.done |= parts
             self.last = run[-1].value
+            self.operations += sum(isinstance(node, ast.BinOp) for node in ast.walk(worked[0].tree))
+            usual = any(s == 1 and (not a & a + 1 or a in self.products) for a, s in parts)  # left to right
+            self.straight = self.straight and usual
             for number in {number for side in run for number in side.numbers()} - self.given:
                 self.learn(self.known, number, self.known.get(number) or self.every[number])
         if wrong:
@@ -231,8 +242,8 @@ class Working:
             raise ValueError("some of it may have been worked out in the head")
         numbers = {abs(number) for side in run for number in side.numbers()}
         repeated = any(len(t) == 2 and all(n % abs(f) == 0 for n in numbers) for t in self.terms for f in t)
-        if repeated:
-            raise ValueError("a product may be worked out as a sum")
+        if repeated or not self.straight:
+            raise ValueError("it may be a product worked out as a sum, or a step before may be right by accident")
         return Mistake(run[0].start, run[-1].end, self.remedy())
 
     def splits(self, mistake: Mistake, text: str, later: list[re.Match]) -> bool:
@@ -286,8 +297,8 @@ def first_mistake(terms: list[Term], response: str, given: str | None, ended: bo
         except ValueError:
             return None
         if run is answer and mistake is None:
-            if not (mark or numbers):
-                return None  # it stops in the middle
+            if not (mark or numbers) or working.may_be_right_by_accident():
+                return None  # or it stops in the middle
             begin = max(text.rfind("\n", 0, run.start()) + 1, runs[i - 1].end() if i else 0)
             begin += len(re.match(r"\W*", response[begin:])[0])
             mistake = Mistake(begin, run.start() + len(run[0].rstrip()), working.remedy())

@@ -46,6 +46,9 @@ NOWHERE = [  # wrong, but nobody can say where for certain
     (A, "5 = 2 + 3\n8 + 2 = 10\n10 + 3 = 13\n14 - 3 = 11\nThe answer is 12"),
     (C, "16 - 4 = 12\nThe answer is 12"),  # 9 + 7 in the head
     (B, "2 x 4 = 8\n8 - 3 = 5\nThe answer is 4"),  # 8 - (6 - 3)
+    (A, "8 + 5 = 13\n8 - 2 = 6\n13 + 6 = 19\nThe answer is 19"),
+    (problem(5, 8, 3), "5 + 3 = 8\n8 + 3 = 11\nThe answer is 11"),  # 5 + 3 is right by accident
+    (problem(6, -3, 7), "6 - 3 = 3\n3 - 7 = -4\nThe answer is -4"),  # 3 - 7 is -(7 - 3)
     (B, "2 + 2 = 4\n4 + 2 = 6\nThe answer is 6"),  # a product as a sum
     (A, "8 + 5 - 2 = ((13 - 2\nThe answer is )(13"),
     (A, "08 + 5 = 14\nThe answer is 14"),
@@ -60,7 +63,7 @@ FOUND = [  # the first wrong step is what stands between the angle quotes
     (A, "8 + 5 = 13\n«13 + 2 = 15»\nThe answer is 15"),  # the sign
     (A, "«9 + 5 = 14»\n14 - 2 = 12\nThe answer is 12"),  # a foreign number
     (A, "8 + 5 = 13\n«13 + 5 = 18»\n18 - 2 = 16\nThe answer is 16"),  # a term twice
-    (A, "8 + 5 = 13\n8 - 2 = 6\n«13 + 6 = 19»\nThe answer is 19"),
+    (A, "8 + 5 = 13\n«13 + 8 = 21»\nThe answer is 21"),
     (A, "8 + 5 = 13\n8 + 5 = 13\n«13 - 2 = 12»\n13 - 2 = 12\nThe answer is 12"),  # repeated lines
     (A, "5 + 8 = 13\n«13 - 2 = 10»\nThe answer is 10"),  # another order
     (A, "5 - 2 = 3\n«8 + 3 = 12»\nThe answer is 12"),
@@ -96,7 +99,7 @@ FOUND = [  # the first wrong step is what stands between the angle quotes
     (B, "3 + 4 * 2 - 6 = 3 + 8 - 6 = «11 - 6 = 4»\nThe answer is 4"),
     (C, "9 + 7 + 3 = 19\n19 - 4 = 15\n«The answer is 16»"),
     (C, "7 + 3 = 10\n9 - 4 = 5\n«10 + 5 = 16»\nThe answer is 16"),
-    (C, "4 - 7 = -3\n9 - (-3) = 12\n«12 - 3 = 9»\nThe answer is 9"),
+    (C, "4 - 7 = -3\n9 - (-3) = 12\n«12 + 3 = 16»\nThe answer is 16"),
     (C, "9 - 4 = 5\n5 + 7 = 12\n«The answer is 12»"),  # a term is missing
 ]
 
@@ -123,7 +126,7 @@ def test_the_remedy_is_the_step_that_belongs_there(task: Steps) -> None:
         ("8 + 5 = 14\nThe answer is 14", "8 + 5 = 13"),
         ("9 + 5 = 14\nThe answer is 14", "8 + 5 = 13"),
         ("8 + 5 = 13\n13 + 2 = 15\nThe answer is 15", "13 - 2 = 11"),
-        ("5 - 2 = 3\n3 + 9 = 12\nThe answer is 12", "3 + 8 = 11"),
+        ("5 - 2 = 3\n3 + 8 = 12\nThe answer is 12", "3 + 8 = 11"),
         ("8 + 5 = 13\n13 - 2 = 11\nThe answer is 9", "The answer is 11"),
     ):
         idea = parse_reflection(task.true_reflection(A, response)).idea
