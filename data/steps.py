@@ -19,6 +19,7 @@ from data.words import Words
 from data.working import Mistake, Term, first_mistake
 from errors import UserError
 
+QUESTION = "What is {}?"
 SCENES = [  # the start, more, less, the question
     ("There are {} marbles in a box.", "Then {} are put in.", "Then {} are taken out.", "How many are in the box now?"),
     ("A bus starts with {} people.", "Then {} get on.", "Then {} get off.", "How many people are on the bus now?"),
@@ -59,7 +60,7 @@ class Sums:
         problems: list[WordProblem] = []
         while len(problems) < count:
             terms = self.terms(domain, rng)
-            question = story(terms, rng.choice(SCENES)) if domain == "stories" else f"What is {expression(terms)}?"
+            question = story(terms, rng.choice(SCENES)) if domain == "stories" else QUESTION.format(expression(terms))
             if is_test(question) == test:
                 solution = solve(terms)
                 answer = solution.rpartition(" ")[2]

@@ -136,6 +136,19 @@ def test_the_remedy_is_the_step_that_belongs_there(task: Steps) -> None:
     assert parse_reflection(task.true_reflection(A, A.solution)) == (None, "8 + 5 = 13, 13 - 2 = 11")
 
 
+def test_any_text_is_read(task: Steps) -> None:
+    rng = random.Random(0)
+    words = ["8", "5", "13", "2", " ", "+", "-", "*", "/", "=", "(", ")", ".", ",", "\n", "$", "is", "answer is", "0"]
+    for _ in range(3000):
+        response = "".join(rng.choices(words, k=rng.randrange(30)))
+        verdict = task.verify(A, response, ended=rng.random() < 0.5)
+        start, end = verdict.error or (0, 1)
+        assert 0 <= start < end <= max(1, len(response))
+        task.true_reflection(A, response)
+    for response in ("(" * 500 + "8 = 5", "-" * 500 + "8 = 5", "9" * 5000 + " + 1 = 2", "8 / 0 = 5", "9 ** 9 ** 9 = 1"):
+        assert task.verify(A, response).error is None
+
+
 def test_a_response_that_was_cut_off_is_not_right_and_its_last_number_no_error(task: Steps) -> None:
     cut = task.verify(A, "8 + 5 = 13\n13 - 2 = 1", ended=False)
     assert (cut.correct, cut.finished, cut.error) == (False, False, None)
