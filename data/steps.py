@@ -43,17 +43,13 @@ class Sums:
     problems: ClassVar[list[WordProblem]] = []  # those of a file
 
     def __init__(self, spec: str) -> None:
-        settings: dict[str, Any] = {"least": 2, "most": 4, "largest": 9}
-        given = dict(map(read_setting, spec.split(":")[1:]))
-        self.least, self.most, self.largest = (
-            (settings | given).values() if given.keys() <= settings.keys() else [0] * 3
-        )
-        whole = all(isinstance(number, int) for number in (self.least, self.most, self.largest))
-        if not (whole and 2 <= self.least <= self.most <= 6 and 5 <= self.largest <= 99):
-            raise UserError(
-                f"the task {spec!r} needs 2 <= least <= most <= 6 terms and 5 <= largest <= 99, as in "
-                "steps:least=2:most=4:largest=9"
-            )
+        numbers: dict[str, Any] = {"least": 2, "most": 4, "largest": 9}
+        numbers |= dict(map(read_setting, spec.split(":")[1:]))
+        known = len(numbers) == 3 and all(isinstance(number, int) for number in numbers.values())
+        if not (known and 2 <= numbers["least"] <= numbers["most"] <= 6 and 5 <= numbers["largest"] <= 99):
+            allowed = "2 <= least <= most <= 6 terms and 5 <= largest <= 99"
+            raise UserError(f"the task {spec!r} needs {allowed}, as in steps:least=2:most=4:largest=9")
+        self.least, self.most, self.largest = numbers.values()
 
     def draw(self, domain: str, count: int, rng: random.Random, test: bool) -> list[WordProblem]:
         """Random problems of one split of a domain."""
