@@ -1,11 +1,12 @@
 """Sums worked in steps by a real language model: the task in words whose verifier knows the first wrong step.
 
-    question   What is 8 + 5 - 2?       or the same in a story: There are 8 marbles in a box. Then 5 are put in. ...
+    question   What is 8 + 5 - 2? Work step by step.     or the same told as a story about marbles
     solution   8 + 5 = 13
                13 - 2 = 11
                The answer is 11
 
-Worked examples (`--shots`) teach a model to write like that. `working.py` reads what it writes instead.
+Worked examples (`--shots`) teach a model to write like that. Three numbers up to 12 are what SmolLM2-135M can do now
+and then. `working.py` reads what it writes instead.
 """
 
 import math
@@ -20,6 +21,7 @@ from data.working import Mistake, Term, first_mistake
 from errors import UserError
 
 QUESTION = "What is {}?"
+REQUEST = " Work step by step."
 SCENES = [  # the start, more, less, the question
     ("There are {} marbles in a box.", "Then {} are put in.", "Then {} are taken out.", "How many are in the box now?"),
     ("A bus starts with {} people.", "Then {} get on.", "Then {} get off.", "How many people are on the bus now?"),
@@ -43,12 +45,12 @@ class Sums:
     problems: ClassVar[list[WordProblem]] = []  # those of a file
 
     def __init__(self, spec: str) -> None:
-        numbers: dict[str, Any] = {"least": 2, "most": 4, "largest": 9}
+        numbers: dict[str, Any] = {"least": 3, "most": 3, "largest": 12}
         numbers |= dict(map(read_setting, spec.split(":")[1:]))
         known = len(numbers) == 3 and all(isinstance(number, int) for number in numbers.values())
         if not (known and 2 <= numbers["least"] <= numbers["most"] <= 6 and 5 <= numbers["largest"] <= 99):
             allowed = "2 <= least <= most <= 6 terms and 5 <= largest <= 99"
-            raise UserError(f"the task {spec!r} needs {allowed}, as in steps:least=2:most=4:largest=9")
+            raise UserError(f"the task {spec!r} needs {allowed}, as in steps:least=3:most=4:largest=12")
         self.least, self.most, self.largest = numbers.values()
 
     def draw(self, domain: str, count: int, rng: random.Random, test: bool) -> list[WordProblem]:
@@ -57,6 +59,7 @@ class Sums:
         while len(problems) < count:
             terms = self.terms(domain, rng)
             question = story(terms, rng.choice(SCENES)) if domain == "stories" else QUESTION.format(expression(terms))
+            question += REQUEST
             if is_test(question) == test:
                 solution = solve(terms)
                 answer = solution.rpartition(" ")[2]
