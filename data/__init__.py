@@ -1,6 +1,7 @@
 """Tasks: `task.py` says what one is, `arithmetic.py` is the synthetic one that everything runs on by default.
 
-`words.py` is the task of real language models: problems of Reasoning Gym, or of a file (`sources.py`).
+`words.py` is the task of real language models: problems of Reasoning Gym, or of a file (`sources.py`). `steps.py` is
+one of them whose verifier knows the first wrong step.
 """
 
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from data.answers import falsify
 from data.arithmetic import Arithmetic
 from data.sources import Gym, Lines
+from data.steps import Steps, Sums
 from data.task import Problem, Task, Verdict
 from data.words import Words
 from errors import UserError
@@ -23,6 +25,8 @@ def load_task(spec: str, base: Path | str = "data/base.pt", shots: int = 0, max_
         return Arithmetic()
     if spec.startswith("gym:"):
         return Words(Gym(spec.removeprefix("gym:")), base, shots, max_response)
+    if spec.partition(":")[0] == "steps":
+        return Steps(Sums(spec), base, shots, max_response)
     if spec.endswith(".jsonl"):
         return Words(Lines(spec), base, shots, max_response)
-    raise UserError(f"there is no task {spec!r}; give arithmetic, gym:NAME of Reasoning Gym, or a FILE.jsonl")
+    raise UserError(f"there is no task {spec!r}; give arithmetic, steps, gym:NAME of Reasoning Gym, or a FILE.jsonl")

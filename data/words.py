@@ -1,13 +1,14 @@
 """The task of real language models: problems in words, in the chat format of a Hugging Face folder.
 
 `sources.py` has the problems, `answers.py` finds and compares answers, `requests.py` words the requests. Here are the
-chat turns, the decisive positions, and the tokens. Nobody knows the true first error of these responses.
+chat turns, the decisive positions, and the tokens. Nobody knows the true first error of these responses, except for
+the sums of `steps.py`.
 """
 
 import random
 import re
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from data.answers import MARK, MARKS, falsify, final_answer
 from data.requests import ENDING, problem_request, reflection_request
@@ -16,6 +17,9 @@ from data.task import Task, Verdict
 from errors import UserError
 from hub.tokenizer import Tokenizer
 from hub.weights import read_shape
+
+if TYPE_CHECKING:
+    from data.steps import Sums
 
 
 class Words(Task):
@@ -28,7 +32,9 @@ class Words(Task):
     habits: ClassVar = {"marked": "the answer stands after its mark", "terse": "nothing stands beside the answer"}
     max_reflection, spare_rows = 160, True
 
-    def __init__(self, source: Gym | Lines, base: Path | str, shots: int = 0, max_response: int | None = None) -> None:
+    def __init__(
+        self, source: "Gym | Lines | Sums", base: Path | str, shots: int = 0, max_response: int | None = None
+    ) -> None:
         if not Path(base).is_dir():
             raise UserError(f"this task needs a Hugging Face model, and {base} is not its folder; give one with --base")
         self.tokenizer = Tokenizer(base)
@@ -106,12 +112,15 @@ class Words(Task):
 
         examples = []
         for other in self.others(problem):
-            false = falsify(other.answer, random.Random(0))
-            false = false if false != other.answer else "unknown"  # an answer without a number
-            wrong = re.sub(alone(other.answer), lambda _, false=false: false, other.solution)
-            example = (other.solution, None) if peer is None else (wrong, other.solution)
+            example = (other.solution, None) if peer is None else (self.wrong_solution(other), other.solution)
             examples.append((request(other, *example), self.true_reflection(other, example[0])))
         return self.chat(request(problem, attempt, peer), examples)
+
+    def wrong_solution(self, problem: WordProblem) -> str:
+        """The solution with another answer, for a worked example of a reflection."""
+        false = falsify(problem.answer, random.Random(0))
+        false = false if false != problem.answer else "unknown"  # an answer without a number
+        return re.sub(alone(problem.answer), lambda _: false, problem.solution)
 
     def true_reflection(self, problem: WordProblem, response: str) -> str:
         """Quotes where a wrong response first writes the result that it ends with; the idea is the right result."""
