@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -156,7 +157,7 @@ def form(wrong: list[Rollout], texts: list[str]) -> dict[str, list]:
 
 def interval(values: list[float], reference: list[float] | None = None) -> list[float]:
     """Mean and half of the 95 % interval over problems."""
-    found = stats.estimate({(i, 0): x - (reference[i] if reference else 0) for i, x in enumerate(values)})
+    found = stats.estimate(stats.by_unit(np.array(values) - (reference or 0)))
     return [found.mean, found.half]
 
 

@@ -11,7 +11,7 @@ another one run by run, on the same base and seed, and the interval is that of t
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -45,17 +45,25 @@ class Estimate:
     mean: float
     half: float | None  # half of the 95 % interval; None where there is but one value
 
+    def __format__(self, digits: str) -> str:
+        """E.g. '91.2 ± 1.3'."""
+        return f"{self.mean:{digits}}" + ("" if self.half is None else f" ± {self.half:{digits.removeprefix('+')}}")
+
     @property
     def excludes_zero(self) -> bool:
         return self.half is not None and abs(self.mean) > self.half
 
 
+def by_unit(values: Iterable[float]) -> Values:
+    """Values that belong to no base, such as those of problems: each counts once."""
+    return {(i, 0): value for i, value in enumerate(values)}
+
+
 def estimate(values: Values) -> Estimate:
     """Mean and t interval over bases, each the mean of its seeds; over the seeds where there is one base."""
-    bases: dict[int, list[float]] = {}
-    for (base, _), value in values.items():
-        bases.setdefault(base, []).append(value)
-    units = [float(np.mean(seeds)) for seeds in bases.values()] if len(bases) > 1 else list(values.values())
+    bases = {base for base, _ in values}
+    units = [np.mean([x for (b, _), x in values.items() if b == base]) for base in bases]
+    units = units if len(bases) > 1 else list(values.values())
     n, mean = len(units), float(np.mean(units))
     return Estimate(mean, t_quantile(n - 1) * float(np.std(units, ddof=1)) / n**0.5 if n > 1 else None)
 
@@ -112,10 +120,8 @@ def values_of(runs: list[dict], when: str) -> dict[str, Values]:
 
 
 def by_variant(results: dict) -> dict[str, list[dict]]:
-    variants: dict[str, list[dict]] = {}
-    for run in results["runs"]:
-        variants.setdefault(run["variant"], []).append(run)
-    return variants
+    runs = results["runs"]
+    return {name: [run for run in runs if run["variant"] == name] for name in dict.fromkeys(r["variant"] for r in runs)}
 
 
 def table(results: dict, differences: bool = False, columns: list[str] | None = None) -> str:
@@ -153,8 +159,7 @@ def cell(values: Values, reference: Values, differences: bool) -> str:
     shown = paired if differences else estimate(values)
     if shown is None:
         return ""
-    text = f"{shown.mean:{'+' if differences else ''}.1f}" + ("" if shown.half is None else f" ± {shown.half:.1f}")
-    return text + (" *" if paired and paired.excludes_zero else "")
+    return f"{shown:{'+' if differences else ''}.1f}" + (" *" if paired and paired.excludes_zero else "")
 
 
 def shared_flags(runs: list[dict]) -> str:
@@ -180,6 +185,12 @@ def note(results: dict) -> str:
     missing, versions = results["planned"] - len(runs), {run.get("code") for run in runs}
     text += f" The runs are of {len(versions)} versions of the code." if len(versions) > 1 else ""
     return text + (f" {missing} of {results['planned']} runs are still missing." if missing else "")
+
+
+def publish(name: str, table: str) -> None:
+    """Print a table, and put it between its markers."""
+    print(table)
+    fill_readme(name, lambda *_: table)
 
 
 def fill_readme(name: str, make: Callable[[bool, list[str] | None], str]) -> bool:
