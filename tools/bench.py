@@ -137,9 +137,8 @@ def their_model(folder: str) -> Any:
 def with_adapters(folder: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(
-        their_model(folder), LoraConfig(r=8, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM")
-    )
+    adapters = LoraConfig(r=8, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    return get_peft_model(their_model(folder), adapters)
 
 
 def their_rollouts(may_end: bool, folder: str) -> float:
