@@ -68,31 +68,26 @@ def prompts_of(task: Words, step: int) -> list[list[int]]:
     return [task.encode(task.prompt(problem)) for problem in draw(task, step)]
 
 
-def seconds_of(run: Callable[[int], object], step: int) -> float:
-    began = time.perf_counter()
-    run(step)
-    return time.perf_counter() - began
-
-
 def best_step(run: Callable[[int], object]) -> float:
     """Seconds of the best step after the first."""
-    return min([seconds_of(run, step) for step in range(1 + STEPS)][1:])
+    seconds = []
+    for step in range(1 + STEPS):
+        began = time.perf_counter()
+        run(step)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
 
 
 def rollout_time(run: Callable[[int], list[list[int]]], stop: tuple[int, ...]) -> float:
     """Seconds of the best step; where responses may end, seconds per 1,000 tokens, over three times as many steps."""
     if stop == (-1,):
         return best_step(run)
-    lengths = []
-
-    def count(step: int) -> None:
-        for response in run(step):
-            ends = [i + 1 for i, token in enumerate(response) if token in stop]
-            lengths.append(ends[0] if ends else len(response))
-
-    count(0)
-    lengths.clear()
-    return sum(seconds_of(count, step) for step in range(3 * STEPS)) / sum(lengths) * 1000
+    run(0)
+    began = time.perf_counter()
+    written = [response for step in range(3 * STEPS) for response in run(step)]
+    seconds = time.perf_counter() - began
+    lengths = [next((i + 1 for i, token in enumerate(y) if token in stop), len(y)) for y in written]
+    return 1000 * seconds / sum(lengths)
 
 
 # ---------------------------------------------------------------------------------------------- ours

@@ -29,8 +29,6 @@ QWEN3 = {  # layers, width, query heads, hidden width of the MLP
     "Qwen3-1.7B": (28, 2048, 16, 6144),
     "Qwen3-4B": (36, 2560, 32, 9728),
 }
-
-
 LOGITS = 4  # float32 tensors of the size of the responses' logits that an update holds at once
 
 
