@@ -30,9 +30,6 @@ def t_quantile(degrees: int) -> float:
     """The t that Student's distribution exceeds in absolute value with probability 5 %.
 
     With t = sqrt(n) tan(angle) its density is proportional to cos(angle)^(n - 1).
-
-    >>> [round(t_quantile(n), 3) for n in (1, 2, 4)]
-    [12.706, 4.303, 2.776]
     """
     angle = np.linspace(0, np.pi / 2, 200_001)
     density = np.cos(angle) ** (degrees - 1)
@@ -144,19 +141,17 @@ def table(results: dict, differences: bool = False, columns: list[str] | None = 
     seen = dict.fromkeys(name for values, _ in rows.values() for name in values)
     order = dict.fromkeys(["in domain", "elsewhere", *(results["runs"][0]["after"] or {}), *seen])
     names = columns or [name for name in order if name in seen]
-    header, lines = ["difference, points" if differences else "%", *names], []
+    header, lines = ["difference, points" if differences else "%", *names, *["flags"] * (not columns)], []
     for label, (values, reference) in rows.items():
-        cells = [cell(values[name], reference.get(name, {}), differences) if name in values else "" for name in names]
-        lines.append([label, *cells])
-    if not columns:
-        header, lines = [*header, "flags"], [[*line, flags.get(line[0], "")] for line in lines]
+        cells = [cell(values.get(name, {}), reference.get(name, {}), differences) for name in names]
+        lines.append([label, *cells, flags.get(label, "")][: len(header)])
     return f"{markdown_table(header, lines)}\n\n{note(results)}"
 
 
 def cell(values: Values, reference: Values, differences: bool) -> str:
-    """E.g. '91.2 ± 1.3 *', or as a difference '+3.4 ± 0.5 *'."""
+    """E.g. '91.2 ± 1.3 *', or as a difference '+3.4 ± 0.5 *'; '' without values."""
     paired = difference(values, reference)
-    shown = paired if differences else estimate(values)
+    shown = paired if differences else difference(values, dict.fromkeys(values, 0.0))
     if shown is None:
         return ""
     return f"{shown:{'+' if differences else ''}.1f}" + (" *" if paired and paired.excludes_zero else "")

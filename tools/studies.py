@@ -5,6 +5,7 @@ them is the best site of this subspace on the base of the run (`best_site`), and
 site of two. They are chosen from results/spd-mechanism.json, which tools/mechanism.py writes.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -213,11 +214,9 @@ def best_site(rows: list[dict], base: int | str, subspace: str) -> dict:
 
     The measures of a site (layers, keys or values, rank) are averaged over the draws of a random subspace.
     """
-    draws: dict[str, list[dict]] = {}
-    for row in rows:
-        if (row["base"], row["subspace"]) == (base, subspace):
-            draws.setdefault(site_label(row), []).append(row)
-    best = max(draws.values(), key=lambda found: np.mean([row["golden"] for row in found]))
+    found = [row for row in rows if (row["base"], row["subspace"]) == (base, subspace)]
+    draws = [list(same) for _, same in itertools.groupby(sorted(found, key=site_label), site_label)]
+    best = max(draws, key=lambda same: np.mean([row["golden"] for row in same]))
     names = ("base", "layers", "project", "rank", "subspace", "draw")
     return {name: x if name in names else float(np.mean([row[name] for row in best])) for name, x in best[0].items()}
 
