@@ -90,9 +90,6 @@ def rollout_time(run: Callable[[int], list[list[int]]], stop: tuple[int, ...]) -
     return 1000 * seconds / sum(lengths)
 
 
-# ---------------------------------------------------------------------------------------------- ours
-
-
 def our_rollouts(may_end: bool, folder: str) -> float:
     task, model = bench_task(folder, may_end), files.load_checkpoint(folder).bfloat16()
 
@@ -118,9 +115,6 @@ def our_step(method: str, folder: str) -> float:
         update(student, base, weights, optimizer, lessons, config)
 
     return best_step(run)
-
-
-# ---------------------------------------------------------------------------------------------- theirs
 
 
 def their_model(folder: str) -> Any:
@@ -200,8 +194,7 @@ def book_step(folder: str) -> float:
         for problem in draw(task, step):
             x = task.encode(task.prompt(problem))
             with torch.no_grad():
-                ids = torch.tensor([x])
-                written = model.generate(input_ids=ids, num_return_sequences=GROUP, **SAMPLING)[:, len(x) :]
+                written = model.generate(torch.tensor([x]), num_return_sequences=GROUP, **SAMPLING)[:, len(x) :]
             x_T = task.encode(task.prompt(problem, solution=task.decode(written[1].tolist())))
             for y in written.split(4):
                 student = logits_of(x, y)
@@ -215,8 +208,6 @@ def book_step(folder: str) -> float:
 
     return best_step(run)
 
-
-# ---------------------------------------------------------------------------------------------- side by side
 
 CONTESTS: dict[str, dict[str, Callable[[str], float]]] = {  # the first is ours
     "rollouts, all full": {"ours": partial(our_rollouts, False), "transformers": partial(their_rollouts, False)},

@@ -86,9 +86,6 @@ def curves(axis: Any, variants: dict, column: str, title: str, per_step: str = "
     axis.set(title=title, xlabel=per_step or "steps", ylabel=ylabel)
 
 
-# ---------------------------------------------------------------------------------------------- the pictures
-
-
 def learning_curves() -> None:
     variants = by_variant(read_results("curves"))
     with picture("curves", "Tested while training on mix alone", rows=2) as axes:

@@ -151,8 +151,8 @@ def table(results: dict, differences: bool = False, columns: list[str] | None = 
 def cell(values: Values, reference: Values, differences: bool) -> str:
     """E.g. '91.2 ± 1.3 *', or as a difference '+3.4 ± 0.5 *'; '' without values."""
     paired = difference(values, reference)
-    shown = paired if differences else difference(values, dict.fromkeys(values, 0.0))
-    if shown is None:
+    shown = paired if differences else values and estimate(values)
+    if not shown:
         return ""
     return f"{shown:{'+' if differences else ''}.1f}" + (" *" if paired and paired.excludes_zero else "")
 

@@ -196,9 +196,6 @@ def flags_of(study: Study, variant: str, base: int | str) -> str:
     return re.sub(r"\{([\w|]+)\}", site_flags, f"{study.flags} {study.variants[variant]}".strip())
 
 
-# ---------------------------------------------------------------------------------------------- the site of SPD
-
-
 def mechanism_rows(content: dict | None = None) -> list[dict]:
     """The rows of results/spd-mechanism.json, whose columns are named once, or of the same content.
 
