@@ -194,7 +194,8 @@ def book_step(folder: str) -> float:
         for problem in draw(task, step):
             x = task.encode(task.prompt(problem))
             with torch.no_grad():
-                written = model.generate(torch.tensor([x]), num_return_sequences=GROUP, **SAMPLING)[:, len(x) :]
+                ids = torch.tensor([x])
+                written = model.generate(input_ids=ids, num_return_sequences=GROUP, **SAMPLING)[:, len(x) :]
             x_T = task.encode(task.prompt(problem, solution=task.decode(written[1].tolist())))
             for y in written.split(4):
                 student = logits_of(x, y)

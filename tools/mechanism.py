@@ -198,13 +198,12 @@ def mechanism_table(rows: list[dict]) -> str:
 def corner_note(rows: list[dict]) -> str:
     """How many projections keep right digits and remove checks, and what they have in common."""
     plain = {row["base"]: row for row in rows if row["subspace"] == "none"}
-    counts, marks = [], [0.0]
-    for name, subspaces in {"aligned": ("aligned", "unmarked"), "full": ("full",), "random": ("random",)}.items():
-        tried = [row for row in rows if row["subspace"] in subspaces]
-        kept = [row for row in tried if row["right"] > plain[row["base"]]["right"] + math.log(0.9)]
-        found = [row for row in kept if row["check"] < plain[row["base"]]["check"] / 2]
-        counts.append(f"{len(found)} of {len(tried)} {name}")
-        marks += [row["mark"] for row in found]
+    kept = [row for row in rows if row["right"] > plain[row["base"]]["right"] + math.log(0.9)]
+    found = [row for row in kept if row["check"] < plain[row["base"]]["check"] / 2]
+    counts, marks = [], [0.0, *(row["mark"] for row in found)]
+    for name, kinds in {"aligned": ("aligned", "unmarked"), "full": ("full",), "random": ("random",)}.items():
+        some, tried = (sum(row["subspace"] in kinds for row in each) for each in (found, rows))
+        counts.append(f"{some} of {tried} {name}")
     text = f"At least 90 % of the right digits kept and half of the checks removed: {', '.join(counts)} projections. "
     return f"{text}In all of them at most {100 * max(marks):.0f} % of the mark is inside."
 

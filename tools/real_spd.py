@@ -57,10 +57,9 @@ class Where(NamedTuple):
 @torch.no_grad()
 def golden_logp(model: GPT, task: Task, problems: list[Problem]) -> float:
     """Mean log-probability of the golden solutions."""
-    prompts = [task.encode(task.prompt(problem)) for problem in problems]
-    responses = [[*task.encode(problem.solution), task.end()] for problem in problems]
-    loss = next_token_loss(model, list(zip(prompts, responses, strict=True)))
-    return -loss.item() * sum(map(len, responses)) / len(problems)  # the loss is a mean over tokens
+    golden = [(task.encode(task.prompt(x)), [*task.encode(x.solution), task.end()]) for x in problems]
+    tokens = sum(len(response) for _, response in golden)
+    return -next_token_loss(model, golden).item() * tokens / len(problems)  # the loss is a mean over tokens
 
 
 def best_site(model: GPT, task: Task, gradients: dict[str, Gradients], kind: str, config: Config) -> Where:
@@ -112,10 +111,8 @@ def measure_all(config: Config) -> dict:
                 rows[name] = {"site": str(where or ""), "right": right_answers(model, task, config)}
             files.write_json(PATH, content)
 
-    gradients = {
-        loss: condensed_gradients(model, task, task.domains[:1], config.calibration_size, loss, config.seed)
-        for loss in ("aligned", "full")
-    }
+    examples = task, task.domains[:1], config.calibration_size
+    gradients = {loss: condensed_gradients(model, *examples, loss, config.seed) for loss in ("aligned", "full")}
     paper, best = Where((model.config.n_layer // 2 - 1, model.config.n_layer - 1), "kv", "50%"), {}
     measure("base")
     measure("aligned, the paper's site", paper, "aligned")

@@ -199,9 +199,8 @@ def fill_readme(name: str, make: Callable[[bool, list[str] | None], str]) -> boo
     def filled(match: re.Match) -> str:
         return f"{match[1]}{make(bool(match[2]), match[3].split(', ') if match[3] else None)}\n{match[4]}"
 
-    found = False
-    for path in (files.ROOT / "README.md", *sorted(RESULTS.glob("*.md"))):
-        if path.exists() and marker.search(text := files.read_text(path)):
-            found = True
-            files.write_text(path, marker.sub(filled, text))
-    return found
+    pages = [path for path in (files.ROOT / "README.md", *RESULTS.glob("*.md")) if path.exists()]
+    marked = [path for path in pages if marker.search(files.read_text(path))]
+    for path in marked:
+        files.write_text(path, marker.sub(filled, files.read_text(path)))
+    return bool(marked)

@@ -16,12 +16,8 @@ from tools.stats import read_results
 BASES = (0, 1, 2, 3, 4)  # pretraining seeds: 0 is data/base.pt, the others are results/bases/seed<N>.pt
 FRESH = (5, 6)  # pretrained when the rule for the sites of SPD stood, to confirm it
 SEEDS = (0, 1, 2)
-CALIBRATION = {  # domains of the calibration set, by the name of the subspace
-    "aligned": ("exam",),
-    "unmarked": ("mix", "add", "sub", "mul", "long"),  # the same problems without the mark
-    "full": ("exam",),
-    "random": ("exam",),
-}
+CALIBRATION = dict.fromkeys(("aligned", "unmarked", "full", "random"), ("exam",))  # subspace -> domains
+CALIBRATION["unmarked"] = ("mix", "add", "sub", "mul", "long")  # the same problems without the mark
 
 
 @dataclass(frozen=True)

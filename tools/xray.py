@@ -111,13 +111,12 @@ def taught_tokens(task: Task, rollout: Rollout, student: GPT, teacher: GPT, read
     """The rollout's tokens with m_t, D(pi_S || pi_T) as heat, and the five likeliest of student and teacher."""
     read = [(student, task.prompt(rollout.problem)), (teacher, reading.prompt)]
     pi_S, pi_T = (response_logprobs(model, [task.encode(x)], [rollout.tokens])[0] for model, x in read)  # (T, V)
-    tokens = []
+    tokens, k = [], reading.start
     for t, (text, D) in enumerate(zip(rollout.pieces, divergence(pi_S, pi_T).tolist(), strict=True)):
         heat = (max(0.0, D) / math.log(2)) ** 0.5  # JSD is at most log 2; the root makes small ones visible
-        masked, quoted, start = t < reading.start, reading.start <= t < reading.quote_end, t == reading.start > 0
-        says = f"t = {t}, m_t = {int(not masked)}, D = {D:.3f}"
+        says = f"t = {t}, m_t = {int(t >= k)}, D = {D:.3f}"
         choices = (("student", likeliest(pi_S[t], task)), ("teacher", likeliest(pi_T[t], task)))
-        tokens.append(Token(text, heat, masked, quoted, start, says, choices))
+        tokens.append(Token(text, heat, t < k, k <= t < reading.quote_end, t == k > 0, says, choices))
     return tokens
 
 
