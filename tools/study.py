@@ -94,9 +94,9 @@ def known_runs() -> dict[tuple, dict]:
     known, code = {}, files.code_checksum()
     contents = [files.read_json(path) for path in sorted(stats.RESULTS.glob("*.json"))]
     runs = [run | {"script": content["script"]} for content in contents for run in content.get("runs", ())]
-    for run in sorted(runs, key=lambda run: ("code" in run, len(run["curve"]))):  # the last of a key counts
+    for run in sorted(runs, key=lambda run: ("code" in run, len(run["curve"])), reverse=True):
         if run.get("code", code) == code:
-            known[run.pop("script"), run["flags"], run["base_checksum"], run["seed"]] = run
+            known.setdefault((run.pop("script"), run["flags"], run["base_checksum"], run["seed"]), run)
     return known
 
 
