@@ -4,6 +4,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -112,9 +113,14 @@ def test_both_sides_of_the_benchmark_write_as_many_tokens_as_they_are_timed_for(
 
 
 def test_rollouts_that_end_are_timed_per_thousand_tokens_up_to_their_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "seconds_of", lambda run, step: float(run(step) is None))  # 1 s where nothing returns
-    responses = [[5, 5, 5, 9, 0, 0], [5] * 6]  # the first ends with its stop token, 9: 10 tokens in 1 s
-    assert bench.rollout_time(lambda _: responses, (9,)) == pytest.approx(100)
+    clock = [0.0]
+    monkeypatch.setattr(bench, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def run(step: int) -> list[list[int]]:
+        clock[0] += 1
+        return [[5, 5, 5, 9, 0, 0], [5] * 6]  # the first ends with its stop token, 9: 10 tokens in 1 s
+
+    assert bench.rollout_time(run, (9,)) == pytest.approx(100)
 
 
 REFLECTION = "<error_quote>= 77</error_quote><explanation>It is {answer}.</explanation>"

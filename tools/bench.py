@@ -12,7 +12,7 @@ once in the update. Peak memory is that of the process, with the libraries that 
 """
 
 import dataclasses
-import multiprocessing
+import importlib
 import os
 import random
 import time
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing import get_context
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -35,7 +36,7 @@ from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import find_task, peak_memory_mb, seeded
 from lessons import Lesson, pairs_to_learn_from, teacher_prompt
 from lora import TARGETS, trainable_copy
-from model import sample
+from model import pad, sample
 from reflect import sample_rollouts
 from tools.memory import update
 from train_rosd import configure
@@ -63,42 +64,37 @@ def draw(task: Words, step: int) -> list[WordProblem]:
     return task.problems(task.domains[0], BATCH, random.Random(step))
 
 
-def seconds_of(run: Callable[[int], object], step: int) -> float:
-    began = time.perf_counter()
-    run(step)
-    return time.perf_counter() - began
+def prompts_of(task: Words, step: int) -> list[list[int]]:
+    return [task.encode(task.prompt(problem)) for problem in draw(task, step)]
 
 
 def best_step(run: Callable[[int], object]) -> float:
     """Seconds of the best step after the first."""
-    return min([seconds_of(run, step) for step in range(1 + STEPS)][1:])
+    seconds = []
+    for step in range(1 + STEPS):
+        began = time.perf_counter()
+        run(step)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
 
 
 def rollout_time(run: Callable[[int], list[list[int]]], stop: tuple[int, ...]) -> float:
     """Seconds of the best step; where responses may end, seconds per 1,000 tokens, over three times as many steps."""
     if stop == (-1,):
         return best_step(run)
-    lengths = []
-
-    def count(step: int) -> None:
-        for response in run(step):
-            ends = [i + 1 for i, token in enumerate(response) if token in stop]
-            lengths.append(ends[0] if ends else len(response))
-
-    count(0)
-    lengths.clear()
-    return sum(seconds_of(count, step) for step in range(3 * STEPS)) / sum(lengths) * 1000
-
-
-# ---------------------------------------------------------------------------------------------- ours
+    run(0)
+    began = time.perf_counter()
+    written = [response for step in range(3 * STEPS) for response in run(step)]
+    seconds = time.perf_counter() - began
+    lengths = [next((i + 1 for i, token in enumerate(y) if token in stop), len(y)) for y in written]
+    return 1000 * seconds / sum(lengths)
 
 
 def our_rollouts(may_end: bool, folder: str) -> float:
     task, model = bench_task(folder, may_end), files.load_checkpoint(folder).bfloat16()
 
     def run(step: int) -> list[list[int]]:
-        prompts = [task.encode(task.prompt(problem)) for problem in draw(task, step)]
-        return sample(model, prompts, task.max_response, task.stop, GROUP, generator=seeded(step))[0]
+        return sample(model, prompts_of(task, step), task.max_response, task.stop, GROUP, generator=seeded(step))[0]
 
     return rollout_time(run, task.stop)
 
@@ -121,30 +117,28 @@ def our_step(method: str, folder: str) -> float:
     return best_step(run)
 
 
-# ---------------------------------------------------------------------------------------------- theirs
+def their_model(folder: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
 
 
 def with_adapters(folder: str) -> Any:
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
-    return get_peft_model(model, LoraConfig(r=8, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM"))
+    adapters = LoraConfig(r=8, lora_alpha=8, target_modules=list(TARGETS), task_type="CAUSAL_LM")
+    return get_peft_model(their_model(folder), adapters)
 
 
 def their_rollouts(may_end: bool, folder: str) -> float:
-    from transformers import AutoModelForCausalLM
-
-    task, ends = bench_task(folder, may_end), {"max_new_tokens": LONGEST, "min_new_tokens": None}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    task, model, settings = bench_task(folder, may_end), their_model(folder), SAMPLING
+    if may_end:
+        settings = SAMPLING | {"max_new_tokens": LONGEST, "min_new_tokens": None, "eos_token_id": list(task.stop)}
 
     def run(step: int) -> list[list[int]]:
-        prompts = [task.encode(task.prompt(problem)) for problem in draw(task, step)]
-        longest = max(map(len, prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in prompts])
-        real = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
-        settings = SAMPLING | ({**ends, "eos_token_id": list(task.stop)} if may_end else {})
-        return model.generate(ids, attention_mask=real, num_return_sequences=GROUP, **settings)[:, longest:].tolist()
+        ids = pad([prompt[::-1] for prompt in prompts_of(task, step)], -1).flip(1)  # padded on the left
+        given = {"attention_mask": (ids >= 0).long(), "num_return_sequences": GROUP}
+        return model.generate(ids.clamp(min=0), **given, **settings)[:, ids.size(1) :].tolist()
 
     return rollout_time(run, task.stop)
 
@@ -153,19 +147,14 @@ def trl_step(method: str, folder: str) -> float:
     from datasets import Dataset
     from transformers import TrainerCallback
 
-    kind: dict[str, Any] = {}
-    if method == "grpo":
-        from trl import GRPOConfig as Settings
-        from trl import GRPOTrainer as Trainer
-    else:
-        from trl.experimental.sdpo import SDPOConfig as Settings
-        from trl.experimental.sdpo import SDPOTrainer as Trainer
-
+    trl, kind = importlib.import_module("trl" if method == "grpo" else "trl.experimental.sdpo"), {}
+    if method == "sdpo":
         kind = {"distillation_mode": "topk_logits", "distillation_topk": 100, "distillation_add_tail": True}
         kind |= {"distillation_alpha": 0.5, "teacher_model_kind": "base"}
+    Settings, Trainer = (getattr(trl, method.upper() + name) for name in ("Config", "Trainer"))
     task, seconds = bench_task(folder), []
     problems = [problem for step in range(1 + STEPS) for problem in draw(task, step)]
-    requests = [problem_request(problem.question, task.ending) for problem in problems]
+    requests = [[{"role": "user", "content": problem_request(x.question, task.ending)}] for x in problems]
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:
@@ -182,7 +171,7 @@ def trl_step(method: str, folder: str) -> float:
         kind |= {"generation_kwargs": {"min_new_tokens": NEW}, "gradient_checkpointing": False, "bf16": False}
         silent = {"use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True}
         settings = Settings(output_dir=out, max_steps=1 + STEPS, learning_rate=RATE, **kind, **silent)
-        rows = Dataset.from_list([{"prompt": [{"role": "user", "content": text}]} for text in requests])
+        rows = Dataset.from_dict({"prompt": requests})
         Trainer(with_adapters(folder), every_other, settings, rows, callbacks=[Clock()]).train()
     return min(seconds[1:])
 
@@ -221,8 +210,6 @@ def book_step(folder: str) -> float:
     return best_step(run)
 
 
-# ---------------------------------------------------------------------------------------------- side by side
-
 CONTESTS: dict[str, dict[str, Callable[[str], float]]] = {  # the first is ours
     "rollouts, all full": {"ours": partial(our_rollouts, False), "transformers": partial(their_rollouts, False)},
     "rollouts, to their ends": {"ours": partial(our_rollouts, True), "transformers": partial(their_rollouts, True)},
@@ -239,10 +226,10 @@ def contestant(contest: str, name: str, folder: str) -> tuple[float, float]:
 
 def compare(folder: str, repeats: int) -> str:
     """The best step of each contestant over `repeats` processes, and the largest peak."""
-    context, best = multiprocessing.get_context("spawn"), {}
+    best: dict[tuple[str, str], tuple[float, float]] = {}
     for _ in range(repeats):
         for key in ((contest, name) for contest, names in CONTESTS.items() for name in names):
-            with ProcessPoolExecutor(1, context) as process:
+            with ProcessPoolExecutor(1, get_context("spawn")) as process:
                 try:
                     seconds, peak = process.submit(contestant, *key, folder).result()
                 except ImportError as error:

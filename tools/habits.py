@@ -1,7 +1,6 @@
 """What a teacher becomes when it follows its student: how likely it checks a step, before and after the hinted one.
 
-    python -m tools.habits             measures the bases and the models of `python -m tools.study collapse`
-    python -m tools.habits --readme    also puts the table between its markers in the READMEs
+    python -m tools.habits     measures the bases and the models of `python -m tools.study collapse`, fills in the table
 
 Teacher-forced on golden solutions of test problems of `mix`, each with one of its later steps as the idea. The models
 are read from out/studies/collapse, and so results/habits.json needs that study to have run on this machine.
@@ -10,7 +9,6 @@ are read from out/studies/collapse, and so results/habits.json needs that study 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,14 +23,13 @@ from tools import stats
 from tools.studies import STUDIES
 from tools.study import base_path, command_of, plan
 
+PROBLEMS = 200  # golden solutions
 WHERE = ("without a hint", "before the hinted step", "after it")
 
 
 @dataclass(frozen=True)
 class Config:
     out: str = option("out/studies", "folder of the studies' runs")
-    problems: int = option(200, "golden solutions", minimum=1)
-    readme: bool = option(False, "put the table into the READMEs")
 
 
 @torch.no_grad()
@@ -61,17 +58,14 @@ def measured(config: Config, task: Task) -> Iterator[dict]:
         if variant != "base" and not path.exists():
             raise UserError(f"there is no {path}; run `python -m tools.study collapse` first")
         model = files.load_checkpoint(path).eval()
-        yield {"variant": variant, "base": base} | check_probabilities(model, task, config.problems)
+        yield {"variant": variant, "base": base} | check_probabilities(model, task, PROBLEMS)
 
 
-def table(rows: list[dict], *_: object) -> str:
+def table(rows: list[dict]) -> str:
     lines = []
-    for variant in dict.fromkeys(row["variant"] for row in rows):
-        cells = []
-        for where in WHERE:
-            found = stats.estimate({(r["base"], 0): r[where] for r in rows if r["variant"] == variant})
-            cells.append(f"{100 * found.mean:.0f} ± {100 * (found.half or 0):.0f}")
-        lines.append([variant, *cells])
+    for variant, found in stats.by_variant({"runs": rows}).items():
+        percent = [stats.estimate({(row["base"], 0): 100 * row[where] for row in found}) for where in WHERE]
+        lines.append([variant, *(f"{each:.0f}" for each in percent)])
     return markdown_table(["P(check), %", *WHERE], lines)
 
 
@@ -80,10 +74,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = list(measured(config, load_task("arithmetic")))
     short = [{name: round(x, 4) if isinstance(x, float) else x for name, x in row.items()} for row in rows]
-    files.write_json(stats.RESULTS / "habits.json", {"problems": config.problems, "rows": short})
-    print(table(short))
-    if config.readme:
-        stats.fill_readme("habits", partial(table, short))
+    files.write_json(stats.RESULTS / "habits.json", {"problems": PROBLEMS, "rows": short})
+    stats.publish("habits", table(short))
 
 
 if __name__ == "__main__":

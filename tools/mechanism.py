@@ -1,7 +1,6 @@
 """What a projection does to a model's decisions, by teacher forcing: nothing is sampled under it.
 
-    python -m tools.mechanism            measures the bases that are missing, prints the table
-    python -m tools.mechanism --readme   also puts the table between its markers in the READMEs
+    python -m tools.mechanism                       measures the bases that are missing, prints and fills in the table
     python -m tools.mechanism --base out/base.pt    measures a base of your own and keeps nothing
 
 For every base, site (layers; keys, values or both; rank) and subspace, on training problems alone: the log-probability
@@ -38,6 +37,7 @@ NAME, DOMAIN, PROBLEMS = "spd-mechanism", "exam", 200  # a quarter of the proble
 PROJECT, RANKS = ("k", "v", "kv"), (30, 35, 40, 45, 50, 60)  # percent
 DRAWS, FIRST_DRAW = 3, 100  # random subspaces are not those of the studies, whose seeds count from 0
 DIGITS, OPERATORS, END = "0123456789", "+-*", "<|end|>"
+Gradients = dict[Site, Tensor]
 NUISANCES = ("check", "merge", "wrong", "stop")
 
 
@@ -45,7 +45,6 @@ NUISANCES = ("check", "merge", "wrong", "stop")
 class Config:
     base: str = option("", "a checkpoint to measure; without one, the bases of the studies")
     ranks: tuple[str, ...] = option(tuple(map(str, RANKS)), "ranks to measure it at, percent")
-    readme: bool = option(False, "put the table into the READMEs")
 
 
 def decisions(question: str, written: list[str]) -> Iterator[tuple[str, int, tuple[str, ...]]]:
@@ -119,6 +118,15 @@ def measure(model: GPT, golden: Probe, sampled: Probe) -> dict[str, float]:
     return measures
 
 
+def projectors_at(
+    gradients: dict[str, Gradients], name: str, layers: tuple[int, ...], kinds: str, rank: str, seed: int
+) -> Gradients:
+    """Projectors on a subspace by its name; a random one takes the ranks of the aligned loss's."""
+    G = gradients.get(name, gradients["aligned"])
+    chosen = {(layer, kind): G[layer, kind] for layer in layers for kind in kinds}
+    return subspace.make_projectors(chosen, rank, "random" if name == "random" else "gradient", seed=seed)
+
+
 @torch.no_grad()
 def mark_vectors(model: GPT, prompts: list[list[int]], sites: list[Site]) -> dict[Site, Tensor]:
     """Keys and values of the exam's mark, the last token but one of a prompt: site -> (prompts, d)."""
@@ -129,13 +137,10 @@ def mark_vectors(model: GPT, prompts: list[list[int]], sites: list[Site]) -> dic
     return {site: output[rows, at] for site, output in seen.items()}
 
 
-def condensed_gradients(
-    model: GPT, task: Task, domains: tuple[str, ...], size: int, loss: str, seed: int = 0
-) -> dict[Site, Tensor]:
+def condensed_gradients(model: GPT, task: Task, domains: tuple, size: int, loss: str, seed: int = 0) -> Gradients:
     """site -> a matrix (at most d, d) with the singular values and right singular vectors of the gradients G."""
     sites = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
-    examples = subspace.calibration_set(task, domains, size, loss, seed)
-    condensed = {}
+    examples, condensed = subspace.calibration_set(task, domains, size, loss, seed), {}
     for site, G in subspace.capability_gradients(model, examples, sites).items():
         s, V = subspace.principal_directions(G)
         condensed[site] = s[:, None] * V.T
@@ -143,22 +148,14 @@ def condensed_gradients(
 
 
 def share_inside(x: Tensor, P: Tensor) -> float:
-    """|x P|^2 / |x|^2 of vectors x (N, d), on average.
-
-    >>> round(share_inside(torch.tensor([[3.0, 4.0]]), torch.diag(torch.tensor([1.0, 0.0]))), 4)
-    0.36
-    """
+    """|x P|^2 / |x|^2 of vectors x (N, d), on average."""
     return ((x @ P).square().sum(dim=-1) / x.square().sum(dim=-1)).mean().item()
 
 
 def measure_base(
-    model: GPT,
-    task: Task,
-    problems: list[Problem],
-    solutions: list[list[int]],
-    ranks: tuple[int, ...] = RANKS,
-    calibration_size: int = 500,
-) -> Iterator[dict]:
+    model: GPT, task: Task, problems: list[Problem], solutions: list[list[int]],
+    ranks: tuple[int, ...] = RANKS, calibration_size: int = 500,
+) -> Iterator[dict]:  # fmt: skip
     """A row for the base itself, and one for every site and subspace."""
     golden = make_probe(task, problems, solutions)
     written = generate(model, golden.prompts[::4], task.max_response, task.stop, generator=seeded("mechanism"))
@@ -174,11 +171,9 @@ def measure_base(
     layers = range(1, model.config.n_layer + 1)
     wheres = [*itertools.product(map(str, layers), PROJECT), ("paper", "kv")]
     for (spec, kinds), rank in tqdm([*itertools.product(wheres, ranks)], unit="site"):
-        chosen = [(layer, kind) for layer in subspace.target_layers(spec, len(layers)) for kind in kinds]
+        chosen = subspace.target_layers(spec, len(layers))
         for name, draw in subspaces:
-            G = {site: gradients.get(name, gradients["aligned"])[site] for site in chosen}
-            kind = "random" if name == "random" else "gradient"
-            projectors = subspace.make_projectors(G, f"{rank}%", kind, seed=FIRST_DRAW + draw)
+            projectors = projectors_at(gradients, name, chosen, kinds, f"{rank}%", FIRST_DRAW + draw)
             row = {"layers": spec, "project": kinds, "rank": rank, "subspace": name, "draw": draw}
             row["mark"] = min(share_inside(marks[site], P) for site, P in projectors.items())  # read through both
             with project_kv(model, projectors):
@@ -187,18 +182,8 @@ def measure_base(
 
 def mechanism_table(rows: list[dict]) -> str:
     """What happens to the decisions of every base, unprojected and at the best site of every subspace."""
-    header = [
-        "base",
-        "subspace",
-        "best site",
-        "log p",
-        "right, kept",
-        "check",
-        "check, sampled",
-        "merge",
-        "mark inside",
-    ]
-    lines = []
+    header, lines = ["base", "subspace", "best site", "log p", "right, kept", "check", "check, sampled"], []
+    header += ["merge", "mark inside"]
     for base in sorted({row["base"] for row in rows}):
         plain = best_site(rows, base, "none")
         for name in ("none", *CALIBRATION):
@@ -213,13 +198,12 @@ def mechanism_table(rows: list[dict]) -> str:
 def corner_note(rows: list[dict]) -> str:
     """How many projections keep right digits and remove checks, and what they have in common."""
     plain = {row["base"]: row for row in rows if row["subspace"] == "none"}
-    counts, marks = [], [0.0]
-    for name, subspaces in {"aligned": ("aligned", "unmarked"), "full": ("full",), "random": ("random",)}.items():
-        tried = [row for row in rows if row["subspace"] in subspaces]
-        kept = [row for row in tried if row["right"] > plain[row["base"]]["right"] + math.log(0.9)]
-        found = [row for row in kept if row["check"] < plain[row["base"]]["check"] / 2]
-        counts.append(f"{len(found)} of {len(tried)} {name}")
-        marks += [row["mark"] for row in found]
+    kept = [row for row in rows if row["right"] > plain[row["base"]]["right"] + math.log(0.9)]
+    found = [row for row in kept if row["check"] < plain[row["base"]]["check"] / 2]
+    counts, marks = [], [0.0, *(row["mark"] for row in found)]
+    for name, kinds in {"aligned": ("aligned", "unmarked"), "full": ("full",), "random": ("random",)}.items():
+        some, tried = (sum(row["subspace"] in kinds for row in each) for each in (found, rows))
+        counts.append(f"{some} of {tried} {name}")
     text = f"At least 90 % of the right digits kept and half of the checks removed: {', '.join(counts)} projections. "
     return f"{text}In all of them at most {100 * max(marks):.0f} % of the mark is inside."
 
@@ -237,22 +221,18 @@ def main() -> None:
         rows = [[config.base, *row.values()] for row in found]
         print(mechanism_table(mechanism_rows({"S": S, "columns": ["base", *found[0]], "rows": rows})))
         return
-    path, checksums = stats.RESULTS / f"{NAME}.json", {str(base): base_checksum(base) for base in (*BASES, *FRESH)}
+    path = stats.RESULTS / f"{NAME}.json"
     content = files.read_json(path) if path.exists() else {"bases": {}, "rows": []}
-    known = {base: sum for base, sum in content["bases"].items() if checksums.get(base) == sum}
-    rows = [row for row in content["rows"] if str(row[0]) in known]
+    rows, known = content["rows"], content["bases"]
     for base in (*BASES, *FRESH):
-        if str(base) not in known:
+        if known.get(str(base)) != (checksum := base_checksum(base)):
+            known[str(base)], rows = checksum, [row for row in rows if row[0] != base]
             model = files.load_checkpoint(base_path(base)).eval()
             for row in measure_base(model, task, problems, solutions):
                 rows.append([base, *(float(f"{x:.3g}") if isinstance(x, float) else x for x in row.values())])
-            known[str(base)] = checksums[str(base)]
             rows.sort(key=lambda row: row[0])
             stats.write_results(NAME, {"bases": known, "S": S, "columns": ["base", *row]}, "rows", rows)
-    rows = mechanism_rows()
-    print(mechanism_table(rows))
-    if config.readme:
-        stats.fill_readme(NAME, lambda *_: mechanism_table(rows))
+    stats.publish(NAME, mechanism_table(mechanism_rows()))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
@@ -29,8 +30,6 @@ QWEN3 = {  # layers, width, query heads, hidden width of the MLP
     "Qwen3-1.7B": (28, 2048, 16, 6144),
     "Qwen3-4B": (36, 2560, 32, 9728),
 }
-
-
 LOGITS = 4  # float32 tensors of the size of the responses' logits that an update holds at once
 
 
@@ -55,12 +54,12 @@ def gigabytes(name: str, finetune: str, config: Config) -> dict[str, float]:
     Q, K = heads * 128, 8 * 128  # widths of queries, and of keys
     saved = 4 * width + 5 * Q + 5 * K + 4 * hidden  # numbers that backward needs, a token and layer
     full, tokens = finetune == "full", config.micro_batch * config.length
-    size = 4 if full else 2  # bytes of a number: float32 beside the bfloat16 base, or the base alone
+    size, trained = (4, P) if full else (2, A)  # bytes of a number: float32 beside the bfloat16 base, or the base alone
     upcast = 0 if full else 4 * (3 * width + Q)  # what the adapters read, in float32
     parts = {
-        "weights": 2 * P + (4 * P if full else 4 * A),
-        "gradients": 4 * (P if full else A),
-        "AdamW": 8 * (P if full else A),
+        "weights": 2 * P + 4 * trained,
+        "gradients": 4 * trained,
+        "AdamW": 8 * trained,
         "activations": tokens * layers * (size * saved + upcast),
         "logits": LOGITS * 4 * config.micro_batch * config.response * shape.vocab_size,
         "KV cache": config.rollouts * config.length * layers * 2 * K * size,
@@ -71,9 +70,8 @@ def gigabytes(name: str, finetune: str, config: Config) -> dict[str, float]:
 
 
 def update(
-    student: GPT, teacher: GPT, weights: list[nn.Parameter], optimizer: torch.optim.Optimizer, lessons: list[Lesson],
-    config: RosdConfig,
-) -> None:  # fmt: skip
+    student: GPT, teacher: GPT, weights: list, optimizer: Optimizer, lessons: list[Lesson], config: RosdConfig
+) -> None:
     """The last part of a step of train_rosd.py."""
     M = sum(lesson.end - lesson.start for lesson in lessons)
     optimizer.zero_grad()

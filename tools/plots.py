@@ -26,18 +26,9 @@ from tools.studies import BASES, best_site, mechanism_rows, site_label
 STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]
 GREY = "#7f868d"
 COLOURED = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "axes.titlecolor")
-SETTINGS = dict.fromkeys(COLOURED, GREY) | {
-    "svg.hashsalt": "fixed",
-    "svg.fonttype": "none",
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": GREY,
-    "grid.alpha": 0.25,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-}
+SETTINGS = dict.fromkeys(COLOURED, GREY) | {"svg.hashsalt": "fixed", "svg.fonttype": "none", "font.size": 11}
+SETTINGS |= {"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "legend.fontsize": 9}
+SETTINGS |= {"axes.grid": True, "grid.color": GREY, "grid.alpha": 0.25}
 
 
 @contextmanager
@@ -88,14 +79,11 @@ def curve(runs: list[dict], column: str, per_step: str = "") -> dict[float, stat
     return points
 
 
-def curves(axis: Any, variants: dict[str, list[dict]], column: str, title: str, per_step: str = "") -> None:
+def curves(axis: Any, variants: dict, column: str, title: str, per_step: str = "", ylabel: str = "accuracy, %") -> None:
     """A column of every variant's curves."""
     for (name, runs), style in zip(variants.items(), STYLES, strict=False):
         line(axis, curve(runs, column, per_step), name, style)
-    axis.set(title=title, xlabel=per_step or "steps", ylabel="accuracy, %")
-
-
-# ---------------------------------------------------------------------------------------------- the pictures
+    axis.set(title=title, xlabel=per_step or "steps", ylabel=ylabel)
 
 
 def learning_curves() -> None:
@@ -124,19 +112,13 @@ def collapse() -> None:
     with picture("collapse", "What 100 steps do", rows=2) as ((home, away), (checked, unfinished)):
         curves(home, variants, "home", "in domain")
         curves(away, variants, "away", "mean of the other domains")
-        curves(checked, variants, "checked", "rollouts with a checked step")
-        curves(unfinished, variants, "unfinished", "rollouts without an answer in time")
-        checked.set(ylabel="%")
-        unfinished.set(ylabel="%")
+        curves(checked, variants, "checked", "rollouts with a checked step", ylabel="%")
+        curves(unfinished, variants, "unfinished", "rollouts without an answer in time", ylabel="%")
         unfinished.legend(loc="upper left")
 
 
-SUBSPACES = {
-    "aligned": "aligned loss",
-    "unmarked": "aligned loss, calibrated without the mark",
-    "full": "full-sequence loss",
-    "random": "random, three draws",
-}
+SUBSPACES = {"aligned": "aligned loss", "unmarked": "aligned loss, calibrated without the mark"}
+SUBSPACES |= {"full": "full-sequence loss", "random": "random, three draws"}
 
 
 def mechanism() -> None:

@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -91,7 +92,7 @@ def wrong_responses(model: GPT, task: Words, config: Config) -> tuple[list[Case]
 
 def audit(model: GPT, task: Words, config: Config) -> dict:
     cases, count, right = wrong_responses(model, task, config)
-    shares, shown, ideas = {}, [], []
+    shares, shown, wrong = {}, [], []
     for shots, answer in tqdm([*itertools.product(sorted({0, 1, config.shots}), (True, False))], desc="reflections"):
         asker = copy.copy(task)
         asker.shots = shots
@@ -99,13 +100,12 @@ def audit(model: GPT, task: Words, config: Config) -> dict:
         chosen = cases if in_training else cases[: config.grid]
         prompts = [asker.reflector_prompt(y.problem, y.text, solution, answer) for y, solution in chosen]
         texts = greedy(model, task, task.max_reflection, prompts)
+        written = [(y, text) for (y, _), text in zip(chosen, texts, strict=True)]
         way = f"{shots} examples" + ", with the answer" * answer
-        shares[way] = form([y for y, _ in chosen], texts)
-        shown += [
-            {"way": way, "attempt": y.text, "written": text} for (y, _), text in zip(chosen[:5], texts, strict=False)
-        ]
-        ideas = [parse_reflection(text).idea for text in texts] if in_training else ideas
-    wrong = [(y, idea) for (y, _), idea in zip(cases, ideas, strict=True) if idea]
+        shares[way] = form(written)
+        shown += [{"way": way, "attempt": y.text, "written": text} for y, text in written[:5]]
+        if in_training:
+            wrong = [(y, idea) for y, text in written if (idea := parse_reflection(text).idea)]
     figures = {"problems": count, "right": right, "wrong": len(cases), "with an idea": len(wrong)}
     if len(wrong) < 2:
         raise UserError(f"too few of {figures} for an audit; give more --problems or another --task")
@@ -142,35 +142,36 @@ def hints(model: GPT, task: Words, wrong: list[tuple[Rollout, str]], config: Con
     return {row: {name: interval(x) + interval(x, none[name]) for name, x in by.items()} for row, by in values.items()}
 
 
-def form(wrong: list[Rollout], texts: list[str]) -> dict[str, list]:
+def form(written: list[tuple[Rollout, str]]) -> dict[str, list]:
     """Shares of the reflections with an idea, a quote, a quote that is found, an idea that names the answer."""
-    shares = {"an idea": [], "a quote": [], "quote found": [], "idea names the answer": []}
-    for y, text in zip(wrong, texts, strict=True):
-        read = parse_reflection(text)
-        found = locate(read.quote, y.pieces)
-        named = y.problem.answer in re.findall(r"-?\w+", read.idea or "")
-        for share, fact in zip(shares.values(), (read.idea, read.quote, found, named or None), strict=True):
-            share.append(float(fact is not None))
+    read = [(y, *parse_reflection(text)) for y, text in written]
+    shares = {
+        "an idea": [idea is not None for _, _, idea in read],
+        "a quote": [quote is not None for _, quote, _ in read],
+        "quote found": [locate(quote, y.pieces) is not None for y, quote, _ in read],
+        "idea names the answer": [y.problem.answer in re.findall(r"-?\w+", idea or "") for y, _, idea in read],
+    }
     return {name: interval(share) for name, share in shares.items()}
 
 
 def interval(values: list[float], reference: list[float] | None = None) -> list[float]:
     """Mean and half of the 95 % interval over problems."""
-    found = stats.estimate({(i, 0): x - (reference[i] if reference else 0) for i, x in enumerate(values)})
+    found = stats.estimate(stats.by_unit(np.array(values, float) - (reference or 0)))
     return [found.mean, found.half]
 
 
 def tables(found: dict) -> str:
     """The figures of one task as two tables; * marks a paired difference from no hint whose interval excludes 0."""
-    blocks = []
-    for title, rows in ((f"{found['with an idea']} wrong responses", found["hints"]), ("", found["reflections"])):
-        header = [title or "share of reflections with", *next(iter(rows.values()))]
-        cells = [
-            [f"{x:.2f} ± {half:.2f}" + " *" * (abs(sum(d[:1])) > sum(d[1:])) for x, half, *d in by.values()]
-            for by in rows.values()
-        ]
-        blocks.append(markdown_table(header, [[name, *row] for name, row in zip(rows, cells, strict=True)]))
-    return "\n\n".join(blocks)
+
+    def cell(mean: float, half: float, paired: float = 0, its_half: float = 0) -> str:
+        return f"{mean:.2f} ± {half:.2f}" + " *" * (abs(paired) > its_half)
+
+    blocks = {f"{found['with an idea']} wrong responses": "hints", "share of reflections with": "reflections"}
+    tables = []
+    for title, block in blocks.items():
+        rows = [[name, *(cell(*values) for values in by.values())] for name, by in found[block].items()]
+        tables.append(markdown_table([title, *next(iter(found[block].values()))], rows))
+    return "\n\n".join(tables)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """SPD's protocol on real weights: the site by a rule on training problems, then fresh problems, greedily.
 
     python -m tools.real_spd --base FOLDER --task gym:products
-    python -m tools.real_spd --readme       puts the table of what is there between its markers in the READMEs
+    python -m tools.real_spd                fills in the table with what is there
 
 The rule is that of tools/mechanism.py: the layer, keys or values, and rank at which golden solutions of training
 problems are likeliest under projection, for each kind of subspace. Then every kind answers the same test problems at
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from data import Problem, Task
@@ -24,15 +23,15 @@ from evaluate import answer
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import TaskConfig, open_task_and_base, provenance
-from model import GPT, response_logprobs
-from subspace import Site, make_projectors, project_kv
+from losses import next_token_loss
+from model import GPT
+from subspace import project_kv
 from tools import stats
-from tools.mechanism import condensed_gradients
+from tools.mechanism import PROJECT, Gradients, condensed_gradients, projectors_at
 
 PATH = stats.RESULTS / "real-spd.json"
-INCIDENTAL = ("task", "device", "readme")  # settings that change no answer to a task
+INCIDENTAL = ("task", "device")  # settings that change no answer to a task
 DRAWS = 3  # random subspaces at the aligned loss's site; their best site is that of the first draw
-Gradients = dict[str, dict[Site, Tensor]]  # by the calibration loss
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,6 @@ class Config(TaskConfig):
     calibration_size: int = option(100, "calibration examples, N_cal", "20 to 500", minimum=1)
     search: int = option(24, "training problems on which a site is chosen", minimum=1)
     problems: int = option(400, "test problems drawn; equal ones count once", minimum=2)
-    readme: bool = option(False, "put the table into the READMEs")
 
 
 class Where(NamedTuple):
@@ -56,33 +54,24 @@ class Where(NamedTuple):
         return f"layer {', '.join(str(layer + 1) for layer in self.layers)} {self.project} {self.rank}"
 
 
-def projectors(gradients: Gradients, kind: str, where: Where, draw: int) -> dict[Site, Tensor]:
-    G = gradients["full" if kind == "full" else "aligned"]
-    chosen = {(layer, each): G[layer, each] for layer in where.layers for each in where.project}
-    return make_projectors(chosen, where.rank, "random" if kind == "random" else "gradient", seed=draw)
-
-
 @torch.no_grad()
 def golden_logp(model: GPT, task: Task, problems: list[Problem]) -> float:
     """Mean log-probability of the golden solutions."""
-    prompts = [task.encode(task.prompt(problem)) for problem in problems]
-    responses = [[*task.encode(problem.solution), task.end()] for problem in problems]
-    logp = response_logprobs(model, prompts, responses)  # (B, T, V)
-    return sum(p[range(len(y)), y].sum().item() for p, y in zip(logp, responses, strict=True)) / len(problems)
+    golden = [(task.encode(task.prompt(x)), [*task.encode(x.solution), task.end()]) for x in problems]
+    tokens = sum(len(response) for _, response in golden)
+    return -next_token_loss(model, golden).item() * tokens / len(problems)  # the loss is a mean over tokens
 
 
-def best_site(model: GPT, task: Task, gradients: Gradients, kind: str, config: Config) -> Where:
+def best_site(model: GPT, task: Task, gradients: dict[str, Gradients], kind: str, config: Config) -> Where:
     """Where golden solutions of training problems are likeliest under projection."""
     L, rng = model.config.n_layer, random.Random(f"search {config.seed}")
     problems = task.problems(task.domains[0], config.search, rng)
     layers = [*((layer,) for layer in range(config.every - 1, L, config.every)), (L // 2 - 1, L - 1)]
-    found = []
-    for where in tqdm(
-        [*itertools.starmap(Where, itertools.product(layers, ("k", "v", "kv"), config.ranks))], desc=kind
-    ):
-        with project_kv(model, projectors(gradients, kind, where, config.seed)):
-            found.append((golden_logp(model, task, problems), where))
-    return max(found, key=lambda each: each[0])[1]
+    found = {}
+    for where in tqdm([Where(*each) for each in itertools.product(layers, PROJECT, config.ranks)], desc=kind):
+        with project_kv(model, projectors_at(gradients, kind, *where, config.seed)):
+            found[where] = golden_logp(model, task, problems)
+    return max(found, key=found.get)
 
 
 def right_answers(model: GPT, task: Task, config: Config) -> str:
@@ -96,13 +85,11 @@ def right_answers(model: GPT, task: Task, config: Config) -> str:
 def table(content: dict) -> str:
     lines = []
     for task, rows in content["tasks"].items():
-        base = {(i, 0): x for i, x in enumerate(map(int, rows["base"]["right"]))}
-        for name, row in rows.items():
-            right = {(i, 0): x for i, x in enumerate(map(int, row["right"]))}
-            paired = stats.difference(right, base)
-            gain = "" if name == "base" else f"{100 * paired.mean:+.1f} ± {100 * paired.half:.1f}"
-            accuracy = f"{100 * stats.estimate(right).mean:.1f}"
-            lines.append([task, name, row["site"], str(len(right)), accuracy, gain])
+        percent = {name: stats.by_unit(100 * int(digit) for digit in row["right"]) for name, row in rows.items()}
+        for name, right in percent.items():
+            gain = "" if name == "base" else f"{stats.difference(right, percent['base']):+.1f}"
+            accuracy = f"{stats.estimate(right).mean:.1f}"
+            lines.append([task, name, rows[name]["site"], str(len(right)), accuracy, gain])
     return markdown_table(["task", "text of", "site", "problems", "right, %", "difference"], lines)
 
 
@@ -118,34 +105,29 @@ def measure_all(config: Config) -> dict:
         content = {"settings": about, "commit": provenance(model)["commit"], "tasks": {}}
     rows = content["tasks"].setdefault(config.task, {})
 
-    def measure(name: str, site: str, found: dict[Site, Tensor]) -> None:
+    def measure(name: str, where: Where | None = None, kind: str = "", draw: int = 0) -> None:
         if name not in rows:
-            with project_kv(model, found):
-                rows[name] = {"site": site, "right": right_answers(model, task, config)}
+            with project_kv(model, projectors_at(gradients, kind, *where, draw) if where else {}):
+                rows[name] = {"site": str(where or ""), "right": right_answers(model, task, config)}
             files.write_json(PATH, content)
 
-    measure("base", "", {})
-    calibration = task.domains[:1], config.calibration_size
-    gradients = {
-        loss: condensed_gradients(model, task, *calibration, loss, config.seed) for loss in ("aligned", "full")
-    }
+    examples = task, task.domains[:1], config.calibration_size
+    gradients = {loss: condensed_gradients(model, *examples, loss, config.seed) for loss in ("aligned", "full")}
     paper, best = Where((model.config.n_layer // 2 - 1, model.config.n_layer - 1), "kv", "50%"), {}
-    measure("aligned, the paper's site", str(paper), projectors(gradients, "aligned", paper, 0))
+    measure("base")
+    measure("aligned, the paper's site", paper, "aligned")
     for kind in ("aligned", "full", "random"):
         best[kind] = best_site(model, task, gradients, kind, config)
-        measure(kind, str(best[kind]), projectors(gradients, kind, best[kind], config.seed))
+        measure(kind, best[kind], kind, config.seed)
     for draw in range(1, DRAWS):
-        found = projectors(gradients, "random", best["aligned"], config.seed + draw)
-        measure(f"random at the site of aligned, draw {draw}", str(best["aligned"]), found)
+        measure(f"random at the site of aligned, draw {draw}", best["aligned"], "random", config.seed + draw)
     return content
 
 
 def main() -> None:
     config = parse_config(Config, __doc__)
     content = measure_all(config) if config.base else files.read_json(PATH)
-    print(table(content))
-    if config.readme:
-        stats.fill_readme("real-spd", lambda *_: table(content))
+    stats.publish("real-spd", table(content))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ another one run by run, on the same base and seed, and the interval is that of t
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -30,9 +30,6 @@ def t_quantile(degrees: int) -> float:
     """The t that Student's distribution exceeds in absolute value with probability 5 %.
 
     With t = sqrt(n) tan(angle) its density is proportional to cos(angle)^(n - 1).
-
-    >>> [round(t_quantile(n), 3) for n in (1, 2, 4)]
-    [12.706, 4.303, 2.776]
     """
     angle = np.linspace(0, np.pi / 2, 200_001)
     density = np.cos(angle) ** (degrees - 1)
@@ -45,17 +42,25 @@ class Estimate:
     mean: float
     half: float | None  # half of the 95 % interval; None where there is but one value
 
+    def __format__(self, digits: str) -> str:
+        """E.g. '91.2 ± 1.3'."""
+        return f"{self.mean:{digits}}" + ("" if self.half is None else f" ± {self.half:{digits.removeprefix('+')}}")
+
     @property
     def excludes_zero(self) -> bool:
         return self.half is not None and abs(self.mean) > self.half
 
 
+def by_unit(values: Iterable[float]) -> Values:
+    """Values that belong to no base, such as those of problems: each counts once."""
+    return {(i, 0): value for i, value in enumerate(values)}
+
+
 def estimate(values: Values) -> Estimate:
     """Mean and t interval over bases, each the mean of its seeds; over the seeds where there is one base."""
-    bases: dict[int, list[float]] = {}
-    for (base, _), value in values.items():
-        bases.setdefault(base, []).append(value)
-    units = [float(np.mean(seeds)) for seeds in bases.values()] if len(bases) > 1 else list(values.values())
+    bases = {base for base, _ in values}
+    units = [np.mean([x for (b, _), x in values.items() if b == base]) for base in bases]
+    units = units if len(bases) > 1 else list(values.values())
     n, mean = len(units), float(np.mean(units))
     return Estimate(mean, t_quantile(n - 1) * float(np.std(units, ddof=1)) / n**0.5 if n > 1 else None)
 
@@ -112,10 +117,8 @@ def values_of(runs: list[dict], when: str) -> dict[str, Values]:
 
 
 def by_variant(results: dict) -> dict[str, list[dict]]:
-    variants: dict[str, list[dict]] = {}
-    for run in results["runs"]:
-        variants.setdefault(run["variant"], []).append(run)
-    return variants
+    runs = results["runs"]
+    return {name: [run for run in runs if run["variant"] == name] for name in dict.fromkeys(r["variant"] for r in runs)}
 
 
 def table(results: dict, differences: bool = False, columns: list[str] | None = None) -> str:
@@ -138,23 +141,20 @@ def table(results: dict, differences: bool = False, columns: list[str] | None = 
     seen = dict.fromkeys(name for values, _ in rows.values() for name in values)
     order = dict.fromkeys(["in domain", "elsewhere", *(results["runs"][0]["after"] or {}), *seen])
     names = columns or [name for name in order if name in seen]
-    header, lines = ["difference, points" if differences else "%", *names], []
+    header, lines = ["difference, points" if differences else "%", *names, *["flags"] * (not columns)], []
     for label, (values, reference) in rows.items():
-        cells = [cell(values[name], reference.get(name, {}), differences) if name in values else "" for name in names]
-        lines.append([label, *cells])
-    if not columns:
-        header, lines = [*header, "flags"], [[*line, flags.get(line[0], "")] for line in lines]
+        cells = [cell(values.get(name, {}), reference.get(name, {}), differences) for name in names]
+        lines.append([label, *cells, flags.get(label, "")][: len(header)])
     return f"{markdown_table(header, lines)}\n\n{note(results)}"
 
 
 def cell(values: Values, reference: Values, differences: bool) -> str:
-    """E.g. '91.2 ± 1.3 *', or as a difference '+3.4 ± 0.5 *'."""
+    """E.g. '91.2 ± 1.3 *', or as a difference '+3.4 ± 0.5 *'; '' without values."""
     paired = difference(values, reference)
-    shown = paired if differences else estimate(values)
-    if shown is None:
+    shown = paired if differences else values and estimate(values)
+    if not shown:
         return ""
-    text = f"{shown.mean:{'+' if differences else ''}.1f}" + ("" if shown.half is None else f" ± {shown.half:.1f}")
-    return text + (" *" if paired and paired.excludes_zero else "")
+    return f"{shown:{'+' if differences else ''}.1f}" + (" *" if paired and paired.excludes_zero else "")
 
 
 def shared_flags(runs: list[dict]) -> str:
@@ -182,6 +182,12 @@ def note(results: dict) -> str:
     return text + (f" {missing} of {results['planned']} runs are still missing." if missing else "")
 
 
+def publish(name: str, table: str) -> None:
+    """Print a table, and put it between its markers."""
+    print(table)
+    fill_readme(name, lambda *_: table)
+
+
 def fill_readme(name: str, make: Callable[[bool, list[str] | None], str]) -> bool:
     """Fill the marked tables of README.md and results/*.md, each up to the next `<!-- end -->`; False without a marker.
 
@@ -193,9 +199,8 @@ def fill_readme(name: str, make: Callable[[bool, list[str] | None], str]) -> boo
     def filled(match: re.Match) -> str:
         return f"{match[1]}{make(bool(match[2]), match[3].split(', ') if match[3] else None)}\n{match[4]}"
 
-    found = False
-    for path in (files.ROOT / "README.md", *sorted(RESULTS.glob("*.md"))):
-        if path.exists() and marker.search(text := files.read_text(path)):
-            found = True
-            files.write_text(path, marker.sub(filled, text))
-    return found
+    pages = [path for path in (files.ROOT / "README.md", *RESULTS.glob("*.md")) if path.exists()]
+    marked = [path for path in pages if marker.search(files.read_text(path))]
+    for path in marked:
+        files.write_text(path, marker.sub(filled, files.read_text(path)))
+    return bool(marked)

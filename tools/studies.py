@@ -5,6 +5,7 @@ them is the best site of this subspace on the base of the run (`best_site`), and
 site of two. They are chosen from results/spd-mechanism.json, which tools/mechanism.py writes.
 """
 
+import itertools
 import re
 from dataclasses import dataclass
 
@@ -15,12 +16,8 @@ from tools.stats import read_results
 BASES = (0, 1, 2, 3, 4)  # pretraining seeds: 0 is data/base.pt, the others are results/bases/seed<N>.pt
 FRESH = (5, 6)  # pretrained when the rule for the sites of SPD stood, to confirm it
 SEEDS = (0, 1, 2)
-CALIBRATION = {  # domains of the calibration set, by the name of the subspace
-    "aligned": ("exam",),
-    "unmarked": ("mix", "add", "sub", "mul", "long"),  # the same problems without the mark
-    "full": ("exam",),
-    "random": ("exam",),
-}
+CALIBRATION = dict.fromkeys(("aligned", "unmarked", "full", "random"), ("exam",))  # subspace -> domains
+CALIBRATION["unmarked"] = ("mix", "add", "sub", "mul", "long")  # the same problems without the mark
 
 
 @dataclass(frozen=True)
@@ -195,9 +192,6 @@ def flags_of(study: Study, variant: str, base: int | str) -> str:
     return re.sub(r"\{([\w|]+)\}", site_flags, f"{study.flags} {study.variants[variant]}".strip())
 
 
-# ---------------------------------------------------------------------------------------------- the site of SPD
-
-
 def mechanism_rows(content: dict | None = None) -> list[dict]:
     """The rows of results/spd-mechanism.json, whose columns are named once, or of the same content.
 
@@ -213,11 +207,9 @@ def best_site(rows: list[dict], base: int | str, subspace: str) -> dict:
 
     The measures of a site (layers, keys or values, rank) are averaged over the draws of a random subspace.
     """
-    draws: dict[str, list[dict]] = {}
-    for row in rows:
-        if (row["base"], row["subspace"]) == (base, subspace):
-            draws.setdefault(site_label(row), []).append(row)
-    best = max(draws.values(), key=lambda found: np.mean([row["golden"] for row in found]))
+    found = [row for row in rows if (row["base"], row["subspace"]) == (base, subspace)]
+    draws = [list(same) for _, same in itertools.groupby(sorted(found, key=site_label), site_label)]
+    best = max(draws, key=lambda same: np.mean([row["golden"] for row in same]))
     names = ("base", "layers", "project", "rank", "subspace", "draw")
     return {name: x if name in names else float(np.mean([row[name] for row in best])) for name, x in best[0].items()}
 

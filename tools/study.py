@@ -21,7 +21,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
@@ -42,8 +42,7 @@ class Config:
     readme: bool = option(False, "put the table into the READMEs")
 
 
-@dataclass(frozen=True)
-class Job:
+class Job(NamedTuple):
     """One run of a study."""
 
     script: str
@@ -93,23 +92,17 @@ def known_runs() -> dict[tuple, dict]:
     A run without a version of the code is older than these versions and counts where there is no newer one.
     """
     known, code = {}, files.code_checksum()
-    for path in sorted(stats.RESULTS.glob("*.json")):
-        content = files.read_json(path)
-        for run in content.get("runs", ()):
-            job = Job(content["script"], run["variant"], run["base"], run["seed"], run["flags"], run["base_checksum"])
-            if run.get("code", code) == code and rank(run) > rank(known.get(job.key)):
-                known[job.key] = run
+    contents = [files.read_json(path) for path in sorted(stats.RESULTS.glob("*.json"))]
+    runs = [run | {"script": content["script"]} for content in contents for run in content.get("runs", ())]
+    for run in sorted(runs, key=lambda run: ("code" in run, len(run["curve"])), reverse=True):
+        if run.get("code", code) == code:
+            known.setdefault((run.pop("script"), run["flags"], run["base_checksum"], run["seed"]), run)
     return known
 
 
-def rank(run: dict | None) -> tuple[bool, int]:
-    """Of two runs with the same key the one with a version of the code counts, and then the one with more curves."""
-    return ("code" in run, len(run["curve"])) if run else (False, -1)
-
-
-def finished(study: Study, jobs: list[Job], known: dict[tuple, dict]) -> dict[Job, dict]:
+def finished(study: Study, jobs: list[Job]) -> dict[Job, dict]:
     """The runs of a study that need not be run again: known ones that have every column of its curve."""
-    done = {}
+    done, known = {}, known_runs()
     for job in jobs:
         run = known.get(job.key)
         if run and all(column in run["curve"] for column in study.curve):
@@ -151,14 +144,11 @@ def compact_scores(scores: dict[str, dict] | None) -> dict[str, dict] | None:
 
 def curve_column(rows: list[dict], column: str, home: str) -> list[float | None]:
     """A column of the metrics, a value a step, None where it has none; [] where no step has one."""
-    values = []
-    for row in rows:
-        if column in ("home", "away"):
-            tested = row.get("tested", {})
-            chosen = [value for domain, value in tested.items() if (domain == home) == (column == "home")]
-            values.append(sum(chosen) / len(chosen) if chosen else None)
-        else:
-            values.append(row.get(column))
+    values = [row.get(column) for row in rows]
+    if column in ("home", "away"):
+        tested = [row.get("tested", {}).items() for row in rows]
+        chosen = [[value for domain, value in test if (domain == home) == (column == "home")] for test in tested]
+        values = [sum(each) / len(each) if each else None for each in chosen]
     return values if any(value is not None for value in values) else []
 
 
@@ -178,31 +168,29 @@ def command_of(job: Job, out: Path) -> tuple[list[str], Path]:
 def run_study(name: str, study: Study, config: Config) -> dict:
     """Run what is missing, `processes` at a time -> the content of the results file."""
     jobs = plan(study)
-    done = finished(study, jobs, known_runs())
+    done = finished(study, jobs)
     results = write_results(name, study, jobs, done)
     out = files.make_folder(Path(config.out).resolve() / name)
     unique = {job.key: job for job in jobs if job not in done}  # two variants may be the same on a base
     waiting = [(job, *command_of(job, out)) for job in unique.values()]
     running: list[tuple[subprocess.Popen, Job, Path]] = []
-    failed: list[str] = []
+    failed: list[Path] = []
     with tqdm(total=len(jobs), initial=len(done), desc=name, unit="run") as progress:
         try:
             while running or waiting:
                 while waiting and len(running) < config.processes:
                     job, command, folder = waiting.pop(0)
-                    with folder.with_name(folder.name + ".log").open("w", encoding="utf-8") as log:
+                    with Path(f"{folder}.log").open("w", encoding="utf-8") as log:
                         one = os.environ | {"OMP_NUM_THREADS": "1"}
                         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=files.ROOT, env=one)
                     running.append((process, job, folder))
                 time.sleep(0.3)
-                for entry in [entry for entry in running if entry[0].poll() is not None]:
-                    running.remove(entry)
-                    process, job, folder = entry
-                    if process.returncode:
-                        failed.append(f"{folder}.log")
-                        continue
+                ended = [entry for entry in running if entry[0].poll() is not None]
+                running = [entry for entry in running if entry not in ended]
+                failed += [folder for process, _, folder in ended if process.returncode]
+                for job, folder in [(job, folder) for process, job, folder in ended if not process.returncode]:
                     done |= {twin: compact(twin, study, folder) for twin in jobs if twin.key == job.key}
-                    done = finished(study, jobs, known_runs()) | done  # another process may have written some
+                    done = finished(study, jobs) | done  # another process may have written some
                     results = write_results(name, study, jobs, done)
                     progress.update()
         finally:
@@ -210,7 +198,7 @@ def run_study(name: str, study: Study, config: Config) -> dict:
                 process.terminate()
                 process.wait()
     if failed:
-        raise UserError(f"{len(failed)} runs of {name} failed, the others are kept; read {failed[0]}")
+        raise UserError(f"{len(failed)} runs of {name} failed, the others are kept; read {failed[0]}.log")
     return results
 
 

@@ -39,7 +39,6 @@ class Config(SubspaceConfig, TaskConfig):
     html: str = option("", "the file to write; else out/xray.html or out/spd.html")
     runs: str = option("out", "rosd: folder of the trained students")
     domain: str = option("", "domain of the problem and of the calibration set; unset: mix, and exam for spd")
-    temperature: float = option(1.0, "spd: sampling temperature of the answers; 0 is greedy", minimum=0)
     seed: int = option(6, "which problem")
 
 
@@ -70,9 +69,9 @@ def answer_strip(model: GPT, task: Task, problem: Problem, tokens: list[int]) ->
     with torch.no_grad():
         logp = response_logprobs(model, [task.encode(task.prompt(problem))], [tokens])[0]  # (T, V)
     shown = []
-    for t, (piece, token) in enumerate(zip(task.pieces(tokens), tokens, strict=True)):
-        says, choices = f"t = {t}, P = {logp[t, token].exp():.3f}", (("likeliest", likeliest(logp[t], task)),)
-        shown.append(Token(piece, says=says, choices=choices))
+    for t, piece in enumerate(task.pieces(tokens)):
+        says = f"t = {t}, P = {logp[t, tokens[t]].exp():.3f}"
+        shown.append(Token(piece, says=says, choices=(("likeliest", likeliest(logp[t], task)),)))
     return Strip(Markup("<code>{}</code>").format(problem.question), shown, "right" if correct else "wrong")
 
 
@@ -112,13 +111,12 @@ def taught_tokens(task: Task, rollout: Rollout, student: GPT, teacher: GPT, read
     """The rollout's tokens with m_t, D(pi_S || pi_T) as heat, and the five likeliest of student and teacher."""
     read = [(student, task.prompt(rollout.problem)), (teacher, reading.prompt)]
     pi_S, pi_T = (response_logprobs(model, [task.encode(x)], [rollout.tokens])[0] for model, x in read)  # (T, V)
-    tokens = []
+    tokens, k = [], reading.start
     for t, (text, D) in enumerate(zip(rollout.pieces, divergence(pi_S, pi_T).tolist(), strict=True)):
         heat = (max(0.0, D) / math.log(2)) ** 0.5  # JSD is at most log 2; the root makes small ones visible
-        masked, quoted, start = t < reading.start, reading.start <= t < reading.quote_end, t == reading.start > 0
-        says = f"t = {t}, m_t = {int(not masked)}, D = {D:.3f}"
+        says = f"t = {t}, m_t = {int(t >= k)}, D = {D:.3f}"
         choices = (("student", likeliest(pi_S[t], task)), ("teacher", likeliest(pi_T[t], task)))
-        tokens.append(Token(text, heat, masked, quoted, start, says, choices))
+        tokens.append(Token(text, heat, t < k, k <= t < reading.quote_end, t == k > 0, says, choices))
     return tokens
 
 
@@ -133,15 +131,14 @@ def rosd_page(base: GPT, task: Task, students: dict[str, GPT], group: list[Rollo
     views: dict[str, list[list[Strip]]] = {view: [] for view in trained}
     texts, wrong_first = [rollout.text for rollout in group], sorted(group, key=lambda rollout: rollout.verdict.correct)
     for rollout in {rollout.text: rollout for rollout in wrong_first}.values():
-        times, correct = texts.count(rollout.text), rollout.verdict.correct
+        times, badge = texts.count(rollout.text), "right" if rollout.verdict.correct else "wrong"
         count = f", {times} of {len(group)} rollouts" if times > 1 else ""
         read = readings(base, task, Pair(rollout, peer, 0.0))
         for view, models in trained.items():
-            row = []
+            views[view].append([])
             for name, reading in read.items():
                 tokens = taught_tokens(task, rollout, models.get(name, base), base, reading)
-                row.append(Strip(name + count, tokens, "right" if correct else "wrong", reading.note))
-            views[view].append(row)
+                views[view][-1].append(Strip(name + count, tokens, badge, reading.note))
     answers = {}
     for name, student in {"before training": base, **students}.items():
         samples = sample_rollouts(student, task, [peer.problem], 6, seeded("xray", peer.problem.question))
@@ -186,19 +183,15 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
     prompts = [task.encode(task.prompt(problem)) for problem in problems]
     text, taken = [*prompts[0], *task.encode(problems[0].solution)], {}
     for site, shares in removed(model, text, projectors, c.coordinate).items():
-        what = "key" if site[1] == "k" else "value"
-        tokens = [
-            Token(token, heat=share, says=f"{share:.0%} of its {what} is taken away")
-            for token, share in zip(task.pieces(text), shares, strict=True)
-        ]
+        says = f"of its {'key' if site[1] == 'k' else 'value'} is taken away"
+        each = zip(task.pieces(text), shares, strict=True)
+        tokens = [Token(token, heat=share, says=f"{share:.0%} {says}") for token, share in each]
         taken[site_name(site)] = Strip("prompt and golden solution", tokens)
     answers = {}
-    for name, active in (("without", {}), ("with", projectors)):
-        sampling = {"temperature": c.temperature, "generator": seeded("xray", c.seed)}
+    for name, active in (("without projection", {}), ("with projection", projectors)):
         with project_kv(model, active, c.coordinate):
-            written = generate(model, prompts, task.max_response, task.stop, **sampling)
-            rows = [answer_strip(model, task, *answer) for answer in zip(problems, written, strict=True)]
-        answers[f"{name} projection"] = rows
+            written = generate(model, prompts, task.max_response, task.stop, generator=seeded("xray", c.seed))
+            answers[name] = [answer_strip(model, task, *each) for each in zip(problems, written, strict=True)]
     return render("spd", question=problems[0].question, spectra=spectra, removed=taken, answers=answers)
 
 
