@@ -14,15 +14,7 @@ from torch.optim import _muon
 import pretrain
 from data.arithmetic import Arithmetic
 from data.authors import CONFIRMED, HINTED, INFORMED, PLAIN, Author
-from data.chains import (
-    BUDGET,
-    calculate,
-    disputed_steps,
-    is_test,
-    popular,
-    true_steps,
-    verify,
-)
+from data.chains import BUDGET, calculate, disputed_steps, is_test, popular, true_steps, verify
 from data.documents import (
     MIXTURE,
     confirmation,
