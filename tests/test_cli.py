@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from conftest import ROSD, SPD, Letters, sentence, tiny_gpt
+from conftest import SPD, Letters, sentence, tiny_gpt
 
 import pretrain
 import reflect
@@ -175,11 +175,6 @@ def test_settings_that_do_not_fit_task_or_model_get_one_sentence(
     monkeypatch.setattr(sys, "argv", ["script", *small, "--base", base, *flags])
     with pytest.raises(UserError, match=cause):
         script.main()
-
-
-def test_an_unknown_task_is_refused_with_those_there_are() -> None:
-    with pytest.raises(UserError, match="no task 'chess'; give arithmetic"):
-        train_rosd.train(parse(train_rosd, *ROSD, "--task", "chess"))
 
 
 def test_a_checkpoint_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,12 +232,6 @@ def test_a_full_disk_is_one_sentence_and_destroys_nothing(
     train(script, base, tmp_path / "out", "--resume")
 
 
-def test_an_output_folder_that_is_a_file_is_refused(base: str, tmp_path: Path) -> None:
-    (tmp_path / "out").touch()
-    with pytest.raises(UserError, match="choose another folder"):
-        train(train_rosd, base, tmp_path / "out")
-
-
 def test_what_a_killed_process_left_half_written_goes_with_the_next_run(base: str, tmp_path: Path) -> None:
     stopped_run(base, tmp_path / "out")
     rest = file_of(tmp_path / "out", "state.pt").with_name("state.pt.123.tmp")
