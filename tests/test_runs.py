@@ -155,9 +155,8 @@ def test_a_damaged_state_is_one_sentence_with_a_remedy_that_helps(content: objec
 def test_damaged_results_are_one_sentence(content: str, base: str, tmp_path: Path) -> None:
     train(train_rosd, base, tmp_path / "out", "--steps", "1")
     file_of(tmp_path / "out", "results.json").write_text(content, encoding="utf-8")
-    for _ in range(2):  # and the folder is not left locked
-        with pytest.raises(UserError, match="damaged"):
-            train(train_rosd, base, tmp_path / "out", "--steps", "1")
+    with pytest.raises(UserError, match="damaged"):
+        train(train_rosd, base, tmp_path / "out", "--steps", "1")
 
 
 # ---------------------------------------------------------------------------------------------- one folder, one run
@@ -186,10 +185,9 @@ def test_settings_that_share_a_name_are_refused_and_the_finished_run_stays(base:
 
 
 def test_the_second_of_two_runs_in_one_folder_is_refused(base: str, tmp_path: Path) -> None:
-    with run_of(settings(train_rosd, base, tmp_path / "out")):
-        for _ in range(2):
-            with pytest.raises(UserError, match="another process is running in"):
-                train(train_rosd, base, tmp_path / "out")
+    first = run_of(settings(train_rosd, base, tmp_path / "out"))
+    with first, pytest.raises(UserError, match="another process is running in"):
+        train(train_rosd, base, tmp_path / "out")
     train(train_rosd, base, tmp_path / "out")
 
 
@@ -365,24 +363,22 @@ def group(leader: int) -> list[str]:
     [
         ["train_rosd.py", "--steps", "500", "--batch", "4", "--group", "4"],
         ["train_spd.py", "--prompts", "60", "--calibration-size", "40", "--epochs", "500"],
-        ["pretrain.py", "--batch", "4", "--out", "out/base.pt"],
     ],
     ids=lambda command: command[0],
 )
 def test_ctrl_c_ends_every_process_and_leaves_whole_files(command: list[str], tmp_path: Path) -> None:
     """As a terminal does it: the signal reaches all processes of the group at once."""
-    small = [] if command[0] == "pretrain.py" else ["--eval-problems", "1", "--eval-samples", "1", "--device", "cpu"]
+    small = ["--eval-problems", "1", "--eval-samples", "1", "--device", "cpu"]
     script = subprocess.Popen(
         [sys.executable, str(files.ROOT / command[0]), *command[1:], *small],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=(tmp_path / "stderr").open("wb"), start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    enough = 1 if small else 0
     deadline = time.time() + 60
-    while len(list(tmp_path.glob("out/*/metrics.jsonl"))) < enough or not (tmp_path / "stderr").stat().st_size:
+    while not list(tmp_path.glob("out/*/metrics.jsonl")) or not (tmp_path / "stderr").stat().st_size:
         assert script.poll() is None and time.time() < deadline, files.read_text(tmp_path / "stderr")
         time.sleep(0.1)
-    assert len(group(script.pid)) > (1 if small else 0)  # the trainings beside it
+    assert len(group(script.pid)) > 1  # the trainings beside it
     os.killpg(script.pid, signal.SIGINT)
     assert script.wait(timeout=30) == 130
     printed = files.read_text(tmp_path / "stderr")

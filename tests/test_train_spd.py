@@ -85,9 +85,7 @@ def test_learning_rate_falls_along_half_a_cosine(base: str, tmp_path: Path, opti
     assert [rate for rate, _ in optimizer_steps] == pytest.approx(expected)
 
 
-def test_dropout_acts_while_training_alone(
-    base: str, tmp_path: Path, updates: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropout_acts_while_training_alone(base: str, tmp_path: Path, updates: Any, monkeypatch: Any) -> None:
     evaluated, run = [], train_spd.evaluate_run
     monkeypatch.setattr(train_spd, "evaluate_run", lambda m, *rest: evaluated.append(m.training) or run(m, *rest))
     train(train_spd, base, tmp_path)
@@ -137,15 +135,11 @@ def test_a_stopped_run_resumes_to_the_same_metrics_and_weights(base: str, tmp_pa
     assert all(map(torch.equal, *(model.parameters() for model in models)))
 
 
-@pytest.mark.parametrize(
-    ("flags", "temperature", "domain"),
-    [("", 0.0, "exam"), ("--method psr", 1.0, "exam"), ("--method psr --temperature 0.5", 0.5, "exam")],
-)
-def test_the_method_and_the_task_choose_temperature_and_domain(flags: str, temperature: float, domain: str) -> None:
-    config = train_spd.parse_config(train_spd.Config, "", flags.split(), train_spd.defaults_of)
-    assert (config.temperature, config.domain) == (temperature, domain)
-    assert train_spd.configure(config.method).domain == domain
-    assert train_spd.configure(task="words.jsonl").domain == ""
+def test_the_method_and_the_task_choose_temperature_and_domain() -> None:
+    for flags, temperature in (("", 0.0), ("--method psr", 1.0), ("--method psr --temperature 0.5", 0.5)):
+        config = train_spd.parse_config(train_spd.Config, "", flags.split(), train_spd.defaults_of)
+        assert (config.temperature, config.domain) == (temperature, "exam")
+    assert (train_spd.configure("psr").domain, train_spd.configure(task="words.jsonl").domain) == ("exam", "")
 
 
 # ---------------------------------------------------------------------------------------------- both loops

@@ -69,13 +69,6 @@ def test_the_page_is_one_well_formed_file_without_network(
     assert parsed.open == [] and parsed.tokens > 50
 
 
-def test_after_training_the_page_shows_both_students(task: Task, model: GPT, rollout: Rollout) -> None:
-    before = xray.rosd_page(model, task, {}, [rollout], rollout)
-    after = xray.rosd_page(model, task, {"ROSD": model, "SDPO": model}, [rollout], rollout)
-    assert "after training" not in before and "train_rosd.py" in before
-    assert "after training" in after and "train_rosd.py" not in after and "<h3>SDPO</h3>" in after
-
-
 def test_tokens_carry_mask_divergence_and_both_distributions(task: Task, model: GPT, rollout: Rollout) -> None:
     prompt = task.prompt(rollout.problem, solution=rollout.text)
     tokens = xray.taught_tokens(task, rollout, model, model, xray.Reading(prompt, "", 6, 9))
