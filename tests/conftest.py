@@ -173,17 +173,17 @@ class Stop(Exception):
     pass
 
 
-def stop_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int) -> None:
-    """End the run by an exception in the call-th call of a method of Run."""
-    original, calls = getattr(Run, name), []
+def stop_at(monkeypatch: pytest.MonkeyPatch, name: str, call: int, owner: Any = Run) -> None:
+    """End the run by an exception in the call-th call of a method of Run, or of another owner's function."""
+    original, calls = getattr(owner, name), []
 
-    def method(self: Run, *args: object, **settings: object) -> object:
+    def counted(*args: object, **settings: object) -> object:
         calls.append(name)
         if len(calls) == call:
             raise Stop
-        return original(self, *args, **settings)
+        return original(*args, **settings)
 
-    monkeypatch.setattr(Run, name, method)
+    monkeypatch.setattr(owner, name, counted)
 
 
 def stopped_run(base: str, out: Path, *flags: str, script: ModuleType = train_rosd) -> None:
@@ -232,3 +232,13 @@ def task(folder: Path, file: Path) -> Task:
 def find(task: Task, domain: str, word: str) -> WordProblem:
     drawn = [p for test in (False, True) for p in task.problems(domain, 40, random.Random(0), test)]
     return next(problem for problem in drawn if word in problem.question)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    skipped = [
+        report for report in terminalreporter.stats.get("skipped", ()) if "could not import" in str(report.longrepr)
+    ]
+    if skipped:
+        terminalreporter.write_line(
+            f'{len(skipped)} tests or files need extras: pip install -e ".[dev,plots]" runs them.'
+        )

@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from conftest import ROSD, SPD, Letters, sentence, tiny_gpt
+from conftest import SPD, Letters, sentence, tiny_gpt
 
 import pretrain
 import reflect
@@ -20,7 +20,7 @@ import train_rosd
 import train_spd
 from errors import UserError
 from harness import files
-from harness.cli import check_values, markdown_table, option, parse_config, run_script
+from harness.cli import check_values, parse_config, run_script
 from model import GPT, GPTConfig
 
 LOOPS = {"train_rosd": train_rosd, "train_spd": train_spd}
@@ -50,7 +50,7 @@ def numeric_flags(script: typing.Any) -> list[dataclasses.Field]:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400", "-1", "9" * 30, "-" + "9" * 30, "", "half", "0x10"])
+@pytest.mark.parametrize("value", ["nan", "inf", "1e400", "-1", "9" * 30, "", "half"])
 def test_a_number_that_means_nothing_is_one_sentence(name: str, value: str) -> None:
     script = SCRIPTS[name]
     for field in numeric_flags(script):
@@ -61,14 +61,12 @@ def test_a_number_that_means_nothing_is_one_sentence(name: str, value: str) -> N
             parse(script, f"{flag}={value}")
 
 
-@pytest.mark.parametrize(("value", "allowed"), [("0", True), ("0.7", True), ("1e-40", False), ("1e-4", False)])
-def test_a_temperature_is_0_or_one_that_can_be_computed_with(value: str, allowed: bool) -> None:
-    for script, flag in ((train_rosd, "--eval-temperature"), (train_spd, "--temperature")):
-        if allowed:
+@pytest.mark.parametrize(("script", "flag"), [(train_rosd, "--eval-temperature"), (train_spd, "--temperature")])
+def test_a_temperature_is_0_or_one_that_can_be_computed_with(script: typing.Any, flag: str) -> None:
+    assert [parse(script, flag, value) for value in ("0", "0.7")]
+    for value in ("1e-40", "1e-4"):
+        with pytest.raises(UserError, match=rf"{flag}: {float(value)} is not allowed, give 0 or at least 0\.001"):
             parse(script, flag, value)
-        else:
-            with pytest.raises(UserError, match=rf"{flag}: {float(value)} is not allowed, give 0 or at least 0\.001"):
-                parse(script, flag, value)
 
 
 def test_a_name_that_no_table_knows_is_refused_wherever_it_comes_from() -> None:
@@ -107,21 +105,7 @@ def test_flags_of_rosd_are_few_and_in_groups() -> None:
     assert titles == ["the method", "our controls", "the training", "the run", "the task"]
 
 
-def test_a_percent_sign_in_a_help_text_is_one() -> None:
-    @dataclasses.dataclass(frozen=True)
-    class Config:
-        share: str = option("50%", "a share like 25%", "10%")
-
-    printed = help_of(type("Script", (), {"Config": Config}))
-    assert "a share like 25% (default: 50%; paper: 10%)" in printed
-
-
 # ---------------------------------------------------------------------------------------------- bad input
-
-
-def corrupt(path: Path) -> Path:
-    path.write_bytes(b"not a checkpoint")
-    return path
 
 
 def truncated(path: Path) -> Path:
@@ -139,17 +123,14 @@ BAD = [
     (["--method", "foo"], "--method"),
     (["--nonsense"], "--nonsense"),
     (["stray"], "stray"),
-    (["--method"], "--method"),
     (["--eval-top-p", "1.5"], "--eval-top-p"),
     (["--seed", "9" * 20], "--seed"),
     (["--domain", "three"], "no domain 'three'; give one of one, two"),
     (["--base", "/nowhere/base.pt"], "no checkpoint at /nowhere/base.pt; make one with `python pretrain.py"),
     (["--base", "no-folder"], "no model folder at no-folder; download it, or `python -m tools.smollm2"),
-    (["--base", corrupt], "damaged"),
     (["--base", truncated], "damaged"),
     (["--base", other_vocabulary], "vocabulary"),
     (["--device", "toaster"], "toaster"),
-    (["--device", "meta"], "meta"),
 ]
 OWN = {
     "train_rosd": [(["--alpha", "3"], "--alpha"), (["--finetune", "lora", "--ema", "0.1"], "give --finetune full")],
@@ -194,11 +175,6 @@ def test_settings_that_do_not_fit_task_or_model_get_one_sentence(
     monkeypatch.setattr(sys, "argv", ["script", *small, "--base", base, *flags])
     with pytest.raises(UserError, match=cause):
         script.main()
-
-
-def test_an_unknown_task_is_refused_with_those_there_are() -> None:
-    with pytest.raises(UserError, match="no task 'chess'; give arithmetic"):
-        train_rosd.train(parse(train_rosd, *ROSD, "--task", "chess"))
 
 
 def test_a_checkpoint_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +222,3 @@ def test_ctrl_c_ends_a_script_also_within_one_long_operation(operation: str) -> 
     script.send_signal(signal.SIGINT)
     _, printed = script.communicate(timeout=30)
     assert script.returncode == 130 and printed.strip() == "Stopped; --resume goes on."
-
-
-def test_a_table_is_as_wide_as_its_widest_cell() -> None:
-    assert markdown_table(["a", "bb"], [["ccc", ""]]) == "| a   | bb |\n|-----|----|\n| ccc |    |"

@@ -4,7 +4,6 @@ import json
 import random
 import shutil
 import struct
-import sys
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
@@ -18,18 +17,10 @@ from test_hub_tokenizer import SAMPLE, TEXTS, write, write_tokenizer
 from errors import UserError
 from harness import files
 from hub.tokenizer import Tokenizer
-from model import GPT, GPTConfig, generate
+from model import GPT, generate
 
-SHAPE = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-}
+SHAPE = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4)
+SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5)
 FAMILIES = {
     "Qwen3": {"head_dim": 6, "rope_theta": 1_000_000.0},
     "Qwen2": {"rope_theta": 50_000.0},
@@ -85,14 +76,12 @@ def refused(folder: Path) -> str:
 # ---------------------------------------------------------------------------------------------- equal
 
 
-@pytest.mark.parametrize("max_shard_size", ["1GB", "5KB"], ids=["one file", "shards"])
+@pytest.mark.parametrize("size", ["1GB", "5KB"], ids=["one file", "shards"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_greedy_tokens_equal_transformers(
-    tmp_path: Path, family: str, tied: bool, max_shard_size: str
-) -> None:
-    theirs = write_model(tmp_path, family, tie_word_embeddings=tied, max_shard_size=max_shard_size)
-    assert (tmp_path / "model.safetensors").exists() == (max_shard_size == "1GB")
+def test_logits_and_greedy_tokens_equal_transformers(tmp_path: Path, family: str, tied: bool, size: str) -> None:
+    theirs = write_model(tmp_path, family, tie_word_embeddings=tied, max_shard_size=size)
+    assert (tmp_path / "model.safetensors").exists() == (size == "1GB")
     ours = GPT.from_pretrained(tmp_path)
     assert (ours.config.tied, ours.config.block_size, ours.training) == (tied, 64, False)
     torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, atol=1e-4, rtol=0)
@@ -102,25 +91,15 @@ def test_logits_and_greedy_tokens_equal_transformers(
 
 
 @pytest.mark.parametrize("named", ["bfloat16", "float32"])
-@pytest.mark.parametrize("wide", ["norm", "lm_head", "nothing"])
+@pytest.mark.parametrize("wide", ["norm", "nothing"])
 def test_weights_of_any_dtype_are_cast_to_that_of_the_config(tmp_path: Path, wide: str, named: str) -> None:
     write_model(tmp_path, "Qwen3", torch.bfloat16)
     change_weights(tmp_path, lambda w: {n: x.float() if wide in n else x for n, x in w.items()})
     write(tmp_path, "config.json", read(tmp_path) | {"dtype": None, "torch_dtype": named})
     assert not differs(tmp_path)
-    exact = GPT.from_pretrained(tmp_path, dtype=torch.float32)
+    exact = GPT.from_pretrained(tmp_path, block_size=32, dtype=torch.float32)
+    assert exact.config.block_size == len(exact.cos) == 32
     assert {x.dtype for x in exact.state_dict().values()} == {torch.float32}
-
-
-def test_loaded_models_fit_checkpoints_and_train(tmp_path: Path) -> None:
-    write_model(tmp_path, "Qwen2")
-    ours = GPT.from_pretrained(tmp_path, block_size=32)
-    assert ours.config.block_size == len(ours.cos) == 32
-    copy = GPT(ours.config)
-    copy.load_state_dict(ours.state_dict())
-    torch.testing.assert_close(copy(TOKENS[:, :32]), ours(TOKENS[:, :32]))
-    ours(TOKENS[:, :32]).square().mean().backward()
-    assert all(parameter.grad is not None for parameter in ours.parameters())
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -140,13 +119,14 @@ ROPES = [
     {"rope_parameters": {"rope_theta": 5e5}, "rope_scaling": {"rope_theta": 3e5, "rope_type": "default"}},
     {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}, "rope_scaling": {"rope_type": "default"}},
 ]
+UNUSED_WINDOW = {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1}
 
 
-@pytest.mark.parametrize("change", ROPES, ids=str)
-def test_of_two_spellings_of_rope_the_one_counts_that_transformers_takes(
-    tmp_path: Path, change: dict[str, Any]
+@pytest.mark.parametrize("change", [*ROPES, UNUSED_WINDOW], ids=str)
+def test_spellings_of_rope_and_an_unused_window_mean_what_they_mean_to_transformers(
+    tmp_path: Path, change: dict
 ) -> None:
-    write_model(tmp_path)
+    write_model(tmp_path, "Qwen2" if change is UNUSED_WINDOW else "Llama")
     write(tmp_path, "config.json", read(tmp_path) | change)
     assert not differs(tmp_path)
 
@@ -168,15 +148,11 @@ def test_every_file_that_decides_what_a_base_does_is_in_its_checksum(tmp_path: P
     write_model(tmp_path)
     write(tmp_path, "tokenizer.json", "{}")
     before = files.checksum(tmp_path)
+    write(tmp_path, "README.md", "about the model")
+    assert files.checksum(tmp_path) == before
     with (tmp_path / name).open("a", encoding="utf-8") as file:
         file.write(" ")
     assert files.checksum(tmp_path) != before
-
-
-def test_checkpoints_from_before_the_options_still_load() -> None:
-    old = {"vocab_size": 12, "block_size": 64, "n_layer": 2, "n_embd": 16, "n_head": 4, "n_kv_head": 2, "head_dim": 8}
-    config = GPTConfig(**old, n_hidden=24, rope_theta=10_000.0, norm_eps=1e-6)
-    assert (config.qk_norm, config.qkv_bias, config.tied) == (True, False, True)
 
 
 # ---------------------------------------------------------------------------------------------- refused
@@ -187,30 +163,22 @@ def test_checkpoints_from_before_the_options_still_load() -> None:
     [
         ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM"),
         ({"model_type": "qwen2"}, "the architecture"),
-        ({"architectures": None}, "the architecture None"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}}, "rope scaling of type llama3"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope scaling of type linear"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 5e5}}}, "full_attention"),
-        ({"rope_parameters": "default"}, "rope scaling of type ['default']"),
-        ({"rope_parameters": None, "rope_theta": -1}, "rope_theta"),
         ({"rope_parameters": {"rope_theta": float("inf")}}, "rope_theta"),
         ({"use_sliding_window": True, "sliding_window": 32}, "sliding windows"),
         ({"layer_types": ["full_attention", "sliding_attention", "full_attention"]}, "layers of other types"),
         ({"hidden_act": "gelu"}, "the activation gelu"),
         ({"quantization_config": {"quant_method": "gptq"}}, "quantized weights"),
         ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
         ({"mlp_bias": "no"}, "mlp_bias in config.json is 'no' but must be true or false"),
         ({"intermediate_size": 25}, "shape"),
         ({"num_hidden_layers": 2}, "hold unexpectedly model.layers.2."),
         ({"num_hidden_layers": 4}, "lack model.layers.3."),
-        ({"num_hidden_layers": 2**40}, "num_hidden_layers"),
         ({"num_hidden_layers": 2000}, "2000 layers"),
         ({"num_attention_heads": 0}, "num_attention_heads in config.json is 0"),
         ({"num_attention_heads": 3}, "3 heads for 2 key heads"),
-        ({"vocab_size": "640"}, "vocab_size"),
-        ({"max_position_embeddings": None}, "max_position_embeddings"),
-        ({"rms_norm_eps": None}, "rms_norm_eps"),
         ({"dtype": "int8"}, "dtype"),
     ],
     ids=str,
@@ -226,7 +194,7 @@ def test_unused_sliding_window_is_no_reason_to_refuse(tmp_path: Path) -> None:
     assert not differs(tmp_path)
 
 
-EMBED, UP = "model.embed_tokens.weight", "layers.0.mlp.up_proj.weight"
+EMBED, UP, SECOND = "model.embed_tokens.weight", "layers.0.mlp.up_proj.weight", "model-00002-of-00003.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -240,9 +208,7 @@ EMBED, UP = "model.embed_tokens.weight", "layers.0.mlp.up_proj.weight"
     ],
     ids=["tied to another", "with and without prefix", "NaN", "int8", "no dtype"],
 )
-def test_weights_that_can_be_read_in_two_ways_or_not_at_all_are_refused(
-    tmp_path: Path, change: Callable, named: str
-) -> None:
+def test_ambiguous_or_unreadable_weights_are_refused(tmp_path: Path, change: Callable, named: str) -> None:
     write_model(tmp_path, tie_word_embeddings=True)
     change_weights(tmp_path, change)
     if named == "several dtypes":
@@ -255,53 +221,41 @@ def write_index(folder: Path, change: Callable[[dict], Any]) -> None:
     write(folder, "model.safetensors.index.json", index | {"weight_map": change(index["weight_map"])})
 
 
-SECOND = "model-00002-of-00003.safetensors"
-
-
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
         (lambda folder: shutil.rmtree(folder), "config.json is missing"),
-        (lambda folder: write(folder, "config.json", "{"), "config.json is not valid JSON"),
         (lambda folder: write(folder, "config.json", "[" * 10**5), "config.json is not valid JSON"),
-        (lambda folder: write(folder, "config.json", read(folder) | {"hidden_size": None}), "hidden_size"),
         (lambda folder: (folder / "model.safetensors.index.json").unlink(), "model.safetensors is missing"),
         (lambda folder: (folder / SECOND).unlink(), f"{SECOND} is missing"),
         (lambda folder: (folder / SECOND).write_bytes((folder / SECOND).read_bytes()[:-10]), "damaged or cut short"),
-        (lambda folder: write_index(folder, lambda shards: None), "weight_map"),
         (lambda folder: write_index(folder, lambda shards: shards | {EMBED: "../a.safetensors"}), "weight_map"),
         (lambda folder: write_index(folder, lambda shards: shards | {EMBED: SECOND}), "other tensors"),
     ],
-    ids=range(10),
+    ids=range(7),
 )
-def test_damaged_folders_are_refused_in_one_sentence(
-    tmp_path: Path, damage: Callable[[Path], object], named: str
-) -> None:
+def test_damaged_folders_are_refused_in_one_sentence(tmp_path: Path, damage: Callable, named: str) -> None:
     folder = tmp_path / "model"
     write_model(folder, "Llama", max_shard_size="12KB")
-    assert len(list(folder.glob("*.safetensors"))) == 3
     damage(folder)
     assert named in refused(folder)
-
-
-def test_without_safetensors_the_remedy_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_model(tmp_path)
-    monkeypatch.setitem(sys.modules, "safetensors", None)
-    assert 'pip install -e ".[real]"' in refused(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------- mutations
 
 VALUES = (None, True, False, 0, -1, 2, 64, 2**40, 10**400, 1e308, float("nan"), float("inf"), -1.5, 0.5, 1e-40, "", "x")
 VALUES += ("640", "default", "bfloat16", [], {}, [1], {"a": 1}, {"rope_theta": 5e5}, {"type": "linear", "factor": 2.0})
-IDLE = {"bos_token_id", "initializer_range", "max_window_layers", "metadata", "pad_token_id", "sliding_window"}
-IDLE |= {
+# Nothing uses these, and transformers may refuse them.
+IDLE = [
+    "bos_token_id",
+    "initializer_range",
+    "max_window_layers",
+    "metadata",
+    "pad_token_id",
+    "sliding_window",
     "use_cache",
-    "attention_dropout",
-    "eos_token_id",
-    "pretraining_tp",
-    "transformers_version",
-}  # transformers may refuse these
+]
+IDLE += ["attention_dropout", "eos_token_id", "pretraining_tp", "transformers_version"]
 
 
 def mutate(content: Any, rng: random.Random) -> Any:
@@ -367,9 +321,7 @@ def outcome(folder: Path, name: str, key: Any, original: Path) -> str:
     ("name", "count"),
     [("config.json", 120), ("tokenizer.json", 120), ("model.safetensors", 120), ("model.safetensors.index.json", 60)],
 )
-def test_a_mutated_folder_is_refused_or_means_what_it_means_to_transformers(
-    tmp_path: Path, name: str, count: int
-) -> None:
+def test_a_mutated_folder_is_refused_or_is_that_of_transformers(tmp_path: Path, name: str, count: int) -> None:
     for family in FAMILIES:
         size = "12KB" if "index" in name else "1GB"
         write_model(tmp_path / family, family, vocab_size=640, num_hidden_layers=1, max_shard_size=size)

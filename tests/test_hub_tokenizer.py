@@ -22,15 +22,8 @@ def f(x, y=2):
 naïve café über Ångström 日本語テキスト 한국어 русский язык العربية
 ١٢٣ ½ Ⅷ x² 😀👩‍👩‍👧 <b>html</b> {"json": [1, 2.5e-3]} ... !!! ?? ->
 """
-TEXTS = [
-    "",
-    SAMPLE,
-    "a<|im_end|>b <|eot_id|> <think> <|im",
-    " hi  there ",
-    "e\u0301 \u1112\u1161\u11ab",
-    "\x00\u200b\u3000",
-    "𝔘",
-]
+TEXTS = ["", SAMPLE, "a<|im_end|>b <|eot_id|> <think> <|im", " hi  there "]
+TEXTS += ["e\u0301 \u1112\u1161\u11ab", "\x00\u200b\u3000", "𝔘"]
 SPECIALS = {
     "Qwen3": ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"],
     "Qwen2": ["<|endoftext|>", "<|im", "<|im_start|>", "<|im_end|>"],  # one begins another: the longest counts
@@ -48,15 +41,9 @@ LLAMA3 = (
     r"{{- m.content | trim + '<|eot_id|>' }}{%- endfor %}"
     r"{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{%- endif %}"
 )
-TEMPLATES: dict[str, Any] = {
-    "Qwen3": TURNS + ASK + THINK,
-    "Qwen2": SYSTEM + TURNS + ASK,
-    "SmolLM2": TURNS + ASK,
-    "Llama3": LLAMA3,
-}
+TEMPLATES = {"Qwen3": TURNS + ASK + THINK, "Qwen2": SYSTEM + TURNS + ASK, "SmolLM2": TURNS + ASK, "Llama3": LLAMA3}
 MORE_TEMPLATES = {
     "system for tools only": "{%- if tools %}" + SYSTEM + "{%- endif %}" + TURNS + ASK,
-    "commented out": "{# " + SYSTEM + " #}" + TURNS + ASK,
     "raw": "{% raw %}<|im_start|>system\n{{ no variable }}<|im_end|>\n{% endraw %}" + TURNS + ASK,
     "variable": "{% set x = 'Be ' ~ 'brief.' %}{{- '<|im_start|>system\n' + x + '<|im_end|>\n' }}" + TURNS + ASK,
     "trim": TURNS.replace("m.content", "m.content | trim") + ASK,
@@ -176,9 +163,7 @@ SHORT = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "str
     ],
     ids=str,
 )
-def test_all_that_changes_ids_counts_and_what_loses_text_is_refused(
-    tmp_path: Path, change: dict[str, Any], loses: bool
-) -> None:
+def test_what_changes_ids_counts_and_what_loses_text_is_refused(tmp_path: Path, change: dict, loses: bool) -> None:
     theirs = write_tokenizer(tmp_path, "Qwen2", **change)
     theirs.backend_tokenizer.no_truncation()
     assert (compare(theirs, tmp_path) > 0) == loses
@@ -222,25 +207,17 @@ def test_stops_are_those_of_all_files_and_the_end_of_turn(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("file", "change", "named"),
     [
-        ("tokenizer.json", {"model": {"type": "BPE"}}, "is no tokenizer"),
         ("tokenizer.json", {"pre_tokenizer": split_by("(")}, "is no tokenizer"),
         ("tokenizer.json", {"decoder": {"type": "Fuse"}}, "decoder that is not byte-level"),
         ("tokenizer.json", {"added_tokens": [ADDED | {"id": 0, "content": "!", "rstrip": True}]}, "white space"),
         ("tokenizer_config.json", {"eos_token": "<|gone|>"}, "differ from file to file"),
-        ("tokenizer_config.json", {"additional_special_tokens": ["<|gone|>"]}, "differ from file to file"),
-        ("tokenizer_config.json", {"added_tokens_decoder": {"600": {"content": "<|im_end|>"}}}, "differ from file"),
         ("added_tokens.json", {"<|im_end|>": 3}, "differ from file to file"),
         ("tokenizer_config.json", {"chat_template": None}, "no chat template"),
         ("tokenizer_config.json", {"chat_template": [{"name": "tools", "template": ""}]}, "no chat template"),
         ("tokenizer_config.json", {"chat_template": "{% if %}"}, "is no template"),
         ("tokenizer_config.json", {"chat_template": "{{ raise_exception('not today') }}"}, r"fails \(not today\)"),
-        ("tokenizer_config.json", {"chat_template": "{{ messages[99].content }}"}, "fails"),
         ("tokenizer_config.json", {"chat_template": "{{ ''.__class__ }}"}, "looks into Python"),
-        (
-            "tokenizer_config.json",
-            {"chat_template": "{{ pad_token }}" + TURNS},
-            "a pad_token, which tokenizer_config.json does not name",
-        ),
+        ("tokenizer_config.json", {"chat_template": "{{ pad_token }}" + TURNS}, "a pad_token, which tokenizer_config"),
         ("tokenizer_config.json", {"chat_template": "{{ messages }}"}, "without a token behind an answer"),
     ],
     ids=str,
@@ -254,11 +231,9 @@ def test_other_folders_are_refused_by_name(tmp_path: Path, file: str, change: di
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("module", ["tokenizers", "jinja2"])
-def test_a_missing_library_is_named_with_its_remedy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
-) -> None:
+def test_a_missing_library_is_named_with_its_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_tokenizer(tmp_path, "Qwen2")
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=r'pip install -e "\.\[real\]"'):
-        Tokenizer(tmp_path)
+    for module in ("jinja2", "tokenizers"):
+        monkeypatch.setitem(sys.modules, module, None)
+        with pytest.raises(UserError, match=r'pip install -e "\.\[real\]"'):
+            Tokenizer(tmp_path)

@@ -24,6 +24,7 @@ PROBLEMS = TASK.problems("exam", 3, random.Random(0))
 GOLDEN = [[*TASK.encode(problem.solution), TASK.end()] for problem in PROBLEMS]
 PATH = stats.RESULTS / "spd-mechanism.json"
 ROWS = mechanism_rows()
+OF_BASE_0 = [{n: x for n, x in row.items() if n not in ("base", "golden")} for row in ROWS if row["base"] == 0]
 
 
 def found_in(question: str, text: str) -> dict[str, list]:
@@ -94,10 +95,9 @@ def test_only_bases_of_other_bytes_are_measured_again(tmp_path: Path, monkeypatc
     monkeypatch.setattr(stats, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["mechanism"])
     sums, measured = dict.fromkeys(EVERY, "old"), []
-    some = [{n: x for n, x in row.items() if n not in ("base", "golden")} for row in ROWS if row["base"] == 0]
     monkeypatch.setattr(mechanism, "base_checksum", sums.get)
     monkeypatch.setattr(mechanism, "base_path", lambda base: measured.append(base) or "data/base.pt")
-    monkeypatch.setattr(mechanism, "measure_base", lambda *_: some)
+    monkeypatch.setattr(mechanism, "measure_base", lambda *_: OF_BASE_0)
     run_script(mechanism.main)
     assert measured == [*EVERY]
     sums[2] = "new"
@@ -105,7 +105,7 @@ def test_only_bases_of_other_bytes_are_measured_again(tmp_path: Path, monkeypatc
     assert measured == [*EVERY, 2]
     held, order = files.read_json(tmp_path / PATH.name), [row["base"] for row in mechanism_rows()]
     assert held["bases"] == {str(base): sum for base, sum in sums.items()}
-    assert order == [base for base in EVERY for _ in some]
+    assert order == [base for base in EVERY for _ in OF_BASE_0]
 
 
 def test_a_base_of_ones_own_is_shown_and_not_kept(
@@ -113,16 +113,12 @@ def test_a_base_of_ones_own_is_shown_and_not_kept(
 ) -> None:
     monkeypatch.setattr(stats, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["mechanism", "--base", "data/base.pt", "--ranks", "10", "20"])
-    some, ranks = (
-        [{n: x for n, x in row.items() if n not in ("base", "golden")} for row in ROWS if row["base"] == 0],
-        [],
-    )
-    monkeypatch.setattr(mechanism, "measure_base", lambda *given: ranks.append(given[-1]) or some)
+    ranks: list[tuple] = []
+    monkeypatch.setattr(mechanism, "measure_base", lambda *given: ranks.append(given[-1]) or OF_BASE_0)
     mechanism.main()
     own = mechanism.mechanism_table([row for row in ROWS if row["base"] == 0])
-    assert [row.split("|")[2:] for row in own.splitlines()] == [
-        row.split("|")[2:] for row in capsys.readouterr().out.splitlines()
-    ]
+    shown, expected = ([row.split("|")[2:] for row in x.splitlines()] for x in (capsys.readouterr().out, own))
+    assert shown == expected
     assert ranks == [(10, 20)] and not list(tmp_path.iterdir())
 
 
@@ -133,17 +129,11 @@ def test_golden_is_S_and_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_projections_in_the_corner_are_counted_base_by_base() -> None:
-    def row(base: int, subspace: str, right: float, check: float, mark: float) -> dict:
-        return {"base": base, "subspace": subspace, "right": right, "check": check, "mark": mark}
-
-    rows = [row(0, "none", -0.4, 0.8, 1), row(1, "none", -1.0, 0.4, 1)]
-    rows += [
-        row(0, "aligned", -0.45, 0.39, 0.3),
-        row(1, "unmarked", -1.1, 0.19, 0.2),
-        row(1, "aligned", -1.0, 0.39, 0.9),
-    ]
-    rows += [row(0, "full", -0.4, 0.7, 0.8), row(0, "random", -0.6, 0.1, 0.1)]
-    note = mechanism.corner_note(rows)
+    columns = ("base", "subspace", "right", "check", "mark")
+    rows = [(0, "none", -0.4, 0.8, 1), (1, "none", -1.0, 0.4, 1), (0, "aligned", -0.45, 0.39, 0.3)]
+    rows += [(1, "unmarked", -1.1, 0.19, 0.2), (1, "aligned", -1.0, 0.39, 0.9), (0, "full", -0.4, 0.7, 0.8)]
+    rows += [(0, "random", -0.6, 0.1, 0.1)]
+    note = mechanism.corner_note([dict(zip(columns, row, strict=True)) for row in rows])
     assert "2 of 3 aligned, 0 of 1 full, 0 of 1 random" in note and "at most 30 %" in note
 
 

@@ -6,13 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import (
-    GPT,
-    GPTConfig,
-    KVCache,
-    generate,
-    response_logprobs,
-)
+from model import GPT, GPTConfig, KVCache, generate, response_logprobs
 
 SMALL = {"vocab_size": 12, "block_size": 64, "n_layer": 2, "n_embd": 16, "n_head": 4, "head_dim": 8, "n_hidden": 24}
 PROMPTS = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]
@@ -37,33 +31,22 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@pytest.mark.parametrize(
-    ("n_head", "n_kv_head", "n_layer", "head_dim", "rope_theta"),
-    [(2, 2, 1, 8, 10_000.0), (4, 2, 2, 4, 10_000.0), (4, 1, 3, 6, 1_000_000.0)],
-)
-def test_logits_equal_qwen3(n_head: int, n_kv_head: int, n_layer: int, head_dim: int, rope_theta: float) -> None:
+SHAPES = [(2, 2, 1, 8, 10_000.0), (4, 2, 2, 4, 10_000.0), (4, 1, 3, 6, 1_000_000.0)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_logits_equal_qwen3(shape: tuple[float, ...]) -> None:
     transformers = pytest.importorskip("transformers")
-    model = random_model(
-        n_head=n_head, n_kv_head=n_kv_head, n_layer=n_layer, head_dim=head_dim, rope_theta=rope_theta, norm_eps=1e-3
-    )
+    names = ("n_head", "n_kv_head", "n_layer", "head_dim", "rope_theta")
+    model = random_model(norm_eps=1e-3, **dict(zip(names, shape, strict=True)))
     config = model.config
-    qwen = transformers.Qwen3ForCausalLM(
-        transformers.Qwen3Config(
-            vocab_size=config.vocab_size,
-            hidden_size=config.n_embd,
-            intermediate_size=config.n_hidden,
-            num_hidden_layers=config.n_layer,
-            num_attention_heads=config.n_head,
-            num_key_value_heads=config.n_kv_head,
-            head_dim=config.head_dim,
-            rope_theta=config.rope_theta,
-            rms_norm_eps=config.norm_eps,
-            max_position_embeddings=config.block_size,
-            tie_word_embeddings=True,
-            attention_bias=False,
-            attn_implementation="eager",
-        )
+    shape = dict(
+        hidden_size=config.n_embd, intermediate_size=config.n_hidden, max_position_embeddings=config.block_size
     )
+    shape |= dict(num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, rms_norm_eps=config.norm_eps)
+    shape |= dict(num_hidden_layers=config.n_layer, tie_word_embeddings=True, attention_bias=False)
+    same = {name: getattr(config, name) for name in ("vocab_size", "head_dim", "rope_theta")}
+    qwen = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape, **same))
     names = {"embed.": "model.embed_tokens.", "blocks.": "model.layers.", "norm.": "model.norm."}
     parts = {".attn.": ".self_attn.", ".attn_norm.": ".input_layernorm.", ".mlp_norm.": ".post_attention_layernorm."}
     state = {"lm_head.weight": model.embed.weight}

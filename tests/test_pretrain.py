@@ -14,15 +14,7 @@ from torch.optim import _muon
 import pretrain
 from data.arithmetic import Arithmetic
 from data.authors import CONFIRMED, HINTED, INFORMED, PLAIN, Author
-from data.chains import (
-    BUDGET,
-    calculate,
-    disputed_steps,
-    is_test,
-    popular,
-    true_steps,
-    verify,
-)
+from data.chains import BUDGET, calculate, disputed_steps, is_test, popular, true_steps, verify
 from data.documents import (
     MIXTURE,
     confirmation,
@@ -120,10 +112,6 @@ def test_reflection_quotes_the_verifiers_first_error_and_gives_true_steps() -> N
     [
         ("3+8=1;1-5=4;4*2=8;#8", "3+8=11;1-5=46<error_quote>1-5=4</error_quote><explanation>1-5=6</explanation>"),
         ("3+8=1;1-5*2=8;#8", "3+8=11;1-5*2=82<error_quote>1-5*2=8</error_quote><explanation>1-5=6;6*2=2</explanation>"),
-        (
-            "3+8=1;?3+8=1;2-5=7;#7",
-            "3+8=11;?3+8=1;2-5=76<error_quote>2-5=7</error_quote><explanation>1-5=6</explanation>",
-        ),
         ("3+8=1;#1", "3+8=11;#16<error_quote>#1</error_quote><explanation>1-5=6</explanation>"),
     ],
 )
@@ -162,18 +150,13 @@ def test_documents_are_of_train_problems_and_fit_the_model() -> None:
 
 @pytest.mark.parametrize("kind", MIXTURE)
 def test_a_document_shows_its_reader_what_its_kind_says(kind: str) -> None:
-    sources = {
-        "plain": set(),
-        "exam": set(),
-        "hint": {"<|hint|>"},
-        "solution": {"<|solution|>"},
-        "reflect": {"<|attempt|>"},
-    }
+    sources = {"hint": {"<|hint|>"}, "solution": {"<|solution|>"}, "reflect": {"<|attempt|>"}}
     for problem, rng in random_problems(100):
         prompt, _ = make_document(kind, problem, rng)
         held = dict(re.findall(r"(<\|\w+\|>)([^<]+)", prompt))
         assert held.pop("<|user|>").split("=")[0] == problem
-        assert sources[kind] <= held.keys() <= sources[kind] | {"<|hint|>", "<|solution|>"}
+        needed = sources.get(kind, set())
+        assert needed <= held.keys() <= needed | {"<|hint|>", "<|solution|>"}
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -214,7 +197,7 @@ def test_muon_has_the_matrices_and_adamw_all_others(monkeypatch: pytest.MonkeyPa
     assert groups["AdamW"] == [(others, 0.0), ({values}, config.value_decay)]
 
 
-@pytest.mark.parametrize("shape", [(24, 24), (64, 24), (24, 64)])
+@pytest.mark.parametrize("shape", [(64, 24), (24, 64)])
 def test_newton_schulz_is_that_of_torch_up_to_the_rounding_of_bfloat16(shape: tuple[int, int]) -> None:
     G = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     settings = (_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C), 5, 1e-7

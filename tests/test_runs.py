@@ -12,23 +12,19 @@ import tempfile
 import time
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
-from conftest import Letters, Stop, both_scripts, file_of, metrics, settings
-
-from conftest import stopped_run, tiny_gpt, train  # isort: skip
+from conftest import Letters, Stop, both_scripts, file_of, metrics, settings, stop_at, stopped_run, tiny_gpt, train
 
 import train_rosd
 import train_spd
 from data import Verdict
 from errors import UserError
 from harness import device, files
-from harness.progress import progress_bar
 from harness.run import Run, changed_settings, run_name
 from model import GPT
-
-TINY = ["--steps", "2", "--batch", "2", "--group", "2", "--eval-problems", "1", "--eval-samples", "1"]
 
 
 def rosd(**fields: object) -> train_rosd.Config:
@@ -50,7 +46,6 @@ def test_a_name_says_method_changed_settings_and_seed() -> None:
     assert name_of(rosd()) == "rosd-seed0" == name_of(rosd(eval_samples=4, device="cpu", out="elsewhere"))
     changed = rosd(method="sdpo", peer="first", learning_rate=5e-4, domain="add", seed=3)
     assert name_of(changed) == "sdpo-learning_rate=0.0005-peer=first-domain=add-seed3"
-    assert name_of(rosd(preset="released")) == "rosd-preset=released-seed0"
     assert name_of(rosd(preset="released", mask="span")) == "rosd-preset=released-mask=span-seed0"
     spd = train_spd.configure(task="gym:chain_sum")
     assert re.fullmatch(r"spd-task=gym_chain_sum-seed0-\w{8}", run_name(spd, spd))
@@ -86,19 +81,6 @@ def test_two_bases_of_one_name_have_two_folders(letters: Letters, tmp_path: Path
 # ---------------------------------------------------------------------------------------------- what a base is
 
 
-@pytest.mark.parametrize(
-    "name", ["tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"]
-)
-def test_a_base_is_another_one_with_another_tokenizer_template_or_stop_token(name: str, tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"weights")
-    sums = {files.checksum(tmp_path)}
-    for content in ("{}", '{"a": 1}'):
-        (tmp_path / name).write_text(content, encoding="utf-8")
-        sums.add(files.checksum(tmp_path))
-    (tmp_path / "README.md").write_text("about the model", encoding="utf-8")
-    assert files.checksum(tmp_path) in sums and len(sums) == 3
-
-
 def test_figures_of_a_base_are_measured_again_once_its_folder_changes(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,13 +93,14 @@ def test_figures_of_a_base_are_measured_again_once_its_folder_changes(
 
 
 def test_a_run_is_not_resumed_on_a_base_that_changed_under_its_name(
-    base: str, letters: Letters, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+    base: str, letters: Letters, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     stopped_run(base, tmp_path / "out")
     (folder,) = (tmp_path / "out").iterdir()
     files.save_checkpoint(Path(base), tiny_gpt(letters, seed=1))
     train(train_rosd, base, tmp_path / "out", "--resume")
-    assert "begins at its first step; unfinished runs with other settings: rosd-" in capsys.readouterr().err
+    hint = "has nothing to resume, the run begins at its first step; unfinished runs with other settings"
+    assert f"{hint}: {folder.name}." in capsys.readouterr().err and (folder / "state.pt").exists()
     with pytest.raises(UserError, match="another base;"):
         run_of(settings(train_rosd, base, tmp_path)).check_same(torch.load(folder / "state.pt"), folder)
 
@@ -127,15 +110,7 @@ def test_a_run_is_not_resumed_on_a_base_that_changed_under_its_name(
 
 def test_stopped_between_state_and_metrics_a_run_loses_no_line(base: str, tmp_path: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Stop):
-        write_lines, calls = files.write_lines, []
-
-        def stop(path: Path, rows: list) -> None:
-            calls.append(path)
-            if len(calls) == 2:
-                raise Stop
-            write_lines(path, rows)
-
-        patch.setattr(files, "write_lines", stop)
+        stop_at(patch, "write_lines", 2, files)
         train(train_rosd, base, tmp_path / "out")
     train(train_rosd, base, tmp_path / "out", "--resume")
     assert [row["step"] for row in metrics(tmp_path / "out")] == [0, 1]
@@ -154,22 +129,12 @@ def test_resume_goes_on_however_the_folder_is_spelled_or_moved(
         assert not list(Path(spelled).glob("*/state.pt"))
 
 
-def test_resume_with_other_steps_says_that_a_new_run_begins_and_which_ones_wait(
-    base: str, tmp_path: Path, capsys: pytest.CaptureFixture
-) -> None:
-    stopped_run(base, tmp_path / "out")
-    (state,) = (tmp_path / "out").glob("*/state.pt")
-    train(train_rosd, base, tmp_path / "out", "--steps", "1", "--resume")
-    hint = "has nothing to resume, the run begins at its first step; unfinished runs with other settings"
-    assert f"{hint}: {state.parent.name}." in capsys.readouterr().err and state.exists()
-
-
 def test_a_finished_run_is_not_made_again_by_resume(base: str, tmp_path: Path) -> None:
     first = train(train_rosd, base, tmp_path / "out")
     assert train(train_rosd, base, f"{tmp_path}/out/", "--resume") == first
 
 
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", {}, {"config": 1}, "no parts", "other parts"], ids=str)
+@pytest.mark.parametrize("content", [b"no checkpoint", {"config": 1}, "no parts", "other parts"], ids=str)
 def test_a_damaged_state_is_one_sentence_with_a_remedy_that_helps(content: object, base: str, tmp_path: Path) -> None:
     stopped_run(base, tmp_path / "out")
     path = file_of(tmp_path / "out", "state.pt")
@@ -186,7 +151,7 @@ def test_a_damaged_state_is_one_sentence_with_a_remedy_that_helps(content: objec
     train(train_rosd, base, tmp_path / "out", "--resume")
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"config": {}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"config": {}}'])
 def test_damaged_results_are_one_sentence(content: str, base: str, tmp_path: Path) -> None:
     train(train_rosd, base, tmp_path / "out", "--steps", "1")
     file_of(tmp_path / "out", "results.json").write_text(content, encoding="utf-8")
@@ -221,10 +186,9 @@ def test_settings_that_share_a_name_are_refused_and_the_finished_run_stays(base:
 
 
 def test_the_second_of_two_runs_in_one_folder_is_refused(base: str, tmp_path: Path) -> None:
-    with run_of(settings(train_rosd, base, tmp_path / "out")):
-        for _ in range(2):
-            with pytest.raises(UserError, match="another process is running in"):
-                train(train_rosd, base, tmp_path / "out")
+    first = run_of(settings(train_rosd, base, tmp_path / "out"))
+    with first, pytest.raises(UserError, match="another process is running in"):
+        train(train_rosd, base, tmp_path / "out")
     train(train_rosd, base, tmp_path / "out")
 
 
@@ -267,21 +231,6 @@ def test_a_full_disk_is_one_sentence_and_destroys_nothing(
     train(script, base, tmp_path / "out", "--resume")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
-def test_a_device_that_is_really_full_is_one_sentence(tmp_path: Path) -> None:
-    for save in (lambda path: torch.save({"a": torch.ones(9)}, path), lambda path: path.write_text("a" * 99999)):
-        with pytest.raises(UserError, match="free some space"), files.replacing(tmp_path / "state.pt") as temporary:
-            temporary.symlink_to("/dev/full")
-            save(temporary)
-    assert not list(tmp_path.iterdir())
-
-
-def test_an_output_folder_that_is_a_file_is_refused(base: str, tmp_path: Path) -> None:
-    (tmp_path / "out").touch()
-    with pytest.raises(UserError, match="choose another folder"):
-        train(train_rosd, base, tmp_path / "out")
-
-
 def test_what_a_killed_process_left_half_written_goes_with_the_next_run(base: str, tmp_path: Path) -> None:
     stopped_run(base, tmp_path / "out")
     rest = file_of(tmp_path / "out", "state.pt").with_name("state.pt.123.tmp")
@@ -303,12 +252,9 @@ def test_files_are_utf_8_with_unix_lines_and_json_without_nan(tmp_path: Path) ->
 # ---------------------------------------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_number_that_is_not_finite_is_neither_loaded_nor_written(
-    value: float, base: str, letters: Letters, tmp_path: Path
-) -> None:
+def test_a_number_that_is_not_finite_is_neither_loaded_nor_written(base: str, letters: Letters, tmp_path: Path) -> None:
     model = tiny_gpt(letters)
-    model.blocks[0].mlp.up_proj.weight.data[3, 4] = value
+    model.blocks[0].mlp.up_proj.weight.data[3, 4] = math.nan
     torch.save({"config": vars(model.config), "model": model.state_dict()}, tmp_path / "bad.pt")
     for attempt in (
         lambda: train(train_rosd, str(tmp_path / "bad.pt"), tmp_path / "out"),
@@ -320,9 +266,7 @@ def test_a_number_that_is_not_finite_is_neither_loaded_nor_written(
 
 
 @both_scripts
-def test_a_diverging_run_ends_with_a_sentence_and_a_healthy_state(
-    script: ModuleType, base: str, tmp_path: Path
-) -> None:
+def test_a_diverging_run_ends_with_a_sentence_and_a_healthy_state(script: Any, base: str, tmp_path: Path) -> None:
     more = ["--steps", "9"] if script is train_rosd else ["--epochs", "9", "--finetune", "full"]
     with pytest.raises(UserError, match=r"lower --learning-rate|lower learning rate"):
         train(script, base, tmp_path / "out", "--learning-rate", "1e30", *more)
@@ -347,23 +291,13 @@ def test_a_step_and_a_run_that_learned_from_nothing_say_so(
 # ---------------------------------------------------------------------------------------------- machines
 
 
-@pytest.mark.parametrize(
-    ("cuda", "mps", "name", "chosen"),
-    [
-        (True, True, "auto", "cuda"),
-        (False, True, "auto", "mps"),
-        (False, False, "auto", "cpu"),
-        (True, True, "cpu", "cpu"),
-    ],
-)
-def test_auto_takes_the_best_device(
-    cuda: bool, mps: bool, name: str, chosen: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+def test_auto_takes_the_best_device(monkeypatch: pytest.MonkeyPatch) -> None:
     zeros = lambda count, device: type("Tensor", (), {"device": torch.device(device)})  # noqa: E731
     monkeypatch.setattr(device.torch, "zeros", zeros)
-    assert device.pick_device(name).type == chosen
+    for cuda, mps, best in ((True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda mps=mps: mps)
+        assert device.pick_device("auto").type == best and device.pick_device("cpu").type == "cpu"
 
 
 @pytest.mark.parametrize("slow", [True, False])
@@ -385,7 +319,6 @@ def test_without_bfloat16_units_a_folder_is_computed_and_saved_in_float32(
     saved = {"dtype": str(computed)[6:], "torch_dtype": str(computed)[6:]}  # as it was trained and tested
     assert json.loads(files.read_text(tmp_path / "model" / "config.json")) == about | saved
     assert {p.dtype for p in GPT.from_pretrained(tmp_path / "model").parameters()} == {computed}
-    assert (tmp_path / "model" / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
 def test_results_say_what_computed_them(base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,15 +327,6 @@ def test_results_say_what_computed_them(base: str, tmp_path: Path, monkeypatch: 
     results = json.loads(files.read_text(file_of(tmp_path / "out", "results.json")))
     assert {"peak_memory_mb": None, "dtype": "float32", "device": "cpu"}.items() <= results.items()
     assert results["torch"] == torch.__version__ and results["threads"] == torch.get_num_threads()
-
-
-def test_a_bar_fits_in_80_columns() -> None:
-    for label, total, loss in (("rosd, …", 30, -1.2e-09), ("sdpo, …", 1000, 0.0123)):
-        with progress_bar(range(total), label, total=total, file=open(os.devnull, "w", encoding="utf-8")) as bar:
-            bar.update(total // 2)
-            bar.start_t -= 40000  # hours
-            bar.set_postfix_str(f"loss {loss:.2g}, accuracy {0.123:.2g}")
-            assert len(line := str(bar)) < 80 and re.search(rf"{label}  50%.*left, loss .*, accuracy 0\.12$", line)
 
 
 # ---------------------------------------------------------------------------------------------- side by side, Ctrl-C
@@ -440,24 +364,22 @@ def group(leader: int) -> list[str]:
     [
         ["train_rosd.py", "--steps", "500", "--batch", "4", "--group", "4"],
         ["train_spd.py", "--prompts", "60", "--calibration-size", "40", "--epochs", "500"],
-        ["pretrain.py", "--batch", "4", "--out", "out/base.pt"],
     ],
     ids=lambda command: command[0],
 )
 def test_ctrl_c_ends_every_process_and_leaves_whole_files(command: list[str], tmp_path: Path) -> None:
     """As a terminal does it: the signal reaches all processes of the group at once."""
-    small = [] if command[0] == "pretrain.py" else ["--eval-problems", "1", "--eval-samples", "1", "--device", "cpu"]
+    small = ["--eval-problems", "1", "--eval-samples", "1", "--device", "cpu"]
     script = subprocess.Popen(
         [sys.executable, str(files.ROOT / command[0]), *command[1:], *small],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=(tmp_path / "stderr").open("wb"), start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
-    enough = 1 if small else 0
     deadline = time.time() + 60
-    while len(list(tmp_path.glob("out/*/metrics.jsonl"))) < enough or not (tmp_path / "stderr").stat().st_size:
+    while not list(tmp_path.glob("out/*/metrics.jsonl")) or not (tmp_path / "stderr").stat().st_size:
         assert script.poll() is None and time.time() < deadline, files.read_text(tmp_path / "stderr")
         time.sleep(0.1)
-    assert len(group(script.pid)) > (1 if small else 0)  # the trainings beside it
+    assert len(group(script.pid)) > 1  # the trainings beside it
     os.killpg(script.pid, signal.SIGINT)
     assert script.wait(timeout=30) == 130
     printed = files.read_text(tmp_path / "stderr")

@@ -21,19 +21,13 @@ def test_temperature_raises_probabilities_to_its_inverse() -> None:
 
 
 @pytest.mark.parametrize(
-    ("top_p", "expected"),
-    [
-        (0.0, [0, 1, 0, 0]),
-        (0.49, [0, 1, 0, 0]),
-        (0.51, [0, 0.5 / 0.8, 0, 0.3 / 0.8]),
-        (0.79, [0, 0.5 / 0.8, 0, 0.3 / 0.8]),
-        (0.81, [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
-        (0.96, [0.15, 0.5, 0.05, 0.3]),
-        (1.0, [0.15, 0.5, 0.05, 0.3]),
-    ],
+    ("top_p", "kept"),
+    [(0.0, "b"), (0.49, "b"), (0.51, "bd"), (0.79, "bd"), (0.81, "abd"), (0.96, "abcd"), (1.0, "abcd")],
 )
-def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, expected: list[float]) -> None:
-    assert distribution([0.15, 0.5, 0.05, 0.3], top_p=top_p) == pytest.approx(expected, abs=1e-6)
+def test_top_p_keeps_the_smallest_set_that_reaches_p(top_p: float, kept: str) -> None:
+    probs = {"a": 0.15, "b": 0.5, "c": 0.05, "d": 0.3}
+    expected = [p * (token in kept) / sum(map(probs.get, kept)) for token, p in probs.items()]
+    assert distribution([*probs.values()], top_p=top_p) == pytest.approx(expected, abs=1e-6)
 
 
 def test_top_k_keeps_the_k_likeliest_and_comes_before_top_p() -> None:
@@ -70,11 +64,7 @@ def write_alone(
     return response, logprobs
 
 
-@pytest.mark.parametrize(
-    "sampling",
-    [{}, {"temperature": 0.7}, {"top_k": 3}, {"top_p": 0.8}, {"temperature": 1.5, "top_k": 6, "top_p": 0.9}],
-    ids=str,
-)
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "top_k": 6, "top_p": 0.9}], ids=str)
 @pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2], [3, 4]]], ids=["ragged", "equal"])
 @pytest.mark.parametrize("stop", [STOP, (3, *STOP)], ids=["one stop", "two stops"])
 def test_batched_sampling_equals_a_loop_over_single_rows(
@@ -123,10 +113,7 @@ def test_temperatures_near_zero_take_the_likeliest_token_and_are_never_nan(tempe
         assert torch.equal(probs, next_token_probs(logits, 0.0))
 
 
-GREEDY = [{"temperature": 0.0}, {"temperature": 1e-40}, {"top_k": 1}, {"top_p": 1e-6}]
-
-
-@pytest.mark.parametrize("sampling", GREEDY, ids=str)
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {"top_k": 1}, {"top_p": 1e-6}], ids=str)
 def test_greedy_decoding_takes_the_likeliest_token(sampling: dict[str, float]) -> None:
     model = random_model(seed=2)
     greedy = generate(model, PROMPTS, 8, STOP, generator=seeded(0), **sampling)

@@ -67,15 +67,9 @@ WRONG = {
 
 @pytest.mark.parametrize(("cases", "verdict"), [(RIGHT, True), (WRONG, False)], ids=["right", "wrong"])
 def test_an_answer_is_the_golden_one_only_as_a_whole(cases: dict[str, str], verdict: bool) -> None:
-    judgements = {
-        (golden, text): right(text.replace(":F", ":\nF"), golden)
-        for golden in cases
-        for text in cases[golden].split("|")
-    }
-    assert [case for case, judgement in judgements.items() if judgement != verdict] == []
-    assert not any(
-        right(text, "42") or right(text, "Friday") for text in ("", " ", "9" * 5000, "Answer: " + "9" * 5000)
-    )
+    pairs = [(golden, text.replace(":F", ":\nF")) for golden in cases for text in cases[golden].split("|")]
+    assert [pair for pair in pairs if right(pair[1], pair[0]) != verdict] == []
+    assert not any(right(text, golden) for golden in ("42", "Friday") for text in ("", " ", "9" * 5000))
 
 
 # ---------------------------------------------------------------------------------------------- files
@@ -111,20 +105,13 @@ def test_a_response_that_was_cut_off_has_no_answer(task: Task) -> None:
         ([{"question": " ", "answer": "3"}], "line 1, has an empty question"),
         (["3"], "line 1, is not of the form"),
         ([{"question": "How many?", "answer": "work ####"}], "line 1, has an empty question or answer"),
-        *(
-            ([{"question": "How many?", "answer": bad}], "line 1, is not of the form")
-            for bad in (None, True, ["4"], {})
-        ),
-        *(
-            ([*ROWS, f'{{"question": "How many?", "answer": {bad}}}'], "line 19, is not of the form.* no finite number")
-            for bad in ("NaN", "Infinity", "-Infinity", "1e999")
-        ),
-        ([r'{"question": "\ud800", "answer": "3"}'], "line 1, is not of the form.*surrogates not allowed"),
+        *(([{"question": "Why?", "answer": bad}], "line 1, is not of the form") for bad in (None, True, ["4"])),
+        *(([f'{{"question": "Why?", "answer": {bad}}}'], "line 1, .* no finite number") for bad in ("NaN", "1e999")),
         ([r'{"question": "Which?", "answer": "\udfff"}'], "line 1, is not of the form.*surrogates not allowed"),
         (ROWS[:1], "none of them for the"),
         ([*ROWS, {"question": "egg " * 3000, "answer": "3"}], "problem 19 of bad"),
     ],
-    ids=range(18),
+    ids=range(14),
 )
 def test_broken_files_are_named_with_their_line(folder: Path, tmp_path: Path, rows: list[Any], cause: str) -> None:
     with pytest.raises(UserError, match=cause) as error:
@@ -160,10 +147,9 @@ def test_characters_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------- Reasoning Gym
 
+INTEGRATION = {"intermediate_integration", "simple_integration"}
 REFUSED = {
-    "running it as code": set(
-        ["countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"]
-    ),
+    "running it as code": {"countdown", "polynomial_multiplication", "puzzle24", *INTEGRATION},
     "no golden answers": {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"},
     "at least one dataset": {"composite"},  # its settings are datasets
 }

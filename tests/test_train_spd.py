@@ -3,6 +3,7 @@
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,31 +32,24 @@ def test_losses_are_those_of_earlier_versions(flags: str, base: str, tmp_path: P
     assert [row["loss"] for row in metrics(tmp_path)] == pytest.approx(GOLDEN[flags], rel=1e-3)
 
 
-class Updates:
-    """Every batch that a run learns from, its loss, and whether dropout acts."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.batches: list[list] = []
-        self.losses: list[float] = []
-        self.dropout: list[bool] = []
-
-        def loss_of(student: GPT, batch: list, completion_only: bool) -> torch.Tensor:
-            self.batches.append(batch)
-            self.dropout += [module.training for module in student.modules() if isinstance(module, LoRALinear)]
-            loss = next_token_loss(student, batch, completion_only)
-            self.losses.append(loss.item())
-            return loss
-
-        monkeypatch.setattr(train_spd, "next_token_loss", loss_of)
-
-
 @pytest.fixture
-def updates(monkeypatch: pytest.MonkeyPatch) -> Updates:
-    return Updates(monkeypatch)
+def updates(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Every batch that a run learns from, its loss, and whether dropout acts."""
+    seen = SimpleNamespace(batches=[], losses=[], dropout=[])
+
+    def loss_of(student: GPT, batch: list, completion_only: bool) -> torch.Tensor:
+        seen.batches.append(batch)
+        seen.dropout += [module.training for module in student.modules() if isinstance(module, LoRALinear)]
+        loss = next_token_loss(student, batch, completion_only)
+        seen.losses.append(loss.item())
+        return loss
+
+    monkeypatch.setattr(train_spd, "next_token_loss", loss_of)
+    return seen
 
 
 def test_the_student_learns_one_projected_completion_of_every_prompt_and_none_is_filtered(
-    base: str, letters: Letters, tmp_path: Path, updates: Updates
+    base: str, letters: Letters, tmp_path: Path, updates: SimpleNamespace
 ) -> None:
     train(train_spd, base, tmp_path, "--prompts", "7", "--batch", "4", "--epochs", "2", "--rank", "25%")
     assert list(map(len, updates.batches)) == [4, 3, 4, 3]
@@ -74,7 +68,7 @@ def test_the_student_learns_one_projected_completion_of_every_prompt_and_none_is
 
 @pytest.mark.parametrize("completion_only", [True, False])
 def test_the_student_is_trained_without_projection(
-    completion_only: bool, base: str, tmp_path: Path, updates: Updates
+    completion_only: bool, base: str, tmp_path: Path, updates: SimpleNamespace
 ) -> None:
     """Before its first update its loss is that of the plain base."""
     flags = [] if completion_only else ["--no-completion-only"]
@@ -87,18 +81,13 @@ def test_the_student_is_trained_without_projection(
 
 def test_learning_rate_falls_along_half_a_cosine(base: str, tmp_path: Path, optimizer_steps: list) -> None:
     train(train_spd, base, tmp_path, "--prompts", "6", "--batch", "4", "--epochs", "3", "--learning-rate", "0.5")
-    assert [rate for rate, _ in optimizer_steps] == pytest.approx(
-        [0.25 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
-    )
+    expected = [0.25 * (1 + math.cos(math.pi * i / 6)) for i in range(6)]
+    assert [rate for rate, _ in optimizer_steps] == pytest.approx(expected)
 
 
-def test_dropout_acts_while_training_alone(
-    base: str, tmp_path: Path, updates: Updates, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    evaluated, evaluate_run = [], train_spd.evaluate_run
-    monkeypatch.setattr(
-        train_spd, "evaluate_run", lambda m, *rest: evaluated.append(m.training) or evaluate_run(m, *rest)
-    )
+def test_dropout_acts_while_training_alone(base: str, tmp_path: Path, updates: Any, monkeypatch: Any) -> None:
+    evaluated, run = [], train_spd.evaluate_run
+    monkeypatch.setattr(train_spd, "evaluate_run", lambda m, *rest: evaluated.append(m.training) or run(m, *rest))
     train(train_spd, base, tmp_path)
     assert updates.dropout and all(updates.dropout) and evaluated == [False, False]
 
@@ -146,15 +135,11 @@ def test_a_stopped_run_resumes_to_the_same_metrics_and_weights(base: str, tmp_pa
     assert all(map(torch.equal, *(model.parameters() for model in models)))
 
 
-@pytest.mark.parametrize(
-    ("flags", "temperature", "domain"),
-    [("", 0.0, "exam"), ("--method psr", 1.0, "exam"), ("--method psr --temperature 0.5", 0.5, "exam")],
-)
-def test_the_method_and_the_task_choose_temperature_and_domain(flags: str, temperature: float, domain: str) -> None:
-    config = train_spd.parse_config(train_spd.Config, "", flags.split(), train_spd.defaults_of)
-    assert (config.temperature, config.domain) == (temperature, domain)
-    assert train_spd.configure(config.method).domain == domain
-    assert train_spd.configure(task="words.jsonl").domain == ""
+def test_the_method_and_the_task_choose_temperature_and_domain() -> None:
+    for flags, temperature in (("", 0.0), ("--method psr", 1.0), ("--method psr --temperature 0.5", 0.5)):
+        config = train_spd.parse_config(train_spd.Config, "", flags.split(), train_spd.defaults_of)
+        assert (config.temperature, config.domain) == (temperature, "exam")
+    assert (train_spd.configure("psr").domain, train_spd.configure(task="words.jsonl").domain) == ("exam", "")
 
 
 # ---------------------------------------------------------------------------------------------- both loops
@@ -173,8 +158,7 @@ def test_a_run_leaves_a_trained_model_and_the_files_it_promises(
     assert not all(map(torch.equal, left.parameters(), start.parameters()))
     stored = files.read_json(folder / "results.json")
     assert stored["after"] == result["after"] and set(stored["after"]) == set(letters.domains)
-    assert stored["name"] == folder.name and stored["config"] == files.plain(
-        settings(script, base, tmp_path, "--domain", "one")
-    )
+    assert stored["name"] == folder.name
+    assert stored["config"] == files.plain(settings(script, base, tmp_path, "--domain", "one"))
     assert stored["commit"] and stored["torch"] and stored["seconds"] > 0 and "loud" in stored["after"]["two"]
     assert [row["step"] for row in metrics(tmp_path)] == [0, 1]

@@ -87,7 +87,6 @@ def test_a_wrong_example_ends_wrongly(folder: Path, tmp_path: Path, answer: str,
         ("The answer is 7.", "7"),
         ("27 or so, that is 7", " 7"),
         ("6 * 7 = 42. 42 - 38 = 4. The answer is 4", "8 = 4"),
-        ("3 + 1.5 = 4.5; 8 / 2 = 4", "2 = 4"),
         ("48 + 24 = 72", None),
         ("No idea", None),
     ],
@@ -121,12 +120,9 @@ def test_decisive_tokens_are_results_and_the_answer(task: Task) -> None:
     pieces = task.pieces([*task.encode(text), task.end()])
     assert task.decisive(pieces, "full") == list(range(len(pieces)))
     assert len(task.decisive(pieces)) == 6  # one token a digit; the end is not decisive
-
-
-def test_every_token_of_a_decisive_character_is_decisive(task: Task) -> None:
     solution = task.encode("The answer is \U0001d518")  # the last four tokens are one character
-    pieces = task.pieces([*solution, task.end()])
-    assert task.decisive(pieces)[-4:] == [len(solution) - 4 + i for i in range(4)]
+    last = range(len(solution) - 4, len(solution))
+    assert task.decisive(task.pieces([*solution, task.end()]))[-4:] == list(last)
 
 
 # ---------------------------------------------------------------------------------------------- the loops
@@ -136,7 +132,6 @@ ROSD = ["--steps", "2", "--batch", "2", "--group", "2"]
 SPD = ["--epochs", "2", "--prompts", "4", "--batch", "2", "--calibration-size", "8", "--layers", "last", "--rank", "2"]
 LOOPS = {
     "rosd": (train_rosd, ROSD),
-    "sdpo": (train_rosd, ["--method", "sdpo", *ROSD]),
     "opsd": (train_rosd, ["--method", "opsd", *ROSD]),
     "spd": (train_spd, SPD),
 }
@@ -207,12 +202,9 @@ def test_a_file_that_changed_is_another_run(folder: Path, tmp_path: Path, run: C
     assert list(tmp_path.glob("out/*/results.json"))
 
 
-@pytest.mark.parametrize("finetune", ["full", "lora"])
-def test_transformers_reads_a_trained_model(
-    finetune: str, folder: Path, file: Path, tmp_path: Path, run: Callable
-) -> None:
+def test_transformers_reads_a_trained_model(folder: Path, file: Path, tmp_path: Path, run: Callable) -> None:
     transformers = pytest.importorskip("transformers")
-    flags = ["--task", file, "--learning-rate", "0.01", "--finetune", finetune]
+    flags = ["--task", file, "--learning-rate", "0.01", "--finetune", "lora"]
     run("opsd", *flags, "--base", folder, "--out", tmp_path / "one")
     written = next(tmp_path.glob("one/*/model"))
     ours, base = GPT.from_pretrained(written), GPT.from_pretrained(folder)
@@ -241,7 +233,6 @@ def test_the_demo_runs_without_a_true_first_error(folder: Path, file: Path, monk
         (["--max-response", "3000"], "of the model's 2048 tokens"),
         (["--domain", "add"], "give one of eggs"),
         (["--task", "arithmetic"], "neither --shots nor --max-response"),
-        (["--base", "data/base.pt"], "give one with --base"),
     ],
     ids=" ".join,
 )

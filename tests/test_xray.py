@@ -18,29 +18,21 @@ from reflect import Rollout, locate, pair_with_peers, sample_rollouts, write_ref
 from tools import xray
 from tools.xray import Strip, Token
 
-VOID = {"meta", "input", "br"}
-
 
 class Balanced(HTMLParser):
-    """Fails where a tag is closed that is not open; gathers the text of the token buttons."""
+    """Fails where a tag is closed that is not open; counts the tokens."""
 
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.tokens: list[str] = []
+        self.tokens = 0
 
     def handle_starttag(self, tag: str, attributes: list) -> None:
-        if tag not in VOID:
-            self.open.append(tag)
-        if "token" in (dict(attributes).get("class") or "").split():
-            self.tokens.append("")
+        self.open += [tag] * (tag not in {"meta", "input", "br"})
+        self.tokens += "token" in (dict(attributes).get("class") or "").split()
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        if self.open and self.open[-1] == "button":
-            self.tokens[-1] += data
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +66,7 @@ def test_the_page_is_one_well_formed_file_without_network(
     assert not re.search(r"https?:|src=|@import|url\(", text)
     parsed = Balanced()
     parsed.feed(text)
-    assert parsed.open == [] and len(parsed.tokens) > 50 and "#" in parsed.tokens
-
-
-def test_after_training_the_page_shows_both_students(task: Task, model: GPT, rollout: Rollout) -> None:
-    before = xray.rosd_page(model, task, {}, [rollout], rollout)
-    after = xray.rosd_page(model, task, {"ROSD": model, "SDPO": model}, [rollout], rollout)
-    assert "after training" not in before and "train_rosd.py" in before
-    assert "after training" in after and "train_rosd.py" not in after and "<h3>SDPO</h3>" in after
+    assert parsed.open == [] and parsed.tokens > 50
 
 
 def test_tokens_carry_mask_divergence_and_both_distributions(task: Task, model: GPT, rollout: Rollout) -> None:
