@@ -5,6 +5,7 @@ import json
 import os
 import random
 import re
+import signal
 from pathlib import Path
 from types import ModuleType
 from typing import Any, ClassVar
@@ -232,6 +233,11 @@ def task(folder: Path, file: Path) -> Task:
 def find(task: Task, domain: str, word: str) -> WordProblem:
     drawn = [p for test in (False, True) for p in task.problems(domain, 40, random.Random(0), test)]
     return next(problem for problem in drawn if word in problem.question)
+
+
+def hear_ctrl_c() -> None:
+    """In a new process: undo that a job in the background was started with Ctrl-C ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -11,7 +11,7 @@ import typing
 from pathlib import Path
 
 import pytest
-from conftest import SPD, Letters, sentence, tiny_gpt
+from conftest import SPD, Letters, hear_ctrl_c, sentence, tiny_gpt
 
 import pretrain
 import reflect
@@ -217,7 +217,8 @@ def test_ctrl_c_ends_a_script_also_within_one_long_operation(operation: str) -> 
     """The long one takes a minute or more; 30 s are far above the 3 s that the script has."""
     code = f"import time, torch\nfrom harness.cli import run_script\ndef main():\n    {operation}\n"
     command = [sys.executable, "-c", f"{code}run_script(main, 'Stopped; --resume goes on.')"]
-    script = subprocess.Popen(command, cwd=files.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    script = subprocess.Popen(command, cwd=files.ROOT, preexec_fn=hear_ctrl_c, **pipes)
     assert script.stdout.readline() == "begun\n"
     script.send_signal(signal.SIGINT)
     _, printed = script.communicate(timeout=30)

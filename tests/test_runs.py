@@ -16,7 +16,19 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Letters, Stop, both_scripts, file_of, metrics, settings, stop_at, stopped_run, tiny_gpt, train
+from conftest import (
+    Letters,
+    Stop,
+    both_scripts,
+    file_of,
+    hear_ctrl_c,
+    metrics,
+    settings,
+    stop_at,
+    stopped_run,
+    tiny_gpt,
+    train,
+)
 
 import train_rosd
 import train_spd
@@ -373,7 +385,7 @@ def test_ctrl_c_ends_every_process_and_leaves_whole_files(command: list[str], tm
     script = subprocess.Popen(
         [sys.executable, str(files.ROOT / command[0]), *command[1:], *small],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=(tmp_path / "stderr").open("wb"), start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=hear_ctrl_c,
     )  # fmt: skip
     deadline = time.time() + 60
     while not list(tmp_path.glob("out/*/metrics.jsonl")) or not (tmp_path / "stderr").stat().st_size:
@@ -384,6 +396,7 @@ def test_ctrl_c_ends_every_process_and_leaves_whole_files(command: list[str], tm
     assert script.wait(timeout=30) == 130
     printed = files.read_text(tmp_path / "stderr")
     assert "Stopped." in printed and "Traceback" not in printed
+    deadline = time.time() + 30
     while group(script.pid):  # the helper of multiprocessing ends a moment later
         assert time.time() < deadline, group(script.pid)
     for state in tmp_path.glob("out/*/state.pt"):
