@@ -209,12 +209,16 @@ def main() -> None:
     task, model = open_task_and_base(config, config.domain)
     sampling = random.Random(config.seed), seeded("example", config.seed)
     pair, _ = example(model, task, config.domain or task.domains[0], *sampling)
-    ((q, e),), (y, peer, _) = write_reflections(model, task, [pair]), pair
+    y, peer, _ = pair
+    prompt = task.encode(task.reflector_prompt(y.problem, y.text, peer.text, give_answer=False))
+    text = task.decode(generate(model, [prompt], task.max_reflection, task.stop, temperature=0.0)[0])
+    q, e = parse_reflection(text)
     quote = locate(q, y.pieces)
     truth = f", and the verifier's own first error is at {true_position(y)}" if y.verdict.error else ""
     print(f"problem x            {y.problem.question}")
     print(f"correct peer y*      {peer.text}")
     print(f"wrong rollout y-     {y.text}")
+    print(f"reflector writes     {text}")
     print(f"error quote q        {q}")
     print(f"corrective idea e    {e}")
     print(f"k = Locate(q, y-)    {quote[0] if quote else 'not found'}{truth}")

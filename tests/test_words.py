@@ -219,7 +219,7 @@ def test_transformers_reads_a_trained_model(folder: Path, file: Path, tmp_path: 
 @pytest.mark.usefixtures("right_half_of_the_time")
 def test_the_demo_runs_without_a_true_first_error(folder: Path, file: Path, monkeypatch: Any, capsys: Any) -> None:
     monkeypatch.setattr(Words, "max_reflection", 6)
-    monkeypatch.setattr(reflect, "write_reflections", lambda *_: [reflect.Reflection("x", "It is\n5.")])
+    monkeypatch.setattr(reflect, "parse_reflection", lambda _: reflect.Reflection("x", "It is\n5."))
     monkeypatch.setattr(sys, "argv", ["reflect.py", "--base", str(folder), "--task", str(file)])
     run_script(reflect.main)
     printed = capsys.readouterr().out
