@@ -30,7 +30,9 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def slow_in_bfloat16(device: torch.device | str) -> bool:
     """Whether a device lacks bfloat16 units, as most CPUs of laptops do: float32 is several times as fast there."""
-    return torch.device(device).type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if torch.device(device).type != "cpu":
+        return False
+    return not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def use_threads(base: str = "") -> None:

@@ -3,14 +3,17 @@
 import contextlib
 import dataclasses
 import io
+import os
 import re
 import signal
 import subprocess
 import sys
+import time
 import typing
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import SPD, Letters, hear_ctrl_c, sentence, tiny_gpt
 
 import pretrain
@@ -223,3 +226,44 @@ def test_ctrl_c_ends_a_script_also_within_one_long_operation(operation: str) -> 
     script.send_signal(signal.SIGINT)
     _, printed = script.communicate(timeout=30)
     assert script.returncode == 130 and printed.strip() == "Stopped; --resume goes on."
+
+
+def group(leader: int) -> list[str]:
+    """The processes of a group that still run."""
+    listed = subprocess.run(["ps", "-e", "-o", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [row[2] for row in rows if row[0] == str(leader) and "Z" not in row[1]]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends Ctrl-C in another way")
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train_rosd.py", "--steps", "500", "--batch", "4", "--group", "4"],
+        ["train_spd.py", "--prompts", "60", "--calibration-size", "40", "--epochs", "500"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_ctrl_c_ends_every_process_and_leaves_whole_files(command: list[str], tmp_path: Path) -> None:
+    """As a terminal does it: the signal reaches all processes of the group at once."""
+    small = ["--eval-problems", "1", "--eval-samples", "1", "--device", "cpu"]
+    script = subprocess.Popen(
+        [sys.executable, str(files.ROOT / command[0]), *command[1:], *small],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=(tmp_path / "stderr").open("wb"), start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, preexec_fn=hear_ctrl_c,
+    )  # fmt: skip
+    deadline = time.time() + 60
+    while not list(tmp_path.glob("out/*/metrics.jsonl")) or not (tmp_path / "stderr").stat().st_size:
+        assert script.poll() is None and time.time() < deadline, files.read_text(tmp_path / "stderr")
+        time.sleep(0.1)
+    assert len(group(script.pid)) > 1  # the trainings beside it
+    os.killpg(script.pid, signal.SIGINT)
+    assert script.wait(timeout=30) == 130
+    printed = files.read_text(tmp_path / "stderr")
+    assert "Stopped." in printed and "Traceback" not in printed
+    deadline = time.time() + 30
+    while group(script.pid):  # the helper of multiprocessing ends a moment later
+        assert time.time() < deadline, group(script.pid)
+    for state in tmp_path.glob("out/*/state.pt"):
+        assert torch.load(state, weights_only=True)["config"]
+    assert not list(tmp_path.glob("out/*/results.json")) and not list(tmp_path.glob("out/**/*.tmp"))
