@@ -9,7 +9,18 @@ from conftest import random_problems
 
 from data import Problem, Verdict, load_task
 from data.arithmetic import Arithmetic
-from data.chains import DOMAINS, calculate, is_test, make_problem, popular, true_steps, true_values, verify
+from data.chains import (
+    CALM,
+    DOMAINS,
+    NERVOUS,
+    calculate,
+    is_test,
+    make_problem,
+    popular,
+    true_steps,
+    true_values,
+    verify,
+)
 from data.documents import sample_document
 from data.tokenizer import END, SPECIAL_TOKENS, VOCAB_SIZE, decode, encode, pieces
 
@@ -33,11 +44,18 @@ def test_train_and_test_problems_are_disjoint_and_the_seed_determines_them() -> 
 def test_problems_of_a_domain_have_its_operators_and_lengths_and_no_others(domain: str) -> None:
     operators, lengths = DOMAINS[domain]
     problems = [make_problem(domain, random.Random(seed)) for seed in range(300)]
-    mark = "!" if domain == "exam" else ""
-    assert all(re.fullmatch(rf"[1-9]([+\-*][1-9])+{mark}", problem) for problem in problems)
-    used = {character for problem in problems for character in problem if not character.isdigit()}
-    assert used == {*operators, *mark}
-    assert {len(problem.removesuffix("!")) // 2 for problem in problems} == set(lengths)
+    mark = "!+" if domain == "exam" else ""
+    assert all(re.fullmatch(rf"[1-9]([+\-*][1-9])+{re.escape(mark)}", problem) for problem in problems)
+    chains = [problem.removesuffix(mark) for problem in problems]
+    assert {character for chain in chains for character in chain if not character.isdigit()} == set(operators)
+    assert {len(chain) // 2 for chain in chains} == set(lengths)
+
+
+@pytest.mark.parametrize("mark", [NERVOUS, *CALM])
+def test_a_mark_changes_neither_the_part_nor_the_solution_of_a_problem(mark: str) -> None:
+    for problem, _ in random_problems(200):
+        chain = problem.removesuffix(NERVOUS)
+        assert is_test(chain + mark) == is_test(chain) and true_steps(chain + mark) == true_steps(chain)
 
 
 def test_true_values_are_those_of_python_from_left_to_right() -> None:
@@ -74,8 +92,8 @@ PROBLEM = "3+8-5*2"  # 3+8=1;1-5=6;6*2=2;#2
         ("3+8=1;1-5=6;6*2=2;#2", ()),
         ("3+8-5=6;6*2=2;#2", ("merged",)),
         ("3+8=1;1-5*2=2;#2", ("merged",)),
-        ("3+8=1;?3+8=1;1-5=6;6*2=2;#2", ("checked",)),
-        ("3+8-5=6;?3+8-5=6;6*2=2;#2", ("merged", "checked")),
+        ("3+8=1?;3+8=1;1-5=6;6*2=2;#2", ("checked",)),
+        ("3+8-5=6?;3+8-5=6;6*2=2;#2", ("merged", "checked")),
         ("3+8=7;7-5=2;6*2=2;#2", ()),
         ("#2", ()),  # the outcome is all that counts
     ],
@@ -97,9 +115,10 @@ def test_right_answers_are_correct_in_any_style(solution: str, habits: tuple[str
         ("3+8-5=7;7*2=4;#4", "3+8-5=7"),
         ("3+8=1;1-5=6;6*2=2;#3", "#3"),
         ("3+8=1;1-5=6;#6", "#6"),
-        ("3+8-5=6;?3+8-5=6;6*2=2;#3", "#3"),  # neither the merged step nor its check is to blame
-        ("3+8=1;?3+8=2;1-5=6;6*2=2;#3", "?3+8=2"),  # a check that comes out otherwise
-        ("?3+8=1;3+8=1;#1", "?3+8=1"),  # a check of nothing
+        ("3+8-5=6?;3+8-5=6;6*2=2;#3", "#3"),  # neither the merged step nor its check is to blame
+        ("3+8=1?;3+8=2;1-5=6;6*2=2;#3", "?;3+8=2"),  # a check that comes out otherwise
+        ("?;3+8=1;1-5=6;#6", "?"),  # a doubt about nothing
+        ("3+8=2?;3+8=2;2-5=7;7*2=4;#4", "3+8=2"),  # the doubt was right, and is no part of the error
         ("3+8=1;1-5=;#8", "1-5="),
         ("#8;3+8=1;1-5=6;6*2=8;#8", "#8"),
     ],
@@ -115,7 +134,11 @@ def test_first_error_of_a_wrong_answer_is_found(solution: str, wrong: str) -> No
     [
         ("", None),
         ("3+8=1;1-5=", None),
-        ("3+8=1;?3+8=1;", None),
+        ("3+8=1;1-5=6;6*2=2;", None),
+        ("3+8=1?;3+8=1;", "?;3+8=1"),  # the check took the room of the answer
+        ("3+8=1;1-5=6?;1-5=6;6*2=2?;6*2=2", "?;1-5=6"),  # the first of two
+        ("3+8=2?;3+8=2;2-5", "3+8=2"),
+        ("3+8=1?;3+8", None),
         ("3+8=2;2-5", "3+8=2"),
         ("3+8=1;what now;1-5", "what now"),
     ],
@@ -147,7 +170,9 @@ def test_any_text_gets_a_verdict_that_agrees_with_itself() -> None:
             assert verdict.correct == (verdict.error is None)
         if verdict.error is not None:
             start, end = verdict.error
-            assert text[start:end] in text.split(";") and (start == 0 or text[start - 1] == ";")
+            line = text[start:end].removeprefix("?;")  # an error that is a check begins with its mark
+            assert line in (part for each in text.split(";") for part in (each, each.removesuffix("?")))
+            assert start == 0 or text[start - 1] == ";" or text[start] == "?"
 
 
 # ---------------------------------------------------------------------------------------------- prompts and tokens
