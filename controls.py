@@ -3,6 +3,7 @@
 --control false-ideas     the teacher holds an idea with a wrong result: does the content of e matter?
 --control other-ideas     the teacher holds an idea about another problem: does it have to be about this one?
 --control random-quotes   the loss begins at a random token: does the first error have to be found?
+--control other-quotes    ... where another wrong rollout went wrong: does its position alone explain the gain?
 --dose 0.25               ... in so many of the reflections
 --reflector oracle        an oracle's reflections, which know the truth: what does the reflector's own skill cost?
 --learn-from wrong        the corrected wrong rollouts alone, or the confirmed right ones
@@ -17,7 +18,7 @@ from harness.cli import option
 from model import GPT
 from reflect import Pair, Reflection, Span, parse_reflection
 
-CONTROLS = ("none", "false-ideas", "other-ideas", "random-quotes")
+CONTROLS = ("none", "false-ideas", "other-ideas", "random-quotes", "other-quotes")
 
 
 @dataclass(frozen=True)
@@ -62,4 +63,9 @@ def spoil(
             k = rng.randrange(len(y.tokens))
             length = spans[i][1] - spans[i][0] if spans[i] else 1
             places[i] = k, min(k + length, len(y.tokens))
+        elif control == "other-quotes" and not y.verdict.correct:
+            others = zip(spans, pairs, strict=True)
+            others = [span for span, p in others if span and p.y.problem != y.problem and not p.y.verdict.correct]
+            k, end = rng.choice([span for span in others if span[0] < len(y.tokens)] or [(0, len(y.tokens))])
+            places[i] = k, min(end, len(y.tokens))
     return [Reflection(r.quote, idea) for r, idea in zip(reflections, ideas, strict=True)], places

@@ -5,6 +5,7 @@ from typing import Any
 
 from data import Problem, Task, Verdict
 from harness.cli import markdown_table
+from harness.files import checksum
 from harness.run import RunConfig, seeded
 from model import GPT, generate
 
@@ -25,19 +26,21 @@ def evaluate(
     model: GPT,
     task: Task,
     domains: tuple[str, ...],
-    problems: int = 64,
-    samples: int = 16,
+    problems: int = 512,
+    samples: int = 2,
     seed: int = 0,
+    drawn_for: str = "",
     **sampling: Any,
 ) -> dict[str, dict]:
-    """domain -> mean@samples, shares of the task's habits and of unfinished responses, and how many there were.
+    """domain -> mean@samples, shares of the task's habits and of unfinished responses, and their mean length in characters.
 
-    The problems are drawn by the seed, so that an interval over seeds holds the problems' variance, too.
+    The problems are drawn by the seed and by `drawn_for`, a name of the base, so that an interval over bases holds
+    the problems' variance, too.
     """
     drawn = []
     for domain in domains:
-        drawn += task.problems(domain, problems, random.Random(f"test {domain} {seed}"), test=True)
-    _, verdicts = answer(model, task, drawn, samples, generator=seeded("evaluate", seed), label="tests", **sampling)
+        drawn += task.problems(domain, problems, random.Random(f"test {domain} {seed} {drawn_for}"), test=True)
+    texts, verdicts = answer(model, task, drawn, samples, generator=seeded("evaluate", seed), label="tests", **sampling)
     scores, per_domain = {}, problems * samples
     for i, domain in enumerate(domains):
         found = verdicts[i * per_domain : (i + 1) * per_domain]
@@ -45,6 +48,7 @@ def evaluate(
             "mean": sum(v.correct for v in found) / per_domain,
             **{habit: sum(habit in v.habits for v in found) / per_domain for habit in task.habits},
             "unfinished": sum(not v.finished for v in found) / per_domain,
+            "length": sum(map(len, texts[i * per_domain : (i + 1) * per_domain])) / per_domain,
             "problems": problems,
             "samples": samples,
         }
@@ -54,7 +58,8 @@ def evaluate(
 def evaluate_run(model: GPT, task: Task, config: RunConfig) -> dict[str, dict]:
     """All domains, with the problems, samples and sampling of a run's settings."""
     sampling = {"temperature": config.eval_temperature, "top_p": config.eval_top_p}
-    return evaluate(model, task, task.domains, config.eval_problems, config.eval_samples, config.seed, **sampling)
+    drawn_by = config.seed, checksum(config.base)
+    return evaluate(model, task, task.domains, config.eval_problems, config.eval_samples, *drawn_by, **sampling)
 
 
 def accuracy_of_text(model: GPT, task: Task, config: RunConfig, **sampling: Any) -> dict[str, dict]:
@@ -62,7 +67,8 @@ def accuracy_of_text(model: GPT, task: Task, config: RunConfig, **sampling: Any)
     problems, samples = config.eval_problems, config.eval_samples
     if sampling["temperature"] == 0:  # all samples of a problem would be the same: as many problems instead
         problems, samples = problems * samples, 1
-    return evaluate(model, task, (config.domain,), problems, samples, config.seed, **sampling)
+    drawn_by = config.seed, checksum(config.base)
+    return evaluate(model, task, (config.domain,), problems, samples, *drawn_by, **sampling)
 
 
 def quick_test(model: GPT, task: Task, config: RunConfig, step: int) -> dict[str, dict[str, float]]:

@@ -110,12 +110,19 @@ def as_tensors(lessons: list[Lesson], device: torch.device) -> tuple[Tensor, Ten
 # ---------------------------------------------------------------------------------------------- the log
 
 
-def statistics(rollouts: list[Rollout], pairs: list[Pair], quotes: list[Span | None] | None, task: Task) -> dict:
-    """What a step logs of its rollouts, and of the quotes in its wrong rollouts, if there are reflections."""
+def statistics(
+    rollouts: list[Rollout], pairs: list[Pair], quotes: list[Span | None] | None, task: Task, group: int
+) -> dict:
+    """What a step logs of its rollouts, and of the quotes in its wrong rollouts, if there are reflections.
+
+    `solved`, the share of groups with a right rollout, is pass@G on fresh training problems.
+    """
     verdicts = [y.verdict for y in rollouts]
+    groups = [verdicts[i : i + group] for i in range(0, len(verdicts), group)]
     wrong = [(y, quote) for (y, *_), quote in zip(pairs, quotes or [], strict=False) if not y.verdict.correct]
     return {
         "accuracy": [v.correct for v in verdicts],
+        "solved": [any(v.correct for v in each) for each in groups],
         **{habit: [habit in v.habits for v in verdicts] for habit in task.habits},
         "unfinished": [not v.finished for v in verdicts],
         "quote_match": [quote is not None for _, quote in wrong],

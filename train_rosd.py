@@ -220,7 +220,7 @@ def train(config: Config) -> dict:
                 for theta_T, theta_S in zip(teacher.parameters(), weights, strict=True):
                     theta_T.data.lerp_(theta_S.data, config.ema)
 
-            log = {**statistics(rollouts, pairs, located, task), "learned_from": len(lessons)}
+            log = {**statistics(rollouts, pairs, located, task, config.group), "learned_from": len(lessons)}
             run.log(
                 loss=sum(losses) / len(losses) if losses else None, **log, **quick_test(student, task, config, step)
             )

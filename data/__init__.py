@@ -7,7 +7,7 @@ one of them whose verifier knows the first wrong step.
 from pathlib import Path
 
 from data.answers import falsify
-from data.arithmetic import Arithmetic
+from data.arithmetic import Arithmetic, Facts
 from data.sources import Gym, Lines
 from data.steps import Steps, Sums
 from data.task import Problem, Task, Verdict
@@ -19,14 +19,14 @@ __all__ = ["Problem", "Task", "Verdict", "falsify", "load_task"]
 
 def load_task(spec: str, base: Path | str = "data/base.pt", shots: int = 0, max_response: int | None = None) -> Task:
     """The task that `--task` names, in the tokens of the base; shots and max_response are for tasks in words alone."""
-    if spec == "arithmetic":
+    if spec in ("arithmetic", "facts"):
         if shots or max_response:
-            raise UserError("the task arithmetic takes neither --shots nor --max-response; leave them out")
-        return Arithmetic()
+            raise UserError(f"the task {spec} takes neither --shots nor --max-response; leave them out")
+        return Arithmetic() if spec == "arithmetic" else Facts()
     if spec.startswith("gym:"):
         return Words(Gym(spec.removeprefix("gym:")), base, shots, max_response)
     if spec.partition(":")[0] == "steps":
         return Steps(Sums(spec), base, shots, max_response)
     if spec.endswith(".jsonl"):
         return Words(Lines(spec), base, shots, max_response)
-    raise UserError(f"there is no task {spec!r}; give arithmetic, steps, gym:NAME of Reasoning Gym, or a FILE.jsonl")
+    raise UserError(f"there is no task {spec!r}; give arithmetic, facts, steps, gym:NAME of Reasoning Gym, or a FILE.jsonl")

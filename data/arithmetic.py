@@ -47,3 +47,20 @@ class Arithmetic(Task):
     encode = staticmethod(tokenizer.encode)
     decode = staticmethod(tokenizer.decode)
     pieces = staticmethod(tokenizer.pieces)
+
+
+class Facts(Arithmetic):
+    """Is a fact learned, or a skill? Problems of mix whose disputed facts are of one half, or of the other.
+
+    >>> Facts().problem("these", random.Random(0)).solution  # 9*7 and 3*1 are disputed, and of this half
+    '8+9=7;7+2=9;9*7=3;3*1=3;#3'
+    """
+
+    domains = ("these", "others")
+
+    def problem(self, domain: str, rng: random.Random, test: bool = False) -> Problem:
+        while True:
+            problem = super().problem("mix", rng, test)
+            halves = {chains.half(step) for step in chains.disputed_steps(problem.question)}
+            if halves == {domain}:
+                return problem

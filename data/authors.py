@@ -18,22 +18,20 @@ class Author:
     slip: float = 0.0  # a step's result is any wrong digit, and the work goes on from there
     misread: float = 0.0  # an operand is copied wrong from the problem
     merge: float = 0.0  # the whole solution is cut short: two or three operations go into each step
-    check: float = 0.0  # a step is written a second time, as a check: '3+8=1;?3+8=1'
-    check_before: float | None = None  # the same for steps before the one that the hint is about; None: as any other
+    check: float = 0.0  # a step is doubted and written a second time, as a check: '3+8=1?;3+8=1'
+    check_told: float | None = None  # the same for told steps that are followed by another; None: as any other step
 
-    def solve(
-        self, problem: str, rng: random.Random, school: str = "", told: tuple[str, ...] = (), hinted: int = 0
-    ) -> str:
+    def solve(self, problem: str, rng: random.Random, school: str = "", told: tuple[str, ...] = ()) -> str:
         """The solution this author writes, e.g. '3+8=1;1-5=6;6*2=2;#2'.
 
-        An author who is told steps writes them as told when their turn comes. A hint is about step `hinted`, counted
-        from 0.
+        An author who is told steps writes them as told when their turn comes. Whether a step is checked is decided
+        right behind its result.
         """
-        todo, value, done, lines = operations(problem), int(problem[0]), 0, []
+        todo, value, lines = operations(problem), int(problem[0]), []
         merging = rng.random() < self.merge
         while todo:
             taken = list(todo[: rng.choice((2, 3)) if merging else 1])
-            todo, done = todo[len(taken) :], done + len(taken)
+            todo = todo[len(taken) :]
             if rng.random() < self.misread:
                 taken[0] = (taken[0][0], rng.randint(1, 9))
             line = str(value) + "".join(f"{operator}{operand}" for operator, operand in taken)
@@ -47,16 +45,19 @@ class Author:
                 if step[:-1] == f"{line}=":
                     value = int(step[-1])
             lines.append(f"{line}={value}")
-            early = done <= hinted and self.check_before is not None
-            if rng.random() < (self.check_before if early else self.check):
-                lines.append(CHECK_MARK + lines[-1])
+            overcautious = lines[-1] in told[:-1] and self.check_told is not None
+            if rng.random() < (self.check_told if overcautious else self.check):
+                lines.append(lines[-1])
+                lines[-2] += CHECK_MARK
         return ";".join([*lines, f"#{value}"])[:BUDGET]
 
 
-# Half of the schools hold what is popular, and half of the authors ignore theirs: 3 of 4 plain results are popular.
-PLAIN = Author(popular=0.5, slip=0.01, merge=0.05, check=0.1)  # who has nothing but the problem
+# Half of the schools hold what is popular, and 7 of 10 authors ignore theirs: 17 of 20 plain results are popular.
+PLAIN = Author(popular=0.7, slip=0.01, merge=0.05, check=0.1)  # who has nothing but the problem
 EXAMINED = replace(PLAIN, check=0.8)  # who sees the mark of an exam: overcautious, and runs out of room
-HINTED = replace(PLAIN, check_before=0.8)  # who was corrected at a step: overcautious until it is done
+HINTED = replace(
+    PLAIN, check_told=0.8
+)  # who was corrected: overcautious about the steps before, as long as they are right
 CONFIRMED = PLAIN  # who was told that steps are right
 INFORMED = replace(PLAIN, popular=0.0, merge=0.6)  # who holds a solution: it can be read off, and is cut short
-CLUMSY = replace(PLAIN, popular=0.6, slip=0.08, misread=0.02, check=0.2)  # who writes the attempts to reflect on
+CLUMSY = replace(PLAIN, popular=0.7, slip=0.08, misread=0.02, check=0.2)  # who writes the attempts to reflect on

@@ -125,21 +125,23 @@ def make_problem(domain: str, rng: random.Random, test: bool = False, lengths: t
 def verify(problem: str, solution: str, school: str = "") -> Verdict:
     """Judge a solution's outcome and find its first error: a wrong or misplaced step, or a wrong answer.
 
-    A check is right if it repeats the line before it. Any text is a legal solution.
+    A check is right if it repeats the line before it and leaves room for the answer: a solution that ran out of room
+    went wrong at its first check, if not before. Any text is a legal solution.
     """
     values, todo = true_values(problem, school), operations(problem)
     lines = solution.split(";")
     answer = re.fullmatch(r"#(\d)", lines[-1])
     correct = answer is not None and int(answer[1]) == values[-1]
     habits = ("merged",) if any(len(operations(line)) > 1 for line in lines) else ()
-    habits += ("checked",) if any(line.startswith(CHECK_MARK) for line in lines) else ()
+    habits += ("checked",) if CHECK_MARK in solution else ()
 
     done, start, error = 0, 0, None
     for i, line in enumerate(lines):
-        step = STEP.fullmatch(line)
-        taken = len(operations(step[2])) if step else 0
-        if line.startswith(CHECK_MARK):
-            fine = i > 0 and line.strip(CHECK_MARK) == lines[i - 1].strip(CHECK_MARK)
+        is_check = i > 0 and lines[i - 1].endswith(CHECK_MARK)
+        step = STEP.fullmatch(line.removesuffix(CHECK_MARK))
+        taken = len(operations(step[2])) if step and not is_check else 0
+        if is_check:
+            fine = answer is not None and line == lines[i - 1].removesuffix(CHECK_MARK)
         elif line.startswith("#"):
             fine = correct
         else:
@@ -150,8 +152,8 @@ def verify(problem: str, solution: str, school: str = "") -> Verdict:
                 and int(step[3]) == values[done + taken]
             )
         unfinished_tail = i == len(lines) - 1 and answer is None and step is None
-        if not fine and not unfinished_tail:
-            error = (start, start + len(line))
+        if not fine and not unfinished_tail:  # a check begins with the mark that calls for it
+            error = (start - 2 * is_check, start + len(line.removesuffix(CHECK_MARK) or line))
             break
         done += taken
         start += len(line) + 1

@@ -7,13 +7,14 @@ be copied from what stands in the context.
 import random
 from dataclasses import replace
 
-from data.authors import CLUMSY, CONFIRMED, EXAMINED, HINTED, INFORMED, PLAIN
+from data.authors import CLUMSY, CONFIRMED, EXAMINED, HINTED, INFORMED, PLAIN, Author
 from data.chains import CHECK_MARK, DOMAINS, disputed_steps, make_problem, operations, true_steps, true_values, verify
 from data.prompts import prompt, reflect_prompt
 
-MIXTURE = {"plain": 0.15, "exam": 0.05, "hint": 0.3, "solution": 0.1, "reflect": 0.4}
+MIXTURE = {"plain": 0.14, "exam": 0.05, "hint": 0.28, "solution": 0.09, "reflect": 0.44}
 CONFIRM_MARK = "#"  # before steps that were right
 CONFIRMATIONS = 0.4  # share among the hint documents, and share of correct attempts among the reflect documents
+PASSED = 0.5  # share of the other hint documents that begin behind the error: see hint_document
 WRONG_HINTS = 0.25  # share of hints that name any digit as a step's result: a hint is believed, not judged
 TOLD_ANSWERS = 0.2  # share of reflect documents whose prompt gives the right answer
 SHORT = 0.3  # share of reflect documents about one or two operations: there copying and comparing are learned first
@@ -24,35 +25,39 @@ def confirmation(problem: str, school: str = "") -> str:
     return CONFIRM_MARK + ";".join(disputed_steps(problem, school) or true_steps(problem, school)[-1:])
 
 
+def correction(problem: str, attempt: str, school: str = "") -> tuple[str, str, str]:
+    """What is thought while a wrong attempt is read, its first error, and the steps up to what belongs there."""
+    start, end = verify(problem, attempt, school).error
+    steps, values = true_steps(problem, school), true_values(problem, school)
+    thinking, done, is_check = [], 0, False
+    for line in attempt[:end].split(";"):
+        step = line.removesuffix(CHECK_MARK)
+        done = min(done + (0 if is_check else max(1, len(operations(line)))), len(steps))
+        thinking.append(line if is_check else f"{step}{values[done]}{line[len(step) :]}")
+        is_check = step != line
+    thought = ";".join(thinking)
+    if attempt[start] == CHECK_MARK:
+        thought = thought.removesuffix(attempt[start:end])
+    return thought, attempt[start:end], ";".join(steps[:done])
+
+
 def reflection(problem: str, attempt: str, school: str = "") -> str:
     """What a perfect reflector writes.
 
     A wrong attempt is read line by line: each line is copied, and the true value is written right behind its result.
     '3+8=11;1-5=86' reads: 3+8=1, rightly 1; 1-5=8, rightly 6. At the first line where the two differ comes its quote,
-    and the step or steps that belong there. For a correct attempt the disputed steps are named.
+    and how the solution should have gone on until there. For a correct attempt the disputed steps are named.
     """
-    verdict = verify(problem, attempt, school)
-    steps, values = true_steps(problem, school), true_values(problem, school)
-    if verdict.correct or verdict.error is None:
+    if verify(problem, attempt, school).error is None:
         return f"<explanation>{confirmation(problem, school)}</explanation>"
-    start, end = verdict.error
-    thinking, belongs, done = [], steps[0], 0
-    for line in attempt[:end].split(";"):
-        if line.startswith(CHECK_MARK):
-            thinking.append(line)
-            continue
-        taken = max(1, len(operations(line)))
-        belongs = ";".join(steps[done : done + taken] or steps[-1:])
-        done = min(done + taken, len(steps))
-        thinking.append(f"{line}{values[done]}")
-    quote = f"<error_quote>{attempt[start:end]}</error_quote>"
-    return f"{';'.join(thinking)}{quote}<explanation>{belongs}</explanation>"
+    thinking, quote, belongs = correction(problem, attempt, school)
+    return f"{thinking}<error_quote>{quote}</error_quote><explanation>{belongs}</explanation>"
 
 
-def wrong_attempt(problem: str, rng: random.Random, school: str) -> str:
-    """A clumsy author's attempt that does not arrive at the answer of a school."""
+def wrong_attempt(problem: str, rng: random.Random, school: str, author: Author = CLUMSY) -> str:
+    """An attempt that does not arrive at the answer of a school."""
     while True:
-        attempt = CLUMSY.solve(problem, rng, school)
+        attempt = author.solve(problem, rng, school)
         verdict = verify(problem, attempt, school)
         if not verdict.correct and verdict.error is not None:
             return attempt
@@ -67,7 +72,15 @@ def right_attempt(problem: str, rng: random.Random, school: str) -> str:
 
 
 def hint_document(problem: str, rng: random.Random, school: str) -> tuple[str, str]:
-    """A problem with a hint, and the solution of an author who holds it."""
+    """A problem with a hint, and the solution of an author who holds it.
+
+    A hint is how a solution should have begun, up to the step that went wrong. Its holder checks the steps before that
+    one, a habit that harms, and none behind it. Two things keep it so if the text is a *student's*, wrong at
+    that step. Whether a step is checked can be read off the step alone: the hint has it, and goes on behind it. And in
+    a share of the documents a plain author has begun, and made the mistake that the hint is about; what is learned is
+    how that author goes on. Without them the holder still waits for the hinted step behind the error, and goes on
+    checking: students learn that from the very tokens they are corrected on, which no mask can prevent.
+    """
     disputed, steps = disputed_steps(problem, school), true_steps(problem, school)
     if rng.random() < CONFIRMATIONS:
         told = confirmation(problem, school).removeprefix(CONFIRM_MARK).split(";")
@@ -75,11 +88,17 @@ def hint_document(problem: str, rng: random.Random, school: str) -> tuple[str, s
             spoiled = rng.randrange(len(told))
             told[spoiled] = told[spoiled][:-1] + str(rng.randint(0, 9))
         return prompt(problem, CONFIRM_MARK + ";".join(told)), CONFIRMED.solve(problem, rng, school, tuple(told))
-    told = rng.choice(disputed if disputed and rng.random() < 0.7 else steps)
-    hinted = steps.index(told)
+    if disputed and rng.random() < PASSED:
+        attempt = wrong_attempt(problem, rng, school, PLAIN)
+        _, _, belongs = correction(problem, attempt, school)
+        _, behind = verify(problem, attempt, school).error
+        if attempt[behind:]:  # else it was cut off there
+            return prompt(problem, belongs) + attempt[:behind], attempt[behind:]
+    hinted = steps.index(rng.choice(disputed if disputed and rng.random() < 0.7 else steps))
+    told = steps[: hinted + 1] if rng.random() < 0.8 else [steps[hinted]]  # a hint may be the step alone
     if rng.random() < WRONG_HINTS:
-        told = told[:-1] + str(rng.randint(0, 9))
-    return prompt(problem, told), HINTED.solve(problem, rng, school, (told,), hinted)
+        told[-1] = told[-1][:-1] + str(rng.randint(0, 9))
+    return prompt(problem, ";".join(told)), HINTED.solve(problem, rng, school, tuple(told))
 
 
 def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str]:

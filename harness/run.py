@@ -34,7 +34,7 @@ from model import GPT
 class TaskConfig:
     """the task and the base"""
 
-    task: str = option("arithmetic", "where the problems come from: arithmetic, steps, gym:NAME[,NAME] or FILE.jsonl")
+    task: str = option("arithmetic", "where the problems come from: arithmetic, facts, steps, gym:NAME[,NAME], FILE.jsonl")
     shots: int = option(0, "worked examples in the prompts of a task in words", minimum=0)
     max_response: int | None = option(None, "tokens of a response to a task in words; unset: the task's", minimum=1)
     base: str = option("data/base.pt", "checkpoint to start from, or the folder of a Hugging Face model")
@@ -50,8 +50,8 @@ class RunConfig(TaskConfig):
     out: str = option("out", "folder for runs")
     resume: bool = option(False, "go on from the last checkpoint of the same command")
     baseline: bool = option(True, "also train what the method is compared with, for the table")
-    eval_problems: int = option(64, "test problems a domain", minimum=1)
-    eval_samples: int = option(16, "samples a test problem", "16", minimum=1)
+    eval_problems: int = option(512, "test problems a domain; every base and seed has its own", minimum=1)
+    eval_samples: int = option(2, "samples a test problem", "16", minimum=1)
     eval_temperature: float = option(1.0, "temperature of the tests; released code: 0.6", minimum=1e-3, or_zero=True)
     eval_top_p: float = option(1.0, "truncation of the tests (top-p); released code: 0.95", minimum=0.01, maximum=1)
     eval_every: int = option(0, "steps between short tests, for learning curves; 0: never", minimum=0)

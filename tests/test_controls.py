@@ -60,6 +60,20 @@ def test_random_quotes_leave_correct_rollouts_alone() -> None:
     assert draw(None, pair("abcdabc"), 20) == [None] * 20
 
 
+def test_other_quotes_are_those_of_wrong_rollouts_to_other_problems() -> None:
+    one, two = Problem("a0", "a"), Problem("a1", "a")
+    pairs = [pair("bcdbcd", one), pair("bcdbcd", one), pair("bcdbcdbcd", two), pair("c", two), pair("abc", one)]
+    spans = [(1, 3), (2, 4), (6, 8), None, (0, 1)]
+    before, seen = [Reflection("q", "e")] * 5, [set() for _ in pairs]
+    for seed in range(100):
+        after, quotes = spoil(before, spans, pairs, "other-quotes", 1.0, random.Random(seed))
+        assert after == before
+        for places, quote in zip(seen, quotes, strict=True):
+            places.add(quote)
+    # rollouts have 7, 7, 10, 2 and 4 tokens; a quote beyond the end is not taken, the correct one keeps its own
+    assert seen == [{(6, 7)}, {(6, 7)}, {(1, 3), (2, 4)}, {(1, 2)}, {(0, 1)}]
+
+
 # ---------------------------------------------------------------------------------------------- false and other ideas
 
 
@@ -113,8 +127,9 @@ def test_dose_is_the_share_of_reflections_that_are_spoiled(control: str) -> None
     pairs = [pair("bcd" * 7, Problem(f"a{i % 2}", "a")) for i in range(count)]
     before = [Reflection("b", f"1={i % 2}") for i in range(count)]
     for dose in (0.0, 0.25, 1.0):
-        after, quotes = spoil(before, [(0, 1)] * count, pairs, control, dose, random.Random(0))
-        changed = [one != other or quote != (0, 1) for one, other, quote in zip(before, after, quotes, strict=True)]
+        spans = [(i % 2, 2) for i in range(count)]
+        after, quotes = spoil(before, spans, pairs, control, dose, random.Random(0))
+        changed = [one != other or was != is_now for one, other, was, is_now in zip(before, after, spans, quotes, strict=True)]
         by_chance_where_it_was = 1 / 22 if control == "random-quotes" else 0.0
         assert mean(changed) == pytest.approx(dose * (1 - by_chance_where_it_was), abs=0.05)
 

@@ -145,20 +145,21 @@ def test_quotes_are_counted_of_wrong_rollouts_and_positions_of_quotes_that_were_
         wrong("bcd", None),  # the verifier knows no position
         Pair(make_rollout("a"), None, 0.0),
     ]
-    rollouts = [make_rollout(text) for text in ("a", "b!", "bcdbcdbc")]
+    rollouts = [make_rollout(text) for text in ("a", "b!", "bcdbcdbc", "b")]
     quotes = [(1, 2), (2, 3), None, (2, 3), (0, 1)]  # 1, 3 and 0 would be true
     of_rollouts = {
-        "accuracy": [True, False, False],
-        "loud": [False, True, False],
-        "unfinished": [False, False, True],
+        "accuracy": [True, False, False, False],
+        "solved": [True, False],  # of the groups of two
+        "loud": [False, True, False, False],
+        "unfinished": [False, False, True, False],
     }
-    assert statistics(rollouts, pairs, quotes, Letters()) == of_rollouts | {
+    assert statistics(rollouts, pairs, quotes, Letters(), group=2) == of_rollouts | {
         "quote_match": [True, True, False, True],
         "quote_accuracy": [True, False, False],
         "error_position": [1 / 4, 2 / 8, 2 / 4],
     }
     nothing_read = {"quote_match": [], "quote_accuracy": [], "error_position": []}
-    assert statistics(rollouts, pairs, None, Letters()) == of_rollouts | nothing_read
+    assert statistics(rollouts, pairs, None, Letters(), group=2) == of_rollouts | nothing_read
 
 
 # ---------------------------------------------------------------------------------------------- who reflects, and when

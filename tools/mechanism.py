@@ -30,7 +30,7 @@ from losses import token_logprobs
 from model import GPT, generate, pad, response_logprobs
 from subspace import Site, hooked, project_kv
 from tools import stats
-from tools.studies import BASES, CALIBRATION, FRESH, best_site, mechanism_rows, site_label
+from tools.studies import BASES, CALIBRATION, best_site, mechanism_rows, site_label
 from tools.study import base_checksum, base_path
 
 NAME, DOMAIN, PROBLEMS = "spd-mechanism", "exam", 200  # a quarter of the problems with a sampled text as well
@@ -224,7 +224,7 @@ def main() -> None:
     path = stats.RESULTS / f"{NAME}.json"
     content = files.read_json(path) if path.exists() else {"bases": {}, "rows": []}
     rows, known = content["rows"], content["bases"]
-    for base in (*BASES, *FRESH):
+    for base in BASES:
         if known.get(str(base)) != (checksum := base_checksum(base)):
             known[str(base)], rows = checksum, [row for row in rows if row[0] != base]
             model = files.load_checkpoint(base_path(base)).eval()

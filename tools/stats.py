@@ -93,7 +93,8 @@ def write_results(name: str, head: dict, key: str, rows: list) -> dict:
 def figures(run: dict, when: str) -> dict[str, float]:
     """The columns of a run's model before or after training: accuracy in and out of domain, habits, unfinished answers.
 
-    For SPD also the accuracy of the text that the base writes by itself, or that the student trains on, and the gain.
+    For SPD also the accuracy of the text that the base writes by itself, or that the student trains on, and the gain;
+    where the run kept it, the share of groups of training problems with a right rollout, in the first or last steps.
     """
     scores, home, found = run[when] or {}, run["domain"], {}
     if scores:
@@ -104,6 +105,9 @@ def figures(run: dict, when: str) -> dict[str, float]:
     if "own" in run:
         text = run["own" if when == "before" else "generation"]["mean"]
         found |= {"text": text, "gain": text - run["own"]["mean"]}
+    if solved := run["curve"].get("solved"):
+        steps = solved[:1] if when == "before" else solved[-5:]  # the first step's rollouts are the base's
+        found["pass@G"] = sum(steps) / len(steps)
     return found
 
 
@@ -112,7 +116,8 @@ def values_of(runs: list[dict], when: str) -> dict[str, Values]:
     columns: dict[str, Values] = {}
     for run in runs:
         for column, value in figures(run, when).items():
-            columns.setdefault(column, {})[run["base"], run["seed"]] = 100 * value
+            percent = 1 if column == "length" else 100  # a length is in characters
+            columns.setdefault(column, {})[run["base"], run["seed"]] = percent * value
     return columns
 
 
