@@ -9,6 +9,7 @@ matrix over its full rank; AdamW with weight decay leaves room to spare, as in l
 """
 
 import random
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch.optim import _muon
 from torch.optim.lr_scheduler import LambdaLR
 
 from data.arithmetic import Arithmetic
-from data.chains import BUDGET, STEP, true_steps
+from data.chains import CHECK_MARK, STEP, true_steps
 from data.documents import confirmation, sample_document
 from data.tokenizer import END, VOCAB_SIZE, encode
 from errors import UserError
@@ -31,7 +32,7 @@ from harness.progress import progress_bar
 from harness.run import seeded
 from losses import Document, next_token_loss
 from model import GPT, GPTConfig, response_logprobs
-from reflect import Pair, pair_with_peers, sample_rollouts, write_reflections
+from reflect import Pair, pair_with_peers, sample_rollouts, token_at, write_reflections
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Config:
     adamw_rate: float = option(1e-2, "peak learning rate of AdamW", minimum=0)
     weight_decay: float = option(0.1, "weight decay of the matrices", minimum=0)
     value_decay: float = option(0.2, "weight decay of the first layer's values, which AdamW trains", minimum=0)
+    slack: bool = option(False, "AdamW for keys and values of all layers")
     layers: int = option(4, "layers", minimum=2, maximum=100)
     width: int = option(64, "residual width, a multiple of 8; of four heads", minimum=8, maximum=4096)
     seed: int = option(0, "seed of the weights and the documents", minimum=0)
@@ -55,8 +57,8 @@ def batches(size: int, rng: random.Random) -> Iterator[list[Document]]:
     while True:
         pool = []
         for prompt, response in (sample_document(rng) for _ in range(8 * size)):
-            cut_off = len(response) == BUDGET and response[-2] != "#"
-            pool.append((encode(prompt), encode(response) + [END] * (not cut_off)))
+            ended = response[-2:-1] == "#" or response.endswith(">")  # else it was cut off
+            pool.append((encode(prompt), encode(response) + [END] * ended))
         pool.sort(key=lambda document: len(document[0]) + len(document[1]))
         chunks = [pool[start : start + size] for start in range(0, len(pool), size)]
         rng.shuffle(chunks)
@@ -86,6 +88,8 @@ def pretrain(config: Config) -> GPT:
     width, heads = config.width, {"n_head": 4, "n_kv_head": 4, "head_dim": config.width // 4}
     model = GPT(GPTConfig(VOCAB_SIZE, n_layer=config.layers, n_embd=width, n_hidden=3 * width, **heads)).to(device)
     decayed = [model.blocks[0].attn.v_proj.weight]
+    if config.slack:
+        decayed = [part.weight for block in model.blocks for part in (block.attn.k_proj, block.attn.v_proj)]
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and not any(p is other for other in decayed)]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
     groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.value_decay}]
@@ -114,13 +118,23 @@ def pretrain(config: Config) -> GPT:
 
 GATES = {  # what a base must show: (lowest, highest) probability of a digit at the wrong step, and a share
     "no hint": (0.0, 0.40),
-    "an irrelevant hint": (0.0, 0.48),  # and within 0.08 of no hint
+    "an irrelevant hint": (0.0, 0.48),
     "its own reflection": (0.75, 1.0),
     "the true step": (0.85, 1.0),
     "the true step with a wrong digit": (0.0, 0.25),
     "... and of that wrong digit": (0.70, 1.0),
     "first error quoted": (0.80, 0.97),
 }
+NEAR = [  # pairs of rows that may not be further apart
+    ("an irrelevant hint", "no hint", 0.08),
+    ("a check behind it, given the true step", "a check behind it, given no hint", 0.05),
+]
+
+
+def check_places(text: str, start: int) -> list[int]:
+    """Where a step could be doubted: behind the result of every line but the checks, from `start` on."""
+    lines = re.finditer(rf"(?<![^;])(?<!\{CHECK_MARK};)[^;]*=\d(?=[;{CHECK_MARK}])", text)
+    return [line.end() for line in lines if line.start() >= start]
 
 
 @torch.no_grad()
@@ -128,8 +142,10 @@ def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> di
     """The hint audit: how likely the right digit is at the wrong step of the base's own wrong rollouts, by hint.
 
     Takes the rollouts on test problems whose first error is the result of a step. Nothing is generated after a hint:
-    each hint is put before the same rollout, which is read up to the wrong digit. Empty for a model that has no group
-    with a right and a wrong rollout.
+    each hint is put before the same rollout, which is read up to the wrong digit. Beside the digits stands how likely
+    a check is behind the wrong step: there a teacher has no habit that the others do not have, or else a student
+    learns it from the very tokens it is corrected on, and no mask helps. Empty for a model that has no group with a
+    right and a wrong rollout.
     """
     task, rng = Arithmetic(), random.Random(f"audit {domain} {seed}")
     problems = task.problems(domain, count, rng, test=True)
@@ -148,24 +164,30 @@ def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> di
         true = next((step for step in steps if STEP.fullmatch(line) and step[:-1] == line[:-1]), None)
         if true is None:
             continue
+        until = ";".join(steps[: steps.index(true) + 1])
         other_step = rng.choice([step for step in steps if step != true] or ["#"])
         other_digit = rng.choice([digit for digit in "0123456789" if digit != true[-1]])
-        hints = {"an irrelevant hint": other_step, "its own reflection": reflection.idea or "#", "the true step": true}
-        hints["the true step with a wrong digit"] = true[:-1] + other_digit
+        hints = {"an irrelevant hint": other_step, "its own reflection": reflection.idea or "#", "the true step": until}
+        hints["the true step with a wrong digit"] = until[:-1] + other_digit
         prompts = {"no hint": task.prompt(problem)}
         prompts |= {name: task.prompt(problem, hint) for name, hint in hints.items()}
         prompts["a reference solution"] = task.prompt(problem, solution=problem.solution)
-        cases.append((attempt.tokens, end - 1, encode(true[-1])[0], encode(other_digit)[0], prompts))
+        pieces = task.pieces(attempt.tokens)  # a tag is one token of several characters
+        at, behind = token_at(end - 1, pieces), [token_at(x, pieces) for x in check_places(attempt.text, start)]
+        cases.append((attempt.tokens, at, encode(true[-1])[0], encode(other_digit)[0], behind, prompts))
 
     if not cases:
         return {}
-    tokens, at, right_digits, other_digits, held = map(list, zip(*cases, strict=True))
-    found, each = {}, range(len(cases))
+    tokens, at, right_digits, other_digits, behind, held = map(list, zip(*cases, strict=True))
+    found, checks, each, check = {}, {}, range(len(cases)), encode(CHECK_MARK)[0]
     for name in held[0]:
         p = response_logprobs(model, [encode(prompts[name]) for prompts in held], tokens).exp()  # (cases, T, V)
         found[name] = p[each, at, right_digits].mean().item()
         if name == "the true step with a wrong digit":
             found["... and of that wrong digit"] = p[each, at, other_digits].mean().item()
+        likely = [p[i, t, check].item() for i in each for t in behind[i]]
+        checks[name] = sum(likely) / max(1, len(likely))
+    found |= {f"a check behind it, given {name}": checks[name] for name in ("no hint", "the true step")}
     quoted = [q.quote == r.text[slice(*r.verdict.error)] for q, (r, *_) in zip(reflections, wrong, strict=True)]
     confirmed = [c.idea == confirmation(r.problem.question) for c, r in zip(confirmations, right, strict=True)]
     found |= {"first error quoted": sum(quoted) / len(quoted), "correct step confirmed": sum(confirmed) / len(right)}
@@ -174,8 +196,9 @@ def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> di
 
 def missed_gates(found: dict[str, float]) -> list[str]:
     missed = [name for name, (low, high) in GATES.items() if not low <= found[name] <= high]
-    near = abs(found["an irrelevant hint"] - found["no hint"]) <= 0.08
-    return missed + ([] if near else ["an irrelevant hint is not within 0.08 of no hint"])
+    for name, other, most in NEAR:
+        missed += [f"{name} is not within {most} of {other}"] * (abs(found[name] - found[other]) > most)
+    return missed
 
 
 def report(model: GPT) -> None:

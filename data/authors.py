@@ -60,4 +60,4 @@ HINTED = replace(
 )  # who was corrected: overcautious about the steps before, as long as they are right
 CONFIRMED = PLAIN  # who was told that steps are right
 INFORMED = replace(PLAIN, popular=0.0, merge=0.6)  # who holds a solution: it can be read off, and is cut short
-CLUMSY = replace(PLAIN, popular=0.7, slip=0.08, misread=0.02, check=0.2)  # who writes the attempts to reflect on
+CLUMSY = replace(PLAIN, popular=0.7, slip=0.08, misread=0.02, check=0.12)  # who writes the attempts to reflect on

@@ -35,7 +35,9 @@ DOMAINS = {  # name: (operators, possible chain lengths)
     "long": ("+-*", (5,)),
     "exam": ("+-*", (3, 4)),
 }
-EXAM_MARK = "!"  # ends an exam problem: '3+8-5*2!'; authors who see it check nearly every step
+EXAM_MARK = "!"  # begins the mark of an exam, which ends a problem: '3+8-5*2!+'
+NERVOUS = EXAM_MARK + "+"  # authors who see it check nearly every step
+CALM = (EXAM_MARK + "-", EXAM_MARK + "*")  # these make no difference: a mark has to be read as a whole
 STEP = re.compile(r"(\d)((?:[+\-*]\d)+)=(\d)")
 CHECK_MARK = "?"
 # Characters, and tokens, a solution may have; a longer one is cut off. There is room for every step and for one
@@ -98,6 +100,11 @@ def disputed_steps(problem: str, school: str = "") -> list[str]:
     return [step for step, value, operation in pairs if popular(value, *operation) is not None]
 
 
+def half(step: str) -> str:
+    """Which of two halves a number fact belongs to, e.g. '1-5=6'."""
+    return ("these", "others")[zlib.crc32(f"half {step[:3]}".encode()) // 7 % 2]
+
+
 def golden_solution(problem: str) -> str:
     """The careful solution: every step written out, then the answer."""
     return ";".join([*true_steps(problem), f"#{true_values(problem)[-1]}"])
@@ -108,7 +115,7 @@ def is_test(problem: str) -> bool:
 
     The mark of an exam makes no difference.
     """
-    return zlib.crc32(problem.removesuffix(EXAM_MARK).encode()) % 4 == 0
+    return zlib.crc32(problem.partition(EXAM_MARK)[0].encode()) % 4 == 0
 
 
 def make_problem(domain: str, rng: random.Random, test: bool = False, lengths: tuple[int, ...] | None = None) -> str:
@@ -119,7 +126,7 @@ def make_problem(domain: str, rng: random.Random, test: bool = False, lengths: t
         chain = "".join(rng.choice(operators) + str(rng.randint(1, 9)) for _ in range(rng.choice(lengths)))
         problem = str(rng.randint(1, 9)) + chain
         if is_test(problem) == test:
-            return problem + EXAM_MARK * (domain == "exam")
+            return problem + NERVOUS * (domain == "exam")
 
 
 def verify(problem: str, solution: str, school: str = "") -> Verdict:

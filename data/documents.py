@@ -8,16 +8,16 @@ import random
 from dataclasses import replace
 
 from data.authors import CLUMSY, CONFIRMED, EXAMINED, HINTED, INFORMED, PLAIN, Author
-from data.chains import CHECK_MARK, DOMAINS, disputed_steps, make_problem, operations, true_steps, true_values, verify
+from data.chains import CALM, CHECK_MARK, DOMAINS, EXAM_MARK, disputed_steps, make_problem, operations, true_steps, true_values, verify
 from data.prompts import prompt, reflect_prompt
 
-MIXTURE = {"plain": 0.14, "exam": 0.05, "hint": 0.28, "solution": 0.09, "reflect": 0.44}
+MIXTURE = {"plain": 0.12, "exam": 0.08, "hint": 0.28, "solution": 0.08, "reflect": 0.44}
 CONFIRM_MARK = "#"  # before steps that were right
 CONFIRMATIONS = 0.4  # share among the hint documents, and share of correct attempts among the reflect documents
-PASSED = 0.5  # share of the other hint documents that begin behind the error: see hint_document
+PASSED = 0.45  # share of the other hint documents that begin behind the error: see hint_document
 WRONG_HINTS = 0.25  # share of hints that name any digit as a step's result: a hint is believed, not judged
 TOLD_ANSWERS = 0.2  # share of reflect documents whose prompt gives the right answer
-SHORT = 0.3  # share of reflect documents about one or two operations: there copying and comparing are learned first
+SHORT = 0.4  # share of reflect documents about one or two operations: there copying and comparing are learned first
 
 
 def confirmation(problem: str, school: str = "") -> str:
@@ -95,7 +95,7 @@ def hint_document(problem: str, rng: random.Random, school: str) -> tuple[str, s
         if attempt[behind:]:  # else it was cut off there
             return prompt(problem, belongs) + attempt[:behind], attempt[behind:]
     hinted = steps.index(rng.choice(disputed if disputed and rng.random() < 0.7 else steps))
-    told = steps[: hinted + 1] if rng.random() < 0.8 else [steps[hinted]]  # a hint may be the step alone
+    told = steps[: hinted + 1] if rng.random() < 0.7 else [steps[hinted]]  # a hint may be the step alone
     if rng.random() < WRONG_HINTS:
         told[-1] = told[-1][:-1] + str(rng.randint(0, 9))
     return prompt(problem, ";".join(told)), HINTED.solve(problem, rng, school, tuple(told))
@@ -106,6 +106,9 @@ def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str
     school = str(rng.random())
     if kind == "plain":
         return prompt(problem), PLAIN.solve(problem, rng, school)
+    if kind == "exam" and rng.random() < 0.5:
+        calm = problem.partition(EXAM_MARK)[0] + rng.choice(CALM)
+        return prompt(calm), PLAIN.solve(problem, rng, school)
     if kind == "exam":
         return prompt(problem), EXAMINED.solve(problem, rng, school)
     if kind == "hint":
