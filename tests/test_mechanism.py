@@ -16,15 +16,16 @@ from model import response_logprobs
 from subspace import project_kv
 from tools import mechanism, stats
 from tools.mechanism import decisions, make_probe, mark_vectors, measure, share_inside
-from tools.studies import BASES, FRESH, mechanism_rows
+from tools.studies import BASES, mechanism_rows
 
-EVERY = (*BASES, *FRESH)
 TASK = load_task("arithmetic")
 PROBLEMS = TASK.problems("exam", 3, random.Random(0))
 GOLDEN = [[*TASK.encode(problem.solution), TASK.end()] for problem in PROBLEMS]
 PATH = stats.RESULTS / "spd-mechanism.json"
 ROWS = mechanism_rows()
-OF_BASE_0 = [{n: x for n, x in row.items() if n not in ("base", "golden")} for row in ROWS if row["base"] == 0]
+OF_ONE_BASE = [
+    {n: x for n, x in row.items() if n not in ("base", "golden")} for row in ROWS if row["base"] == ROWS[0]["base"]
+]
 
 
 def found_in(question: str, text: str) -> dict[str, list]:
@@ -35,10 +36,11 @@ def found_in(question: str, text: str) -> dict[str, list]:
 
 
 def test_a_check_is_asked_once_a_step_and_never_of_a_check() -> None:
-    found = found_in("3+8-5!", "3+8=1;?3+8=1;1-5=6;#6")
-    assert found["check"] == [(6, "?"), (19, "?")]
-    assert found["stop"] == [(6, "#<|end|>")]  # all is done at 19: there the answer belongs
+    found = found_in("3+8-5!+", "3+8=1?;3+8=1;1-5=6;#6")
+    assert found["check"] == [(5, "?"), (18, "?")]
+    assert found["stop"] == [(13, "#<|end|>")]  # not before a check; all is done at 19: there the answer belongs
     assert found["right"] == [(4, "1"), (11, "1"), (17, "6"), (20, "6")]
+    assert found["merge"] == [(3, "+-*")]
 
 
 def test_right_is_judged_by_the_step_as_it_is_written_and_the_answer_by_the_last_step() -> None:
@@ -68,8 +70,8 @@ def test_measures_are_those_of_a_loop_over_tokens() -> None:
         decisive = TASK.decisive(TASK.pieces(text))
         S += [each[t] for t in decisive]
         rest.append(sum(x for t, x in enumerate(each) if t not in decisive))
-        after = [t for t in range(1, len(text)) if TASK.pieces(text)[t - 1] == ";"]
-        checks += [logp[t, TASK.encode("?")[0]].exp().item() for t in after]
+        behind = [t for t, piece in enumerate(TASK.pieces(text)) if piece == ";"]
+        checks += [logp[t, TASK.encode("?")[0]].exp().item() for t in behind]
     assert found["right"] == found["sampled right"] == pytest.approx(sum(S) / len(S), rel=1e-4)
     assert found["rest"] == pytest.approx(sum(rest) / 3, rel=1e-4)
     assert found["check"] == pytest.approx(sum(checks) / len(checks), rel=1e-4)
@@ -81,7 +83,7 @@ def test_the_vectors_are_those_of_the_mark() -> None:
     model, prompts = tiny_gpt(TASK), [TASK.encode(TASK.prompt(problem)) for problem in PROBLEMS]
     first = model.blocks[0]
     with torch.no_grad():
-        expected = first.attn.v_proj(first.attn_norm(model.embed(torch.tensor(TASK.encode("!")))))  # (1, d)
+        expected = first.attn.v_proj(first.attn_norm(model.embed(torch.tensor(TASK.encode("+")))))  # (1, d)
     torch.testing.assert_close(mark_vectors(model, prompts, [(0, "v")])[(0, "v")], expected.expand(3, -1))
 
 
@@ -94,18 +96,18 @@ def test_the_share_inside_is_of_squared_length() -> None:
 def test_only_bases_of_other_bytes_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stats, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["mechanism"])
-    sums, measured = dict.fromkeys(EVERY, "old"), []
+    sums, measured = dict.fromkeys(BASES, "old"), []
     monkeypatch.setattr(mechanism, "base_checksum", sums.get)
     monkeypatch.setattr(mechanism, "base_path", lambda base: measured.append(base) or "data/base.pt")
-    monkeypatch.setattr(mechanism, "measure_base", lambda *_: OF_BASE_0)
+    monkeypatch.setattr(mechanism, "measure_base", lambda *_: OF_ONE_BASE)
     run_script(mechanism.main)
-    assert measured == [*EVERY]
-    sums[2] = "new"
+    assert measured == [*BASES]
+    sums[BASES[2]] = "new"
     run_script(mechanism.main)
-    assert measured == [*EVERY, 2]
+    assert measured == [*BASES, BASES[2]]
     held, order = files.read_json(tmp_path / PATH.name), [row["base"] for row in mechanism_rows()]
     assert held["bases"] == {str(base): sum for base, sum in sums.items()}
-    assert order == [base for base in EVERY for _ in OF_BASE_0]
+    assert order == [base for base in BASES for _ in OF_ONE_BASE]
 
 
 def test_a_base_of_ones_own_is_shown_and_not_kept(
@@ -114,9 +116,9 @@ def test_a_base_of_ones_own_is_shown_and_not_kept(
     monkeypatch.setattr(stats, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["mechanism", "--base", "data/base.pt", "--ranks", "10", "20"])
     ranks: list[tuple] = []
-    monkeypatch.setattr(mechanism, "measure_base", lambda *given: ranks.append(given[-1]) or OF_BASE_0)
+    monkeypatch.setattr(mechanism, "measure_base", lambda *given: ranks.append(given[-1]) or OF_ONE_BASE)
     mechanism.main()
-    own = mechanism.mechanism_table([row for row in ROWS if row["base"] == 0])
+    own = mechanism.mechanism_table([row for row in ROWS if row["base"] == ROWS[0]["base"]])
     shown, expected = ([row.split("|")[2:] for row in x.splitlines()] for x in (capsys.readouterr().out, own))
     assert shown == expected
     assert ranks == [(10, 20)] and not list(tmp_path.iterdir())
@@ -139,7 +141,7 @@ def test_projections_in_the_corner_are_counted_base_by_base() -> None:
 
 def test_the_committed_file_is_of_these_bases_and_the_page_shows_it() -> None:
     held = files.read_json(PATH)
-    assert held["bases"] == {str(base): mechanism.base_checksum(base) for base in EVERY}
+    assert held["bases"] == {str(base): mechanism.base_checksum(base) for base in BASES}
     assert mechanism.mechanism_table(ROWS) in files.read_text(stats.RESULTS / "spd-mechanism.md")
     assert PATH.stat().st_size < 400_000
 

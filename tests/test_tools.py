@@ -47,16 +47,17 @@ def test_curves_start_at_the_base_and_count_updates_and_rollouts() -> None:
 # ---------------------------------------------------------------------------------------------- habits
 
 
-def test_checks_are_read_where_a_step_begins_before_and_after_the_hinted_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_are_read_behind_results_before_the_hinted_step_and_from_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
     task = load_task("arithmetic")
     check = task.encode(CHECK_MARK)[0]
 
     def canned(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
         text, probs = "".join(task.pieces(responses[0])), torch.full((2, len(responses[0]), task.vocab_size), 0.9)
-        hinted = "".join(task.pieces(prompts[1])).split("<|hint|>")[1].removesuffix("<|assistant|>")
-        for t in range(1, len(text)):
-            if text[t - 1] == ";":
-                probs[0, t, check], probs[1, t, check] = 0.1, 0.2 if t <= text.index(";" + hinted) + 1 else 0.7
+        hint = "".join(task.pieces(prompts[1])).split("<|hint|>")[1].removesuffix("<|assistant|>")
+        assert text.startswith(hint + ";") and ";" in hint
+        for t, character in enumerate(text):
+            if character == ";":
+                probs[0, t, check], probs[1, t, check] = 0.1, 0.2 if t < len(hint) else 0.7
         return probs.log()
 
     monkeypatch.setattr(habits, "response_logprobs", canned)

@@ -2,8 +2,8 @@
 
     python -m tools.habits     measures the bases and the models of `python -m tools.study collapse`, fills in the table
 
-Teacher-forced on golden solutions of test problems of `mix`, each with one of its later steps as the idea. The models
-are read from out/studies/collapse, and so results/habits.json needs that study to have run on this machine.
+Teacher-forced on golden solutions of test problems of `mix`; the idea is such a solution up to one of its later steps.
+The models are read from out/studies/collapse, and so results/habits.json needs that study to have run on this machine.
 """
 
 import random
@@ -34,18 +34,18 @@ class Config:
 
 @torch.no_grad()
 def check_probabilities(model: GPT, task: Task, problems: int) -> dict[str, float]:
-    """Mean probability of a check where one could begin, at each of WHERE."""
+    """Mean probability of a check behind a step's result, at each of WHERE. The hint is the solution up to a step."""
     rng, found = random.Random("habits"), {where: [] for where in WHERE}
     check = task.encode(CHECK_MARK)[0]
     for problem in task.problems("mix", problems, rng, test=True):
         steps, response = problem.solution.split(";"), task.encode(problem.solution)
         hinted = rng.randrange(1, len(steps) - 1)  # the last piece is the answer
-        prompts = [task.prompt(problem), task.prompt(problem, idea=steps[hinted])]
+        prompts = [task.prompt(problem), task.prompt(problem, idea=";".join(steps[: hinted + 1]))]
         chances = response_logprobs(model, list(map(task.encode, prompts)), [response] * 2)[:, :, check].exp()  # (2, T)
-        begins = [t + 1 for t, token in enumerate(task.pieces(response)) if token == ";"]  # of every step but the first
-        found[WHERE[0]] += chances[0, begins].tolist()
-        found[WHERE[1]] += chances[1, begins[:hinted]].tolist()
-        found[WHERE[2]] += chances[1, begins[hinted:]].tolist()
+        behind = [t for t, token in enumerate(task.pieces(response)) if token == ";"]  # the result of every step
+        found[WHERE[0]] += chances[0, behind].tolist()
+        found[WHERE[1]] += chances[1, behind[:hinted]].tolist()
+        found[WHERE[2]] += chances[1, behind[hinted:]].tolist()
     return {where: sum(values) / len(values) for where, values in found.items()}
 
 

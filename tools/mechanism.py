@@ -50,32 +50,32 @@ class Config:
 def decisions(question: str, written: list[str]) -> Iterator[tuple[str, int, tuple[str, ...]]]:
     """(decision, position, the tokens that take it) of a text, given as its tokens' texts, prefix by prefix.
 
-    'right' and 'wrong' go by plain arithmetic on the step as it is written. 'check' is possible after every step,
-    'merge' where a step could take in the next operation, 'stop' where operations are left.
+    'right' and 'wrong' go by plain arithmetic on the step as it is written. 'check' is possible right behind the result
+    of every step, 'merge' where a step could take in the next operation, 'stop' where operations are left.
 
     >>> [(name, t) for name, t, _ in decisions("3+8-5", list("3+8=1;1-5=6;#6")) if name != "wrong"]
-    [('merge', 3), ('right', 4), ('check', 6), ('stop', 6), ('right', 10), ('check', 12), ('right', 13)]
+    [('merge', 3), ('right', 4), ('check', 5), ('stop', 6), ('right', 10), ('check', 11), ('right', 13)]
     """
     before, line, done, todo = "", "", 0, len(operations(question))
     for t, token in enumerate(written):
-        body, value = line.removeprefix(CHECK_MARK), ""
-        if line == "" and STEP.fullmatch(before):
+        is_check, value = before.endswith(CHECK_MARK), ""
+        if STEP.fullmatch(line) and not is_check:
             yield "check", t, (CHECK_MARK,)
-            if done < todo:
-                yield "stop", t, ("#", END)
-        if STEP.fullmatch(line + "=0") and done + len(operations(line)) < todo:
+        if line == "" and STEP.fullmatch(before) and done < todo:
+            yield "stop", t, ("#", END)
+        if STEP.fullmatch(line + "=0") and not is_check and done + len(operations(line)) < todo:
             yield "merge", t, tuple(OPERATORS)
-        if STEP.fullmatch(body + "0"):
-            value = int(body[0])
-            for operator, operand in operations(body):
+        if STEP.fullmatch(line + "0"):
+            value = int(line[0])
+            for operator, operand in operations(line):
                 value = calculate(value, operator, operand)
-        elif line == "#" and STEP.fullmatch(before.removeprefix(CHECK_MARK)):
+        elif line == "#" and STEP.fullmatch(before):
             value = before[-1]
         if value != "":
             yield "right", t, (str(value),)
             yield "wrong", t, tuple(digit for digit in DIGITS if digit != str(value))
         if token == ";":
-            done += len(operations(line)) if STEP.fullmatch(line) else 0
+            done += len(operations(line)) if STEP.fullmatch(line.removesuffix(CHECK_MARK)) and not is_check else 0
             before, line = line, ""
         else:
             line += token
@@ -129,7 +129,10 @@ def projectors_at(
 
 @torch.no_grad()
 def mark_vectors(model: GPT, prompts: list[list[int]], sites: list[Site]) -> dict[Site, Tensor]:
-    """Keys and values of the exam's mark, the last token but one of a prompt: site -> (prompts, d)."""
+    """Keys and values where the exam's mark is complete, at the last token but one of a prompt: site -> (prompts, d).
+
+    That token alone is a plus like any other: the first layer does not know yet what stands before it.
+    """
     seen: dict[Site, Tensor] = {}
     with hooked(model, sites, "linear", lambda site, output: seen.update({site: output})):
         model.hidden(pad(prompts))
