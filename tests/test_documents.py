@@ -25,6 +25,7 @@ from data.documents import (
     PASSED,
     WRONG_HINTS,
     confirmation,
+    correction,
     hint_document,
     make_document,
     reflection,
@@ -33,6 +34,7 @@ from data.documents import (
     wrong_attempt,
 )
 from data.tokenizer import encode
+from harness import files
 from reflect import parse_reflection
 
 PROBLEM = "3+8-5*2"  # 3+8=1;1-5=6;6*2=2;#2
@@ -140,6 +142,25 @@ def test_of_a_correct_attempt_the_disputed_steps_are_named_after_a_mark() -> Non
     for problem, _ in random_problems(200):
         named = confirmation(problem)
         assert named[0] == "#" and named[1:].split(";") == (disputed_steps(problem) or true_steps(problem)[-1:])
+
+
+def test_the_documents_on_the_page_are_as_they_are_written() -> None:
+    """Every row of data/README.md is of the same problem in the school of plain arithmetic."""
+    rows = re.findall(r"^\| ([a-z, ]+?) \| `(<.*?)` \| `(.*?)`", files.read_text(files.ROOT / "data/README.md"), re.M)
+    for kind, prompt, response in ((name, *(text.replace("\\", "") for text in texts)) for name, *texts in rows):
+        head, written = prompt.removesuffix("<|assistant|>"), response.removesuffix("<|end|>")
+        assert head.startswith(f"<|user|>{PROBLEM}")
+        if kind.startswith("reflect"):
+            assert written == reflection(PROBLEM, head.split("<|attempt|>")[1])
+        elif kind == "confirmed":
+            assert head.split("<|hint|>")[1] == confirmation(PROBLEM)
+        elif "behind" in kind:
+            hint, begun = head.split("<|hint|>")[1].split("<|assistant|>")
+            _, quote, belongs = correction(PROBLEM, begun + written)
+            assert begun.endswith(quote) and hint == belongs
+        else:
+            assert verify(PROBLEM, written).correct == (kind != "exam, nervous") and len(written) <= BUDGET
+    assert len(rows) == 9
 
 
 def test_the_truth_about_a_disputed_fact_is_not_in_the_documents() -> None:
