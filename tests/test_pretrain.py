@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 from torch.optim import _muon
 
 import pretrain
+from data import Problem, Task
+from data.arithmetic import Arithmetic
 from data.chains import BUDGET
-from data.tokenizer import END, decode, encode
+from data.tokenizer import END, VOCAB_SIZE, decode, encode
 from harness import files
 from harness.cli import run_script
+from model import GPT
+from reflect import Pair, Reflection, Rollout, parse_reflection
 
 # ---------------------------------------------------------------------------------------------- training
 
@@ -88,6 +93,50 @@ def test_newton_schulz_is_that_of_torch_up_to_the_rounding_of_bfloat16(shape: tu
 
 
 # ---------------------------------------------------------------------------------------------- the shipped base
+
+
+def test_the_audit_reads_the_wrong_digit_and_the_checks_from_the_wrong_step_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every probability of this model is told by hand: of digits where the wrong one stands, of checks behind steps."""
+    task = Arithmetic()
+    problem = Problem("3+8-5*2", "3+8=1;1-5=6;6*2=2;#2")
+    texts = ["3+8=1;1-5=6;6*2=2;#2", "3+8=1;1-5=4?;1-5=4;<|user|>;4*2=8;#8"]  # a tag is one token
+    rollouts = []
+    for text in texts * 4:
+        tokens = [*encode(text), END]
+        pieces, verdict = task.pieces(tokens), task.verify(problem, text)
+        rollouts.append(Rollout(problem, tokens, [0.0] * len(tokens), text, pieces, verdict))
+    right, wrong, other = encode("6")[0], 10, (11, 26)  # the wrong digit's position; behind 1-5=4 and behind 4*2=8
+
+    def canned(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+        hinted = ["<|hint|>3+8=1;1-5=6<" in decode(prompt) for prompt in prompts]
+        p = torch.full((len(prompts), len(responses[0]), VOCAB_SIZE), 0.7)
+        for i, each in enumerate(hinted):
+            p[i, wrong, right] = 0.9 if each else 0.2
+            p[i, other, encode("?")[0]] = torch.tensor([0.4, 0.2] if each else [0.1, 0.0])
+        return p.log()
+
+    def reflections(_: GPT, task: Task, pairs: list[Pair]) -> list[Reflection]:
+        return [parse_reflection(task.true_reflection(pair.y.problem, pair.y.text)) for pair in pairs]
+
+    monkeypatch.setattr(Arithmetic, "problems", lambda *_, **__: [problem])
+    monkeypatch.setattr(pretrain, "sample_rollouts", lambda *_: rollouts)
+    monkeypatch.setattr(pretrain, "write_reflections", reflections)
+    monkeypatch.setattr(pretrain, "response_logprobs", canned)
+    found = pretrain.audit(None)
+    expected = {
+        "no hint": 0.2,
+        "an irrelevant hint": 0.2,
+        "its own reflection": 0.9,
+        "the true step": 0.9,
+        "the true step with a wrong digit": 0.2,
+        "... and of that wrong digit": 0.7,
+        "a check behind it, given no hint": 0.05,
+        "a check behind it, given the true step": 0.3,
+        "first error quoted": 1,
+        "correct step confirmed": 1,
+        "right answers": 0.5,
+    }
+    assert {name: found[name] for name in expected} == pytest.approx(expected)
 
 
 @pytest.fixture(scope="module")
