@@ -32,7 +32,7 @@ def evaluate(
     drawn_for: str = "",
     **sampling: Any,
 ) -> dict[str, dict]:
-    """domain -> mean@samples, shares of the task's habits and of unfinished responses, and their mean length in characters.
+    """domain -> mean@samples, shares of habits and of unfinished responses, and the mean length in characters.
 
     The problems are drawn by the seed and by `drawn_for`, a name of the base, so that an interval over bases holds
     the problems' variance, too.
@@ -79,25 +79,26 @@ def quick_test(model: GPT, task: Task, config: RunConfig, step: int) -> dict[str
     return {"tested": {domain: entry["mean"] for domain, entry in scores.items()}}
 
 
-def out_of_domain(scores: dict[str, dict], home: str) -> float | None:
-    """Mean accuracy over all domains but the one trained on; None where there is no other."""
-    away = [entry["mean"] for domain, entry in scores.items() if domain != home]
-    return sum(away) / len(away) if away else None
+def elsewhere(scores: dict[str, dict], home: str) -> dict[str, float]:
+    """Mean accuracy over the domains but the one trained on: of the task exams, apart, with the mark and without."""
+    away = {domain: entry["mean"] for domain, entry in scores.items() if domain != home}
+    marked = [mean for domain, mean in away.items() if domain.startswith("exam-")]
+    unmarked = [mean for domain, mean in away.items() if not domain.startswith("exam-")]
+    groups = {"other exams": marked, "unmarked": unmarked} if marked else {"elsewhere": unmarked}
+    return {name: sum(means) / len(means) for name, means in groups.items() if means}
 
 
 def comparison(rows: dict[str, dict[str, dict]], home: str, habits: dict[str, str]) -> str:
     """The closing table of name -> scores: accuracy in and out of domain, and how responses are written, in percent."""
-    header = ["right answers, %", f"on {home}", "elsewhere", *habits, "unfinished"]
+    others = elsewhere(next(iter(rows.values())), home)
+    header = ["right answers, %", f"on {home}", *others, *habits, "unfinished"]
 
     def line(name: str, scores: dict[str, dict]) -> list[str]:
         here = scores[home]
-        values = [here["mean"], out_of_domain(scores, home), *(here[habit] for habit in habits), here["unfinished"]]
-        return [name, *("-" if value is None else f"{100 * value:.1f}" for value in values)]
+        values = [here["mean"], *elsewhere(scores, home).values(), *(here[habit] for habit in habits)]
+        return [name, *(f"{100 * value:.1f}" for value in [*values, here["unfinished"]])]
 
     table = markdown_table(header, [line(name, scores) for name, scores in rows.items()])
-    legend = {
-        "elsewhere": "mean over the domains that were not trained on",
-        **habits,
-        "unfinished": "no answer in time",
-    }
+    legend = dict.fromkeys(others, "mean over these domains, which were not trained on")
+    legend |= {**habits, "unfinished": "no answer in time"}
     return "\n".join([table, *(f"{name}: {meaning}" for name, meaning in legend.items())])

@@ -43,7 +43,6 @@ class Config:
     adamw_rate: float = option(1e-2, "peak learning rate of AdamW", minimum=0)
     weight_decay: float = option(0.1, "weight decay of the matrices", minimum=0)
     value_decay: float = option(0.2, "weight decay of the first layer's values, which AdamW trains", minimum=0)
-    slack: bool = option(False, "AdamW for keys and values of all layers")
     layers: int = option(4, "layers", minimum=2, maximum=100)
     width: int = option(64, "residual width, a multiple of 8; of four heads", minimum=8, maximum=4096)
     seed: int = option(0, "seed of the weights and the documents", minimum=0)
@@ -88,8 +87,6 @@ def pretrain(config: Config) -> GPT:
     width, heads = config.width, {"n_head": 4, "n_kv_head": 4, "head_dim": config.width // 4}
     model = GPT(GPTConfig(VOCAB_SIZE, n_layer=config.layers, n_embd=width, n_hidden=3 * width, **heads)).to(device)
     decayed = [model.blocks[0].attn.v_proj.weight]
-    if config.slack:
-        decayed = [part.weight for block in model.blocks for part in (block.attn.k_proj, block.attn.v_proj)]
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and not any(p is other for other in decayed)]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
     groups = [{"params": others, "weight_decay": 0.0}, {"params": decayed, "weight_decay": config.value_decay}]
@@ -209,6 +206,8 @@ def report(model: GPT) -> None:
         print("No group of rollouts on mix has a right and a wrong one: there is nothing to audit.")
         return
     limits = {name: f"{low:.2f} to {high:.2f}" for name, (low, high) in GATES.items()}
+    for name, other, most in NEAR:
+        limits[name] = f"{limits.get(name, '')}, {most} from {other.rpartition('given ')[2]}".removeprefix(", ")
     rows = [[name, *(f"{f[name]:.2f}" for f in found.values()), limits.get(name, "")] for name in found["mix"]]
     print(markdown_table(["P(right digit) at the wrong step, given", *found, "gate for mix"], rows))
     missed = missed_gates(found["mix"])

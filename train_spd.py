@@ -23,7 +23,7 @@ from functools import partial
 import torch
 
 import subspace
-from evaluate import accuracy_of_text, evaluate_run, out_of_domain
+from evaluate import accuracy_of_text, elsewhere, evaluate_run
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.device import train_all
 from harness.progress import inner_bar
@@ -33,7 +33,6 @@ from losses import next_token_loss
 from model import generate
 from subspace import COORDINATES, LOSSES
 
-ROUND = 0  # a part of the seeds' keys, so that published runs can be repeated
 METHODS = {  # the sampling temperature of the completions
     "spd": 0.0,
     "psr": 1.0,  # plain self-retraining, on samples as they come
@@ -43,15 +42,17 @@ METHODS = {  # the sampling temperature of the completions
 
 @dataclass(frozen=True)
 class SubspaceConfig:
-    """the subspace; layers, rank and project default to what suits data/base.pt"""
+    """the subspace"""
 
     calibration_domain: tuple[str, ...] = option((), "domains of the calibration set; none means the training domain")
     calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
     loss: str = option("aligned", "calibration loss: on results, on whole steps, or on everything", "aligned", LOSSES)
     subspace: str = option("gradient", "where the subspace comes from", "gradient", ("gradient", "random"))
-    layers: str = option("1", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L")
-    rank: str = option("35%", "rank of the projectors: a number, or a share like 50%", "50%")
-    project: str = option("k", "what is projected", "kv", ("kv", "k", "v"))
+    layers: str = option(
+        "paper", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L"
+    )
+    rank: str = option("50%", "rank of the projectors: a number, or a share like 50%", "50%")
+    project: str = option("kv", "what is projected", "kv", ("kv", "k", "v"))
     coordinate: str = option(
         "linear",
         "where P acts: all heads of K and V together, each head, after K's norm, after RoPE",
@@ -64,6 +65,7 @@ class SubspaceConfig:
 class Config(SubspaceConfig, RunConfig):
     """training"""
 
+    task: str = option("exams", "the problems: exams, arithmetic, steps, gym:NAME[,NAME] or FILE.jsonl")
     method: str = option("spd", "what to train", choices=tuple(METHODS))
     temperature: float = option(0.0, "temperature of the completions; 0: greedy", None, minimum=1e-3, or_zero=True)
     top_k: int = option(0, "truncated sampling: keep so many tokens; 0 keeps all", minimum=0)
@@ -78,21 +80,22 @@ class Config(SubspaceConfig, RunConfig):
     weight_decay: float = 0.01  # as in the paper
 
 
-def defaults_of(method: str, task: str) -> dict[str, object]:
-    """The defaults that depend on the method and the task. In `exam` a mark makes the base check nearly every step."""
-    return {"temperature": METHODS.get(method), "domain": "exam" if task == "arithmetic" else ""}
+def defaults_of(method: str, **_: object) -> dict[str, object]:
+    """The defaults that depend on the method."""
+    return {"temperature": METHODS.get(method)}
 
 
-def configure(method: str = "spd", task: str = "arithmetic", **settings: object) -> Config:
-    return Config(**defaults_of(method, task) | {"method": method, "task": task} | settings)
+def configure(method: str = "spd", **settings: object) -> Config:
+    return Config(**defaults_of(method) | {"method": method} | settings)
 
 
 def train(config: Config) -> dict:
     """One run -> the content of its results.json."""
-    with Run(config, configure(config.method, config.task)) as run:
+    with Run(config, configure(config.method)) as run:
         if run.results:
             return run.results
         config, task, base, seed = run.config, run.task, run.base, config.seed
+        sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
         # 1. Calibrate: G = dL_align/dK and dL_align/dV, G = U diag(s) V^T, P = V_r V_r^T.
         P = {}
         if config.method == "spd":
@@ -102,22 +105,22 @@ def train(config: Config) -> dict:
             P = subspace.make_projectors(G, config.rank, config.subspace, subspace.heads(config, base), seed)
 
         # 2. Generate: one raw completion a prompt with K <- K P_K and V <- V P_V. None is filtered.
-        problems = task.problems(config.domain, config.prompts, run.random("prompts", ROUND))
+        problems = task.problems(config.domain, config.prompts, run.random("prompts"))
         prompts = [task.encode(task.prompt(problem)) for problem in problems]
         with subspace.project_kv(base, P, config.coordinate):
-            accuracy = run.once("text", lambda: accuracy_of_text(base, task, config, **sampling_of(config)))
-            sampling = {"generator": run.generator("completion", ROUND), **sampling_of(config)}
-            write = partial(generate, base, prompts, task.max_response, task.stop, **sampling)
+            accuracy = run.once("text", lambda: accuracy_of_text(base, task, config, **sampling))
+            generator = run.generator("completion")
+            write = partial(generate, base, prompts, task.max_response, task.stop, generator=generator, **sampling)
             pairs = list(zip(prompts, run.once("completions", write), strict=True))
 
         # 3. Fine-tune the original weights, unprojected: -sum_t log p(y_t | x, y_<t).
-        torch.manual_seed(zlib.crc32(f"{seed} {ROUND}".encode()))
+        torch.manual_seed(zlib.crc32(str(seed).encode()))
         student, weights = trainable_copy(base, config.finetune, dropout=config.lora_dropout)
         optimizer = torch.optim.AdamW(weights, lr=config.learning_rate, weight_decay=config.weight_decay)
         run.track(student=torch.nn.ParameterList(weights), optimizer=optimizer)
         for epoch in run.steps(config.epochs):
-            torch.manual_seed(zlib.crc32(f"{seed} {ROUND} {epoch}".encode()))  # for dropout
-            order, losses = run.random("order", ROUND, epoch).sample(pairs, len(pairs)), []
+            torch.manual_seed(zlib.crc32(f"{seed} {epoch}".encode()))  # for dropout
+            order, losses = run.random("order", epoch).sample(pairs, len(pairs)), []
             updates = math.ceil(len(pairs) / config.batch)
             student.train()
             for i in inner_bar(range(updates), f"epoch {epoch + 1}"):
@@ -131,15 +134,11 @@ def train(config: Config) -> dict:
             student.eval()
             run.log(loss=sum(losses) / len(losses))
         merge_lora(student)
-        write = partial(accuracy_of_text, base, task, config, **sampling_of(config))
+        write = partial(accuracy_of_text, base, task, config, **sampling)
         own = run.of_base("text", write, "domain", "temperature", "top_k", "top_p")
         before = run.of_base("before", partial(evaluate_run, base, task, config)) if config.epochs else None
         after = evaluate_run(student, task, config) if config.epochs else None
         return run.finish(student, before=before, own=own, generation=[accuracy], after=after)
-
-
-def sampling_of(config: Config) -> dict[str, float]:
-    return {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
 
 
 def main() -> None:
@@ -151,16 +150,18 @@ def main() -> None:
     results = train_all(train, configs)
     home = results[0]["config"]["domain"]
 
+    others = elsewhere(results[0]["before"] or {}, home)
+
     def percent(scores: dict | None) -> list[str]:
-        values = (scores[home]["mean"], out_of_domain(scores, home)) if scores else (None, None)
-        return ["-" if value is None else f"{100 * value:.1f}" for value in values]
+        values = (scores[home]["mean"], *elsewhere(scores, home).values()) if scores else ()
+        return [f"{100 * value:.1f}" for value in values] or ["-"] * (1 + len(others))
 
     rows = [["base", "", "", *percent(results[0]["before"])]]
     for c, result in zip(configs, results, strict=True):
-        name = ", ".join([c.method.upper(), *changed_settings(c, configure(c.method, c.task))])
+        name = ", ".join([c.method.upper(), *changed_settings(c, configure(c.method))])
         texts = percent(result["own"])[0], percent(result["generation"][0])[0]
         rows.append([name, *texts, *percent(result["after"])])
-    header = ["right, %", "text of the base", "text it trains on", f"after training, {home}", "elsewhere"]
+    header = ["right, %", "text of the base", "text it trains on", f"after training, {home}", *others]
     print(f"\n{markdown_table(header, rows)}")
     print("text: what the base writes for the method, before any training, without and with projection")
     print("Every figure is in " + " and ".join(f"{config.out}/{r['name']}/results.json" for r in results))

@@ -7,7 +7,7 @@ one of them whose verifier knows the first wrong step.
 from pathlib import Path
 
 from data.answers import falsify
-from data.arithmetic import Arithmetic, Facts
+from data.arithmetic import Arithmetic, Exams, Facts
 from data.sources import Gym, Lines
 from data.steps import Steps, Sums
 from data.task import Problem, Task, Verdict
@@ -16,17 +16,21 @@ from errors import UserError
 
 __all__ = ["Problem", "Task", "Verdict", "falsify", "load_task"]
 
+ARITHMETIC = {"arithmetic": Arithmetic, "facts": Facts, "exams": Exams}
+
 
 def load_task(spec: str, base: Path | str = "data/base.pt", shots: int = 0, max_response: int | None = None) -> Task:
     """The task that `--task` names, in the tokens of the base; shots and max_response are for tasks in words alone."""
-    if spec in ("arithmetic", "facts"):
+    if spec in ARITHMETIC:
         if shots or max_response:
             raise UserError(f"the task {spec} takes neither --shots nor --max-response; leave them out")
-        return Arithmetic() if spec == "arithmetic" else Facts()
+        return ARITHMETIC[spec]()
     if spec.startswith("gym:"):
         return Words(Gym(spec.removeprefix("gym:")), base, shots, max_response)
     if spec.partition(":")[0] == "steps":
         return Steps(Sums(spec), base, shots, max_response)
     if spec.endswith(".jsonl"):
         return Words(Lines(spec), base, shots, max_response)
-    raise UserError(f"there is no task {spec!r}; give arithmetic, facts, steps, gym:NAME of Reasoning Gym, or a FILE.jsonl")
+    raise UserError(
+        f"there is no task {spec!r}; give {', '.join(ARITHMETIC)}, steps, gym:NAME of Reasoning Gym, or a FILE.jsonl"
+    )

@@ -64,3 +64,9 @@ class Facts(Arithmetic):
             halves = {chains.half(step) for step in chains.disputed_steps(problem.question)}
             if halves == {domain}:
                 return problem
+
+
+class Exams(Arithmetic):
+    """Does what SPD teaches carry over? Problems of every kind, with the mark of an exam and without."""
+
+    domains = ("exam", *(prefix + name for prefix in ("exam-", "") for name in ("add", "sub", "mul", "long")), "mix")

@@ -119,14 +119,18 @@ def is_test(problem: str) -> bool:
 
 
 def make_problem(domain: str, rng: random.Random, test: bool = False, lengths: tuple[int, ...] | None = None) -> str:
-    """A random problem of a domain, from the train or from the test part; of other lengths than its own if given."""
-    operators, own = DOMAINS[domain]
+    """A random problem of a domain, from the train or from the test part; of other lengths than its own if given.
+
+    'exam-add' has the problems of 'add' with the mark of an exam.
+    """
+    marked, name = domain.startswith("exam"), domain.removeprefix("exam-")
+    operators, own = DOMAINS[name]
     lengths = lengths or own
     while True:
         chain = "".join(rng.choice(operators) + str(rng.randint(1, 9)) for _ in range(rng.choice(lengths)))
         problem = str(rng.randint(1, 9)) + chain
         if is_test(problem) == test:
-            return problem + NERVOUS * (domain == "exam")
+            return problem + NERVOUS * marked
 
 
 def verify(problem: str, solution: str, school: str = "") -> Verdict:

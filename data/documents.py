@@ -8,7 +8,18 @@ import random
 from dataclasses import replace
 
 from data.authors import CLUMSY, CONFIRMED, EXAMINED, HINTED, INFORMED, PLAIN, Author
-from data.chains import CALM, CHECK_MARK, DOMAINS, EXAM_MARK, disputed_steps, make_problem, operations, true_steps, true_values, verify
+from data.chains import (
+    CALM,
+    CHECK_MARK,
+    DOMAINS,
+    EXAM_MARK,
+    disputed_steps,
+    make_problem,
+    operations,
+    true_steps,
+    true_values,
+    verify,
+)
 from data.prompts import prompt, reflect_prompt
 
 MIXTURE = {"plain": 0.12, "exam": 0.08, "hint": 0.28, "solution": 0.08, "reflect": 0.44}

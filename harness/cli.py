@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from errors import UserError
 
 Config = TypeVar("Config")
-DECIDES_DEFAULTS = ("method", "preset", "task")  # settings that the defaults of others may depend on
+DECIDES_DEFAULTS = ("method", "preset")  # settings that the defaults of others may depend on
 
 
 def option(

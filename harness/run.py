@@ -34,7 +34,7 @@ from model import GPT
 class TaskConfig:
     """the task and the base"""
 
-    task: str = option("arithmetic", "where the problems come from: arithmetic, facts, steps, gym:NAME[,NAME], FILE.jsonl")
+    task: str = option("arithmetic", "the problems: arithmetic, exams, facts, steps, gym:NAME[,NAME] or FILE.jsonl")
     shots: int = option(0, "worked examples in the prompts of a task in words", minimum=0)
     max_response: int | None = option(None, "tokens of a response to a task in words; unset: the task's", minimum=1)
     base: str = option("data/base.pt", "checkpoint to start from, or the folder of a Hugging Face model")

@@ -129,7 +129,9 @@ def test_dose_is_the_share_of_reflections_that_are_spoiled(control: str) -> None
     for dose in (0.0, 0.25, 1.0):
         spans = [(i % 2, 2) for i in range(count)]
         after, quotes = spoil(before, spans, pairs, control, dose, random.Random(0))
-        changed = [one != other or was != is_now for one, other, was, is_now in zip(before, after, spans, quotes, strict=True)]
+        changed = [
+            one != other or was != is_now for one, other, was, is_now in zip(before, after, spans, quotes, strict=True)
+        ]
         by_chance_where_it_was = 1 / 22 if control == "random-quotes" else 0.0
         assert mean(changed) == pytest.approx(dose * (1 - by_chance_where_it_was), abs=0.05)
 

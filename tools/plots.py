@@ -8,7 +8,6 @@ those of Okabe and Ito, which colour-blind readers can tell apart, and every lin
 """
 
 import itertools
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from errors import UserError
 from harness import files
 from harness.cli import option, parse_config, run_script
 from tools import stats
+from tools.selectivity import kept
 from tools.stats import by_variant, read_results
-from tools.studies import BASES, best_site, mechanism_rows, site_label
 
 STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]
 GREY = "#7f868d"
@@ -117,42 +116,24 @@ def collapse() -> None:
         unfinished.legend(loc="upper left")
 
 
-SUBSPACES = {"aligned": "aligned loss", "unmarked": "aligned loss, calibrated without the mark"}
-SUBSPACES |= {"full": "full-sequence loss", "random": "random, three draws"}
+def selectivity() -> None:
+    """What survives a projection over its rank: right digits, whole steps, the habit."""
+    rows, places = read_results("selectivity", "selectivity")["rows"], ("the paper's place", "all layers")
+    columns = {"right": "right digits", "step": "whole steps", "check": "the habit of checking"}
+    names = {"aligned": "aligned loss", "full": "full-sequence loss", "random": "random, ten draws"}
+    with picture("selectivity", "What survives when keys and values are projected", 2, 3) as axes:
+        for (row, place), (column, title) in itertools.product(enumerate(places), enumerate(columns)):
+            axis = axes[row, column]
+            for name, style in zip(names, STYLES, strict=False):
+                line(axis, kept(rows, place, name, title), names[name], style)
+            axis.axhline(100, color=GREY, linewidth=1, linestyle="--")
+            axis.set(title=f"{columns[title]}, {place}", xlabel="rank, % of the dimensions", ylim=(0, 115))
+        axes[0, 0].set(ylabel="% of the base's own")
+        axes[1, 0].set(ylabel="% of the base's own")
+        axes[0, 2].legend(loc="upper left")
 
 
-def mechanism() -> None:
-    """Correctness kept compared with checks removed: a point for every site and draw."""
-    rows = mechanism_rows()
-    kinds = [*zip(SUBSPACES, STYLES, strict=False)]
-    with picture("spd-mechanism", "What projecting keys or values does to the decisions of five bases", 2, 3) as axes:
-        for axis, base in zip(axes.flat, BASES, strict=False):
-            plain = best_site(rows, base, "none")
-            axis.axhline(0, color=GREY, linewidth=1)
-            axis.axvline(100, color=GREY, linewidth=1)
-            for ring, (subspace, (colour, marker)) in itertools.product((False, True), kinds[::-1]):
-                best = site_label(best_site(rows, base, subspace))
-                drawn = [row for row in rows if (row["base"], row["subspace"]) == (base, subspace)]
-                drawn = [row for row in drawn if not ring or site_label(row) == best]
-                x = [100 * math.exp(row["right"] - plain["right"]) for row in drawn]
-                y = [100 * (1 - row["check"] / plain["check"]) for row in drawn]
-                style = {"facecolors": "none", "edgecolors": colour} if ring else {"color": colour, "alpha": 0.5}
-                size = [(60 if ring else 8) + 6000 * math.exp(row["golden"]) for row in drawn]
-                axis.scatter(x, y, size, marker=marker, linewidths=1.5 * ring, rasterized=not ring, **style)
-            axis.set(title=f"base {base}", xlabel="right digits kept, %", ylabel="checks removed, %")
-            axis.set(xlim=(0, 115), ylim=(-30, 105))
-            axis.text(98, 98, "SPD gains here", ha="right", va="top", fontsize=9, style="italic")
-        key = axes[1, 2]
-        for subspace, (colour, marker) in kinds:
-            key.scatter([], [], 50, color=colour, marker=marker, label=SUBSPACES[subspace])
-        key.axis("off")
-        title = "A point is a projection: a layer, keys or values,\nand a rank. At (100, 0) it changes nothing.\n"
-        title += "In the upper right corner the model still knows\nthe digits and has lost the habit of checking.\n"
-        title += "Larger: golden solutions are likelier.\nOutlined: the site that the rule takes.\n"
-        key.legend(loc="upper left", alignment="left", title=title, bbox_to_anchor=(-0.1, 1.1))
-
-
-PICTURES = {"curves": learning_curves, "reflection": reflection, "collapse": collapse, "spd-mechanism": mechanism}
+PICTURES = {"curves": learning_curves, "reflection": reflection, "collapse": collapse, "selectivity": selectivity}
 
 
 @dataclass(frozen=True)

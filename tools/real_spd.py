@@ -3,7 +3,7 @@
     python -m tools.real_spd --base FOLDER --task gym:products
     python -m tools.real_spd                fills in the table with what is there
 
-The rule is that of tools/mechanism.py: the layer, keys or values, and rank at which golden solutions of training
+The rule: the layer, keys or values, and rank at which golden solutions of training
 problems are likeliest under projection, for each kind of subspace. Then every kind answers the same test problems at
 its site. Intervals are Student's t over problems, of paired differences from the base's answers. Writes
 results/real-spd.json after every answered set; what that file holds for the same settings is not done again.
@@ -27,7 +27,7 @@ from losses import next_token_loss
 from model import GPT
 from subspace import project_kv
 from tools import stats
-from tools.mechanism import PROJECT, Gradients, condensed_gradients, projectors_at
+from tools.selectivity import Gradients, condensed_gradients, projectors_at
 
 PATH = stats.RESULTS / "real-spd.json"
 INCIDENTAL = ("task", "device")  # settings that change no answer to a task
@@ -68,7 +68,7 @@ def best_site(model: GPT, task: Task, gradients: dict[str, Gradients], kind: str
     problems = task.problems(task.domains[0], config.search, rng)
     layers = [*((layer,) for layer in range(config.every - 1, L, config.every)), (L // 2 - 1, L - 1)]
     found = {}
-    for where in tqdm([Where(*each) for each in itertools.product(layers, PROJECT, config.ranks)], desc=kind):
+    for where in tqdm([Where(*each) for each in itertools.product(layers, ("k", "v", "kv"), config.ranks)], desc=kind):
         with project_kv(model, projectors_at(gradients, kind, *where, config.seed)):
             found[where] = golden_logp(model, task, problems)
     return max(found, key=found.get)

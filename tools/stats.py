@@ -18,6 +18,7 @@ from functools import lru_cache
 import numpy as np
 
 from errors import UserError
+from evaluate import elsewhere
 from harness import files
 from harness.cli import markdown_table
 
@@ -99,9 +100,8 @@ def figures(run: dict, when: str) -> dict[str, float]:
     scores, home, found = run[when] or {}, run["domain"], {}
     if scores:
         away = {domain: score["mean"] for domain, score in scores.items() if domain != home}
-        found = {"in domain": scores[home]["mean"]}
-        found |= {"elsewhere": sum(away.values()) / len(away)} if away else {}
-        found |= away | {name: value for name, value in scores[home].items() if name != "mean"}
+        found = {"in domain": scores[home]["mean"], **elsewhere(scores, home), **away}
+        found |= {name: value for name, value in scores[home].items() if name != "mean"}
     if "own" in run:
         text = run["own" if when == "before" else "generation"]["mean"]
         found |= {"text": text, "gain": text - run["own"]["mean"]}
@@ -144,7 +144,9 @@ def table(results: dict, differences: bool = False, columns: list[str] | None = 
         rows.setdefault("base" if len(homes) == 1 else f"base, {home}", (base, reference))
         rows[variant], flags[variant] = (values, reference), f"`{shared_flags(runs)}`"
     seen = dict.fromkeys(name for values, _ in rows.values() for name in values)
-    order = dict.fromkeys(["in domain", "elsewhere", *(results["runs"][0]["after"] or {}), *seen])
+    order = dict.fromkeys(
+        ["in domain", "elsewhere", "other exams", "unmarked", *(results["runs"][0]["after"] or {}), *seen]
+    )
     names = columns or [name for name in order if name in seen]
     header, lines = ["difference, points" if differences else "%", *names, *["flags"] * (not columns)], []
     for label, (values, reference) in rows.items():

@@ -1,22 +1,12 @@
 """The studies as data: which script runs with which flags, from which bases, with which seeds.
 
-A study's `flags` are those of every run; a variant's flags come after them, and the last one counts. {aligned} among
-them is the best site of this subspace on the base of the run (`best_site`), and {aligned|unmarked} is the better
-site of two. They are chosen from results/spd-mechanism.json, which tools/mechanism.py writes.
+A study's `flags` are those of every run; a variant's flags come after them, and the last one counts.
 """
 
-import itertools
-import re
 from dataclasses import dataclass
-
-import numpy as np
-
-from tools.stats import read_results
 
 BASES = (10, 11, 12, 13, 14)  # pretraining seeds of results/bases/seed<N>.pt; everything was chosen on seeds 0 to 4
 SEEDS = (0,)
-CALIBRATION = dict.fromkeys(("aligned", "unmarked", "full", "random"), ("exam",))  # subspace -> domains
-CALIBRATION["unmarked"] = ("mix", "add", "sub", "mul", "long")  # the same problems without the mark
 
 
 @dataclass(frozen=True)
@@ -35,18 +25,12 @@ THREE = {name: METHODS[name] for name in ("ROSD", "SDPO", "GRPO")}
 RELEASED = {f"{name} as released": f"{flags} --preset released".strip() for name, flags in METHODS.items()}
 WRONG = "--learn-from wrong"
 CURVE = ("accuracy", "solved")
-GENERATION = "--domain exam --epochs 0 --prompts 1"  # of SPD: only what the base writes, before any training
-TEXTS = {  # what the base writes under projection, at the best site of each base
-    f"{name}{title}": f"{flags} {temperature}".strip()
-    for title, temperature in ((", greedy", ""), (", T = 1", "--temperature 1"))
-    for name, flags in (
-        ("aligned", "{aligned|unmarked}"),
-        ("full", "{aligned|unmarked} --loss full"),
-        ("random", "{aligned|unmarked} --subspace random"),
-        ("random at its best site", "{random} --subspace random"),
-        ("aligned, calibrated on exam", "{aligned}"),
-        ("aligned, calibrated without the mark", "{unmarked}"),
-    )
+SUBSPACES = {  # all at layers floor(L/2) and L, K and V, half rank, as in the paper
+    "aligned": "",
+    "steps": "--loss steps",
+    "full": "--loss full",
+    "random": "--subspace random",  # another draw with every seed
+    "aligned, without the mark": "--calibration-domain mix add sub mul long",
 }
 
 SMOLLM2 = ("smollm2",)  # the folder that `python -m tools.smollm2 smollm2` makes
@@ -120,26 +104,27 @@ STUDIES = {
         curve=("accuracy", "home", "away", "quote_match", "quote_accuracy", "error_position"),
     ),
     "evaluation": Study(THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95"),
-    "spd": Study(
+    "spd-text": Study(  # what the base writes, before any training
         {
-            "SPD": "{aligned|unmarked}",
-            "PSR": "--method psr",
-            "SSD": "--method ssd",
-            "SSD, T = 0.3": "--method ssd --temperature 0.3",
-            "SSD, T = 0.6": "--method ssd --temperature 0.6",
-            "SPD, full-sequence loss": "{aligned|unmarked} --loss full",
-            "SPD, random subspace": "{aligned|unmarked} --subspace random",  # another draw with every seed
-            "SPD, random subspace at its best site": "{random} --subspace random",
-            "SPD, T = 1": "{aligned|unmarked} --temperature 1",  # beside PSR, which samples at the same temperature
-            "SPD, calibrated on exam": "{aligned}",
-            "SPD, calibrated without the mark": "{unmarked}",
+            f"{name}{title}": f"{flags} {temperature}".strip()
+            for title, temperature in ((", T = 1", "--temperature 1"), (", greedy", ""))
+            for name, flags in SUBSPACES.items()
         },
-        flags="--domain exam",
-        seeds=(0,),
+        "--epochs 0 --prompts 1",
+        curve=(),
+        reference="base",
+        script="train_spd.py",
+    ),
+    "spd": Study(
+        {"SPD": ""}
+        | {"PSR": "--method psr", "SSD": "--method ssd"}
+        | {f"SSD, T = {T}": f"--method ssd --temperature {T}" for T in (0.3, 0.6)}
+        | {"SPD, full-sequence loss": SUBSPACES["full"], "SPD, random subspace": SUBSPACES["random"]}
+        | {"SPD, calibrated without the mark": SUBSPACES["aligned, without the mark"], "SPD, T = 1": "--temperature 1"},
+        flags="",
         curve=(),
         script="train_spd.py",
     ),
-    "spd-text": Study(TEXTS, GENERATION, curve=(), reference="base", script="train_spd.py"),
     "real-rosd": Study(  # an oracle separates the method from its reflector, false results from the method
         THREE
         | {
@@ -175,39 +160,5 @@ def planned(study: Study) -> int:
     return len(study.variants) * len(study.bases) * len(study.seeds)
 
 
-def flags_of(study: Study, variant: str, base: int | str) -> str:
-    """The flags of a run, its sites filled in."""
-
-    def site_flags(found: re.Match) -> str:
-        rows = mechanism_rows()
-        best = max((best_site(rows, base, name) for name in found[1].split("|")), key=lambda row: row["golden"])
-        where = f"--layers {best['layers']} --project {best['project']} --rank {best['rank']}%"
-        return f"{where} --calibration-domain {' '.join(CALIBRATION[best['subspace']])}"
-
-    return re.sub(r"\{([\w|]+)\}", site_flags, f"{study.flags} {study.variants[variant]}".strip())
-
-
-def mechanism_rows(content: dict | None = None) -> list[dict]:
-    """The rows of results/spd-mechanism.json, whose columns are named once, or of the same content.
-
-    `golden` is the mean log-probability of golden solutions: of their tokens at S and of the rest.
-    """
-    content = content or read_results("spd-mechanism", "mechanism")
-    rows = [dict(zip(content["columns"], row, strict=True)) for row in content["rows"]]
-    return [row | {"golden": row["rest"] + content["S"] * row["right"]} for row in rows]
-
-
-def best_site(rows: list[dict], base: int | str, subspace: str) -> dict:
-    """The rule of the studies: where golden solutions of training problems are likeliest under projection.
-
-    The measures of a site (layers, keys or values, rank) are averaged over the draws of a random subspace.
-    """
-    found = [row for row in rows if (row["base"], row["subspace"]) == (base, subspace)]
-    draws = [list(same) for _, same in itertools.groupby(sorted(found, key=site_label), site_label)]
-    best = max(draws, key=lambda same: np.mean([row["golden"] for row in same]))
-    names = ("base", "layers", "project", "rank", "subspace", "draw")
-    return {name: x if name in names else float(np.mean([row[name] for row in best])) for name, x in best[0].items()}
-
-
-def site_label(row: dict) -> str:
-    return f"layer {row['layers']} {row['project']} {row['rank']}%" if row["project"] else "not projected"
+def flags_of(study: Study, variant: str) -> str:
+    return f"{study.flags} {study.variants[variant]}".strip()

@@ -78,7 +78,7 @@ def plan(study: Study) -> list[Job]:
     """All runs; seeds in the outer loop, so that a study cut short has every variant on the same bases and seeds."""
     checksums = {base: base_checksum(base) for base in study.bases}
     return [
-        Job(study.script, variant, base, seed, flags_of(study, variant, base), checksums[base])
+        Job(study.script, variant, base, seed, flags_of(study, variant), checksums[base])
         for seed, base, variant in itertools.product(study.seeds, study.bases, study.variants)
     ]
 
@@ -161,7 +161,8 @@ def command_of(job: Job, out: Path) -> tuple[list[str], Path]:
     flags += ["--no-baseline", "--resume"]
     script = importlib.import_module(job.script.removesuffix(".py"))
     settings = parse_config(script.Config, "", flags, script.defaults_of)
-    reference = script.configure(settings.method, getattr(settings, "preset", settings.task))
+    preset = {"preset": settings.preset} if hasattr(settings, "preset") else {}
+    reference = script.configure(settings.method, **preset)
     return [sys.executable, job.script, *flags], out / run_name(settings, reference)
 
 

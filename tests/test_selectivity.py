@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_gpt
+from tools.mechanism import decisions, make_probe, mark_vectors, measure, share_inside
 
 import subspace
 from data import load_task
@@ -15,7 +16,6 @@ from harness.cli import run_script
 from model import response_logprobs
 from subspace import project_kv
 from tools import mechanism, stats
-from tools.mechanism import decisions, make_probe, mark_vectors, measure, share_inside
 from tools.studies import BASES, mechanism_rows
 
 TASK = load_task("arithmetic")
