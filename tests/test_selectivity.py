@@ -1,13 +1,15 @@
-"""What projections do to decisions: the right positions are asked, and measures are what they say."""
+"""What a projection keeps: measures are those of a loop over tokens, shares those of a pencil, rows those of a base."""
 
+import math
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_gpt
-from tools.mechanism import decisions, make_probe, mark_vectors, measure, share_inside
+from conftest import Letters, tiny_gpt
 
 import subspace
 from data import load_task
@@ -15,152 +17,194 @@ from harness import files
 from harness.cli import run_script
 from model import response_logprobs
 from subspace import project_kv
-from tools import mechanism, stats
-from tools.studies import BASES, mechanism_rows
+from tools import selectivity, stats
+from tools.selectivity import Config, kept, lines_of, mark_vectors, measure, measure_base, share_inside
+from tools.studies import BASES
+from tools.study import base_checksum
 
-TASK = load_task("arithmetic")
+TASK = load_task("exams")
 PROBLEMS = TASK.problems("exam", 3, random.Random(0))
-GOLDEN = [[*TASK.encode(problem.solution), TASK.end()] for problem in PROBLEMS]
-PATH = stats.RESULTS / "spd-mechanism.json"
-ROWS = mechanism_rows()
+PLACE = "the paper's place"
+
+
+def row(place: str, rank: int, name: str, draw: int, right: float, step: float, check: float, mark: float) -> dict:
+    about = {"place": place, "rank": rank, "subspace": name, "draw": draw}
+    return about | {"right": right, "step": step, "check": check, "mark": mark}
+
+
 OF_ONE_BASE = [
-    {n: x for n, x in row.items() if n not in ("base", "golden")} for row in ROWS if row["base"] == ROWS[0]["base"]
+    row("", 100, "none", 0, -0.5, -2.0, 0.8, 1.0),
+    row(PLACE, 20, "aligned", 0, -0.7, -3.0, 0.2, 0.1),
+    row(PLACE, 50, "aligned", 0, -0.5, -2.5, 0.4, 0.3),
+    row(PLACE, 20, "random", 0, -1.5, -4.0, 0.1, 0.2),
+    row(PLACE, 20, "random", 1, -2.5, -6.0, 0.3, 0.4),
+    row("all layers", 20, "aligned", 0, -9.0, -9.0, 0.9, 0.9),
 ]
 
-
-def found_in(question: str, text: str) -> dict[str, list]:
-    found: dict[str, list] = {}
-    for name, t, tokens in decisions(question, list(text)):
-        found.setdefault(name, []).append((t, "".join(tokens)))
-    return found
-
-
-def test_a_check_is_asked_once_a_step_and_never_of_a_check() -> None:
-    found = found_in("3+8-5!+", "3+8=1?;3+8=1;1-5=6;#6")
-    assert found["check"] == [(5, "?"), (18, "?")]
-    assert found["stop"] == [(13, "#<|end|>")]  # not before a check; all is done at 19: there the answer belongs
-    assert found["right"] == [(4, "1"), (11, "1"), (17, "6"), (20, "6")]
-    assert found["merge"] == [(3, "+-*")]
-
-
-def test_right_is_judged_by_the_step_as_it_is_written_and_the_answer_by_the_last_step() -> None:
-    found = found_in("3+8-5*2", "3+8-5=7;7*2=4;#5")
-    assert found["right"] == [(6, "6"), (12, "4"), (15, "4")]
-    assert found["wrong"][0] == (6, "012345789")
-    assert found["merge"] == [(3, "+-*"), (5, "+-*")]  # a third operation is left; the last step has none to take in
-    assert found_in("3+8", "+;3=;#3") == {}  # no step, nothing to judge
-
-
-def test_on_golden_solutions_right_is_asked_at_S() -> None:
-    for problem, solution in zip(PROBLEMS, GOLDEN, strict=True):
-        pieces = TASK.pieces(solution)
-        found = [(t, tokens) for name, t, tokens in decisions(problem.question, pieces) if name == "right"]
-        assert [t for t, _ in found] == TASK.decisive(pieces)
-        assert all(tokens == (pieces[t],) for t, tokens in found)
+# ---------------------------------------------------------------------------------------------- measures
 
 
 def test_measures_are_those_of_a_loop_over_tokens() -> None:
-    model = tiny_gpt(TASK)
-    probe = make_probe(TASK, PROBLEMS, GOLDEN)
-    found = measure(model, probe, probe)
-    S, rest, checks = [], [], []
-    for prompt, text in zip(probe.prompts, GOLDEN, strict=True):
-        logp = response_logprobs(model, [prompt], [text])[0]
-        each = [logp[t, token].item() for t, token in enumerate(text)]
-        decisive = TASK.decisive(TASK.pieces(text))
-        S += [each[t] for t in decisive]
-        rest.append(sum(x for t, x in enumerate(each) if t not in decisive))
-        behind = [t for t, piece in enumerate(TASK.pieces(text)) if piece == ";"]
-        checks += [logp[t, TASK.encode("?")[0]].exp().item() for t in behind]
-    assert found["right"] == found["sampled right"] == pytest.approx(sum(S) / len(S), rel=1e-4)
-    assert found["rest"] == pytest.approx(sum(rest) / 3, rel=1e-4)
-    assert found["check"] == pytest.approx(sum(checks) / len(checks), rel=1e-4)
+    model, right, steps, checks = tiny_gpt(TASK), [], [], []
+    for problem in PROBLEMS:
+        text, prompt = problem.solution, TASK.encode(TASK.prompt(problem))
+        tokens = [*TASK.encode(text), TASK.end()]
+        logp = response_logprobs(model, [prompt], [tokens])[0]
+        each = [logp[t, token].item() for t, token in enumerate(tokens)]
+        right += [each[t] for t in range(1, len(text)) if text[t - 1] in "=#"]
+        checks += [logp[t, TASK.encode("?")[0]].exp().item() for t, letter in enumerate(text) if letter == ";"]
+        start = 0
+        for line in text.split(";"):
+            steps.append(sum(each[start : start + len(line)]))
+            start += len(line) + 1
+    found = measure(model, TASK, PROBLEMS)
+    expected = {"right": right, "step": steps, "check": checks}
+    assert found == pytest.approx({name: sum(values) / len(values) for name, values in expected.items()}, rel=1e-4)
     with project_kv(model, {(0, "v"): torch.zeros(16, 16)}):
-        assert measure(model, probe, probe)["right"] != found["right"]
+        assert measure(model, TASK, PROBLEMS)["right"] != found["right"]
 
 
-def test_the_vectors_are_those_of_the_mark() -> None:
-    model, prompts = tiny_gpt(TASK), [TASK.encode(TASK.prompt(problem)) for problem in PROBLEMS]
-    first = model.blocks[0]
+def test_lines_end_at_semicolons_or_line_breaks_and_the_last_one_at_the_stop_token() -> None:
+    assert lines_of(["3", "+8", "=1", ";", "#1", "<|end|>"]) == [range(0, 3), range(4, 5)]
+    assert lines_of(["8 +", " 5 = 13", "\n", "The answer", " is 13", "<end>"]) == [range(0, 2), range(3, 5)]
+    assert lines_of(["#4", "<|end|>"]) == [range(0, 1)]
+
+
+def test_the_vectors_are_those_of_the_nervous_mark_minus_the_calm_ones_at_its_second_character() -> None:
+    """In the first layer these are of the character alone; in the second, read without a batch, of all before it."""
+    model, seen = tiny_gpt(TASK), {}
+    found, first = mark_vectors(model, TASK, PROBLEMS), model.blocks[0]
     with torch.no_grad():
-        expected = first.attn.v_proj(first.attn_norm(model.embed(torch.tensor(TASK.encode("+")))))  # (1, d)
-    torch.testing.assert_close(mark_vectors(model, prompts, [(0, "v")])[(0, "v")], expected.expand(3, -1))
+        inputs = first.attn_norm(model.embed(torch.tensor(TASK.encode("+-*"))))
+    for kind, linear in (("k", first.attn.k_proj), ("v", first.attn.v_proj)):
+        plus, minus, times = linear(inputs).detach()
+        expected = torch.cat([(plus - minus).expand(3, -1), (plus - times).expand(3, -1)])
+        torch.testing.assert_close(found[0, kind], expected)
+    for mark in "+-*":
+        for i, problem in enumerate(PROBLEMS):
+            text = f"<|user|>{problem.question[:-1]}{mark}"
+
+            def keep(site: Any, output: torch.Tensor, key: tuple = (mark, i)) -> None:
+                seen[key] = output[0, -1]
+
+            with torch.no_grad(), subspace.hooked(model, [(1, "v")], "linear", keep):
+                model(torch.tensor([TASK.encode(text)]))
+    expected = torch.stack([seen["+", i] - seen[calm, i] for calm in "-*" for i in range(3)])
+    torch.testing.assert_close(found[1, "v"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_share_inside_is_of_squared_length() -> None:
-    x, half = torch.randn(4000, 8), torch.diag(torch.tensor([1.0] * 4 + [0.0] * 4))
-    assert share_inside(x, torch.eye(8)) == 1 and share_inside(x, torch.zeros(8, 8)) == 0
-    assert share_inside(x, half) == pytest.approx(0.5, abs=0.02)
-
-
-def test_only_bases_of_other_bytes_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mechanism"])
-    sums, measured = dict.fromkeys(BASES, "old"), []
-    monkeypatch.setattr(mechanism, "base_checksum", sums.get)
-    monkeypatch.setattr(mechanism, "base_path", lambda base: measured.append(base) or "data/base.pt")
-    monkeypatch.setattr(mechanism, "measure_base", lambda *_: OF_ONE_BASE)
-    run_script(mechanism.main)
-    assert measured == [*BASES]
-    sums[BASES[2]] = "new"
-    run_script(mechanism.main)
-    assert measured == [*BASES, BASES[2]]
-    held, order = files.read_json(tmp_path / PATH.name), [row["base"] for row in mechanism_rows()]
-    assert held["bases"] == {str(base): sum for base, sum in sums.items()}
-    assert order == [base for base in BASES for _ in OF_ONE_BASE]
-
-
-def test_a_base_of_ones_own_is_shown_and_not_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
-) -> None:
-    monkeypatch.setattr(stats, "RESULTS", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["mechanism", "--base", "data/base.pt", "--ranks", "10", "20"])
-    ranks: list[tuple] = []
-    monkeypatch.setattr(mechanism, "measure_base", lambda *given: ranks.append(given[-1]) or OF_ONE_BASE)
-    mechanism.main()
-    own = mechanism.mechanism_table([row for row in ROWS if row["base"] == ROWS[0]["base"]])
-    shown, expected = ([row.split("|")[2:] for row in x.splitlines()] for x in (capsys.readouterr().out, own))
-    assert shown == expected
-    assert ranks == [(10, 20)] and not list(tmp_path.iterdir())
-
-
-def test_golden_is_S_and_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stats, "RESULTS", tmp_path)
-    files.write_json(tmp_path / PATH.name, {"S": 4.5, "columns": ["rest", "right"], "rows": [[-3.0, -0.2]]})
-    assert mechanism_rows()[0]["golden"] == pytest.approx(-3.9)
-
-
-def test_projections_in_the_corner_are_counted_base_by_base() -> None:
-    columns = ("base", "subspace", "right", "check", "mark")
-    rows = [(0, "none", -0.4, 0.8, 1), (1, "none", -1.0, 0.4, 1), (0, "aligned", -0.45, 0.39, 0.3)]
-    rows += [(1, "unmarked", -1.1, 0.19, 0.2), (1, "aligned", -1.0, 0.39, 0.9), (0, "full", -0.4, 0.7, 0.8)]
-    rows += [(0, "random", -0.6, 0.1, 0.1)]
-    note = mechanism.corner_note([dict(zip(columns, row, strict=True)) for row in rows])
-    assert "2 of 3 aligned, 0 of 1 full, 0 of 1 random" in note and "at most 30 %" in note
-
-
-def test_the_committed_file_is_of_these_bases_and_the_page_shows_it() -> None:
-    held = files.read_json(PATH)
-    assert held["bases"] == {str(base): mechanism.base_checksum(base) for base in BASES}
-    assert mechanism.mechanism_table(ROWS) in files.read_text(stats.RESULTS / "spd-mechanism.md")
-    assert PATH.stat().st_size < 400_000
-
-
-def test_every_kind_of_subspace_is_measured_at_every_site(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mechanism, "generate", lambda *_, **__: GOLDEN[::4])
-    model = tiny_gpt(TASK)
-    rows = list(mechanism.measure_base(model, TASK, PROBLEMS, GOLDEN, ranks=(30,), calibration_size=40))
-    kinds = [row["subspace"] for row in rows]
-    each = 3 * model.config.n_layer + 1  # every layer with k, v and kv, and the paper's pair
-    assert [kinds.count(kind) for kind in ("none", "aligned", "full", "unmarked")] == [1, each, each, each]
-    assert kinds.count("random") == each * mechanism.DRAWS
-    assert all(0 <= row["mark"] <= 1 + 1e-5 for row in rows)
+    x = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
+    assert share_inside(x, torch.eye(2)) == 1 and share_inside(x, torch.zeros(2, 2)) == 0
+    assert share_inside(x, torch.diag(torch.tensor([1.0, 0.0]))) == pytest.approx((9 / 25 + 1) / 2)
 
 
 def test_condensed_gradients_span_what_all_gradients_span() -> None:
     model = tiny_gpt(TASK)
     examples = subspace.calibration_set(TASK, ("exam",), 12, "aligned", 0)
     whole = subspace.capability_gradients(model, examples, [(0, "v")])
-    condensed = mechanism.condensed_gradients(model, TASK, ("exam",), 12, "aligned")
+    condensed = selectivity.condensed_gradients(model, TASK, ("exam",), 12, "aligned")
     P, expected = (subspace.make_projectors({(0, "v"): G[0, "v"]})[0, "v"] for G in (condensed, whole))
     torch.testing.assert_close(P, expected, atol=1e-4, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------- rows and shares
+
+
+def test_every_subspace_is_measured_at_every_place_with_its_layers_and_its_rank(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[dict] = []
+    monkeypatch.setattr(selectivity, "PROBLEMS", 3)
+    monkeypatch.setattr(selectivity, "project_kv", lambda model, P: seen.append(P) or project_kv(model, P))
+    model = tiny_gpt(TASK, n_layer=4)
+    plain, *rows = measure_base(model, TASK, Config(ranks=("25", "50"), calibration_size=40))
+    assert (plain["subspace"], plain["mark"]) == ("none", 1) and len(rows) == len(seen) == 3 * 2 * (4 + 10)
+    sites = {
+        PLACE: [(1, "k"), (1, "v"), (3, "k"), (3, "v")],
+        "values alone": [(1, "v"), (3, "v")],
+        "all layers": [(layer, kind) for layer in range(4) for kind in "kv"],
+    }
+    for found, P in zip(rows, seen, strict=True):
+        assert sorted(P) == sites[found["place"]] and 0 <= found["mark"] <= 1 + 1e-5
+        assert {round(each.trace().item()) for each in P.values()} == {16 * found["rank"] // 100}
+    drawn = [found["right"] for found in rows if (found["place"], found["rank"]) == (PLACE, 50)]
+    assert len(set(drawn)) == 14  # no two subspaces are the same
+
+
+def test_a_task_without_marks_and_checks_has_rows_and_a_table_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(selectivity, "DRAWS", 1)
+    rows = [{"base": 0} | each for each in measure_base(tiny_gpt(Letters()), Letters(), Config(ranks=("50",)))]
+    assert len(rows) == 1 + 3 * (3 + 1) and not {"check", "mark"} & {name for each in rows for name in each}
+    table = selectivity.table(rows, (50,))
+    assert "| right digits | whole steps |\n" in table and "without the mark" not in table and table.count("\n") == 13
+
+
+def test_what_is_kept_is_a_share_of_the_bases_own() -> None:
+    other = [row("", 100, "none", 0, -1.0, -1.0, 0.5, 1.0), row(PLACE, 20, "aligned", 0, -1.0, -2.0, 0.5, 0.2)]
+    rows = [{"base": 3} | each for each in OF_ONE_BASE] + [{"base": 4} | each for each in other]
+    assert kept(rows, PLACE, "aligned", "right")[20] == pytest.approx({(3, 0): math.exp(-0.2), (4, 0): 1})
+    assert kept(rows, PLACE, "aligned", "step")[20] == pytest.approx({(3, 0): math.exp(-1), (4, 0): math.exp(-1)})
+    assert kept(rows, PLACE, "aligned", "check") == {20: {(3, 0): 0.25, (4, 0): 1.0}, 50: {(3, 0): 0.5}}
+    assert kept(rows, PLACE, "random", "mark") == {20: {(3, 0): 0.2, (3, 1): 0.4}}
+    assert kept(rows, "all layers", "full", "right") == {}
+
+
+def test_the_table_has_percent_of_the_ranks_that_are_asked_for() -> None:
+    lines = selectivity.table([{"base": 3} | each for each in OF_ONE_BASE]).splitlines()
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
+    assert [line[:3] for line in found] == [
+        [PLACE, "20 %", "aligned"],
+        [PLACE, "20 %", "random"],
+        [PLACE, "50 %", "aligned"],
+        ["all layers", "20 %", "aligned"],
+    ]
+    assert found[0][3:] == ["82", "37", "25", "10"] and found[1][5].startswith("25 ± ")
+
+
+# ---------------------------------------------------------------------------------------------- the file
+
+
+@pytest.fixture
+def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Results in a folder of their own; a base is opened and measured in no time."""
+    shop = SimpleNamespace(sums=dict.fromkeys(BASES, "old"), opened=[], results=tmp_path / "results")
+    monkeypatch.setattr(files, "ROOT", tmp_path)  # the READMEs stay as they are
+    monkeypatch.setattr(stats, "RESULTS", shop.results)
+    monkeypatch.setattr(selectivity, "base_checksum", shop.sums.get)
+    monkeypatch.setattr(selectivity, "open_task_and_base", lambda c: (TASK, shop.opened.append(c.base)))
+    monkeypatch.setattr(selectivity, "measure_base", lambda *_, **__: OF_ONE_BASE)
+    monkeypatch.setattr(sys, "argv", ["selectivity"])
+    return shop
+
+
+def test_only_bases_of_other_bytes_are_measured_again(workshop: SimpleNamespace) -> None:
+    paths = [f"results/bases/seed{base}.pt" for base in BASES]
+    run_script(selectivity.main)
+    assert workshop.opened == paths
+    workshop.sums[BASES[2]] = "new"
+    run_script(selectivity.main)
+    assert workshop.opened == [*paths, paths[2]]
+    stored = files.read_json(workshop.results / "selectivity.json")
+    assert stored["bases"] == {str(base): checksum for base, checksum in workshop.sums.items()}
+    for base in BASES:
+        assert [each for each in stored["rows"] if each["base"] == base] == [{"base": base} | r for r in OF_ONE_BASE]
+    assert len(stored["rows"]) == len(BASES) * len(OF_ONE_BASE)
+
+
+def test_a_base_of_ones_own_is_shown_and_not_kept(
+    workshop: SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["selectivity", "--base", "own.pt", "--ranks", "20"])
+    run_script(selectivity.main)
+    printed = capsys.readouterr().out
+    assert printed.strip() == selectivity.table([{"base": 0} | each for each in OF_ONE_BASE], (20,))
+    assert workshop.opened == ["own.pt"] and not workshop.results.exists()
+
+
+def test_the_committed_file_is_of_these_bases_and_the_pages_show_it() -> None:
+    stored = stats.read_results("selectivity", "selectivity")
+    assert stored["bases"] == {str(base): base_checksum(base) for base in BASES}
+    pages = [files.ROOT / "README.md", *stats.RESULTS.glob("*.md")]
+    assert any(selectivity.table(stored["rows"]) in files.read_text(page) for page in pages)
+    assert (stats.RESULTS / "selectivity.json").stat().st_size < 400_000

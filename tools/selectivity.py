@@ -50,7 +50,7 @@ SUBSPACES = {  # name: the loss and the domains of its calibration
     "full": ("full", ("exam",)),
     "without the mark": ("aligned", ("mix", "add", "sub", "mul", "long")),
 }
-KEPT = ("right", "step", "check")
+COLUMNS = {"right": "right digits", "step": "whole steps", "check": "checks", "mark": "mark inside"}
 Gradients = dict[Site, Tensor]
 
 
@@ -82,32 +82,31 @@ def projectors_at(
 
 
 def lines_of(written: list[str]) -> list[range]:
-    """The tokens of every line of a solution, without the ';' or the stop token that follows it.
+    """The tokens of every line of a solution, without the ';', the line break or the stop token that follows it.
 
     >>> lines_of(list("3+8=1;#1") + ["<|end|>"])
     [range(0, 5), range(6, 8)]
     """
-    ends = [t for t, token in enumerate(written) if token == ";"] + [len(written) - 1]
+    ends = [t for t, token in enumerate(written) if token in (";", "\n")] + [len(written) - 1]
     return [range(start, end) for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
 
 
 @torch.no_grad()
 def measure(model: GPT, task: Task, problems: list[Problem]) -> dict[str, float]:
-    """Mean log p of the results and of the lines of golden solutions, and the mean probability of a check."""
+    """Mean log p of the results and of the lines of golden solutions, and the mean probability of a check, if any."""
     prompts = [task.encode(task.prompt(problem)) for problem in problems]
     solutions = [[*task.encode(problem.solution), task.end()] for problem in problems]
     logp = response_logprobs(model, prompts, solutions)  # (B, T, V)
     taken = token_logprobs(logp, pad(solutions).to(logp.device))  # (B, T)
-    right, step, check = [], [], []
+    found: dict[str, list[float]] = {"right": [], "step": [], "check": []}
     for i, solution in enumerate(solutions):
         written = task.pieces(solution)
-        right += taken[i, task.decisive(written)].tolist()
+        found["right"] += taken[i, task.decisive(written)].tolist()
         for line in lines_of(written):
-            step.append(taken[i, line.start : line.stop].sum().item())
+            found["step"].append(taken[i, line.start : line.stop].sum().item())
             if STEP.fullmatch("".join(written[line.start : line.stop])) and written[line.stop] == ";":
-                check.append(logp[i, line.stop, task.encode(CHECK_MARK)[0]].exp().item())
-    means = (sum(values) / max(1, len(values)) for values in (right, step, check))
-    return dict(zip(KEPT, means, strict=True))
+                found["check"].append(logp[i, line.stop, task.encode(CHECK_MARK)[0]].exp().item())
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
 @torch.no_grad()
@@ -135,7 +134,7 @@ def measure_base(model: GPT, task: Task, config: Config) -> Iterator[dict]:
     problems = task.problems(task.domains[0], PROBLEMS, random.Random("selectivity"))
     arithmetic = task.domains[0] == "exam"
     row = {"place": "", "rank": 100, "subspace": "none", "draw": 0}
-    yield row | measure(model, task, problems) | {"mark": 1.0}
+    yield row | measure(model, task, problems) | ({"mark": 1.0} if arithmetic else {})
     gradients = {
         name: condensed_gradients(
             model, task, domains if arithmetic else task.domains[:1], config.calibration_size, loss
@@ -149,28 +148,28 @@ def measure_base(model: GPT, task: Task, config: Config) -> Iterator[dict]:
         layers = subspace.target_layers(PLACES[place][0], model.config.n_layer)
         P = projectors_at(gradients, name, layers, PLACES[place][1], f"{rank}%", 100 + draw)
         row = {"place": place, "rank": rank, "subspace": name, "draw": draw}
-        inside = [share_inside(marks[site], P[site]) for site in P if marks]
+        row |= {"mark": sum(share_inside(marks[site], P[site]) for site in P) / len(P)} if arithmetic else {}
         with project_kv(model, P):
-            yield row | measure(model, task, problems) | {"mark": sum(inside) / max(1, len(inside))}
+            yield row | measure(model, task, problems)
 
 
 def kept(rows: list[dict], place: str, name: str, column: str) -> dict[int, stats.Values]:
-    """rank -> (base, draw) -> what is left of right digits, steps or checks, as a share of the base's own."""
+    """rank -> (base, draw) -> what is left of right digits, steps, checks or the mark, as a share of the base's own."""
     plain, found = {row["base"]: row for row in rows if row["subspace"] == "none"}, {}
     for row in rows:
         if (row["place"], row["subspace"]) == (place, name):
-            before = plain[row["base"]][column]
-            share = row[column] / before if column == "check" else math.exp(row[column] - before)
-            value = row["mark"] if column == "mark" else share
-            found.setdefault(row["rank"], {})[row["base"], row["draw"]] = value
+            after, before = row[column], plain[row["base"]][column]
+            share = after / before if column in ("check", "mark") else math.exp(after - before)
+            found.setdefault(row["rank"], {})[row["base"], row["draw"]] = share
     return found
 
 
 def table(rows: list[dict], ranks: tuple[int, ...] = (20, 50)) -> str:
     """What is left under projection, at some ranks of every place and subspace, as shares of the base's own."""
-    header, lines = ["place", "rank", "subspace", "right digits", "whole steps", "checks", "mark inside"], []
+    columns = [column for column in COLUMNS if column in rows[0]]
+    header, lines = ["place", "rank", "subspace", *map(COLUMNS.get, columns)], []
     for place, rank, name in itertools.product(PLACES, ranks, (*SUBSPACES, "random")):
-        values = [kept(rows, place, name, column).get(rank) for column in (*KEPT, "mark")]
+        values = [kept(rows, place, name, column).get(rank) for column in columns]
         if values[0]:
             percent = [stats.estimate({key: 100 * x for key, x in each.items()}) for each in values]
             lines.append([place, f"{rank} %", name, *(f"{each:.0f}" for each in percent)])
