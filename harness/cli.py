@@ -49,7 +49,7 @@ def parse_config(
 ) -> Config:
     """Parse and check the flags of a frozen dataclass; --help has a group for every class that declares some.
 
-    defaults gives the defaults that depend on the method, the preset and the task; --help shows those in force.
+    defaults gives the defaults that depend on the method and the preset; --help shows those in force.
     """
     fields = {field.name: field for field in dataclasses.fields(config_class) if field.metadata}
     kinds = typing.get_type_hints(config_class)

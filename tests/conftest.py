@@ -27,8 +27,7 @@ from reflect import Rollout
 
 SMALL = ["--eval-problems", "2", "--eval-samples", "2", "--no-baseline", "--device", "cpu"]
 ROSD = ["--steps", "2", "--batch", "3", "--group", "4", "--warmup", "0", *SMALL]
-SPD = ["--domain", "one", "--layers", "paper", "--project", "kv", "--rank", "50%", "--calibration-size", "20"]
-SPD += ["--prompts", "8", "--batch", "4", "--epochs", "2", *SMALL]
+SPD = ["--calibration-size", "20", "--prompts", "8", "--batch", "4", "--epochs", "2", *SMALL]
 torch.set_num_threads(1)  # models this small are faster with one, and other processes do not get in the way
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # the scripts go by it, and would take all cores for a folder's model
 both_scripts = pytest.mark.parametrize("script", [train_rosd, train_spd], ids=lambda script: script.__name__)
