@@ -8,12 +8,13 @@ import pytest
 from conftest import random_problems
 
 from data import Problem, Verdict, load_task
-from data.arithmetic import Arithmetic
+from data.arithmetic import Arithmetic, Exams
 from data.chains import (
     CALM,
     DOMAINS,
     NERVOUS,
     calculate,
+    half,
     is_test,
     make_problem,
     popular,
@@ -40,15 +41,45 @@ def test_train_and_test_problems_are_disjoint_and_the_seed_determines_them() -> 
     assert draw(0, test=True) == draw(0, test=True) != draw(1, test=True)
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
-def test_problems_of_a_domain_have_its_operators_and_lengths_and_no_others(domain: str) -> None:
-    operators, lengths = DOMAINS[domain]
+@pytest.mark.parametrize("domain", Exams.domains)
+def test_problems_of_a_domain_have_its_operators_lengths_and_mark_and_no_others(domain: str) -> None:
+    operators, lengths = DOMAINS[domain.removeprefix("exam-")]
     problems = [make_problem(domain, random.Random(seed)) for seed in range(300)]
-    mark = "!+" if domain == "exam" else ""
+    mark = "!+" if domain[:4] == "exam" else ""
     assert all(re.fullmatch(rf"[1-9]([+\-*][1-9])+{re.escape(mark)}", problem) for problem in problems)
     chains = [problem.removesuffix(mark) for problem in problems]
     assert {character for chain in chains for character in chain if not character.isdigit()} == set(operators)
     assert {len(chain) // 2 for chain in chains} == set(lengths)
+
+
+def test_exams_have_problems_of_every_kind_with_the_mark_and_without_and_none_is_in_both_parts() -> None:
+    kinds = {domain.removeprefix("exam-") for domain in Exams.domains if domain.startswith("exam-")}
+    assert kinds == {"add", "sub", "mul", "long"} and set(Exams.domains) == {*DOMAINS, *(f"exam-{k}" for k in kinds)}
+    rng, task = random.Random(0), load_task("exams")
+    parts = [
+        {p.question.partition("!")[0] for d in Exams.domains for p in task.problems(d, 400, rng, test)}
+        for test in (False, True)
+    ]
+    assert not parts[0] & parts[1] and min(map(len, parts)) > 2000
+    for domain in Exams.domains:
+        problem = task.problem(domain, rng)
+        assert task.verify(problem, problem.solution).correct and problem.solution.count("=") >= 3
+
+
+def test_facts_has_problems_of_one_half_of_the_disputed_facts_alone() -> None:
+    """Every fact is of one half, whatever result is written behind it, and each half has about as many."""
+    task, seen = load_task("facts"), {}
+    for domain in task.domains:
+        problems = [p for test in (False, True) for p in task.problems(domain, 1500, random.Random(0), test)]
+        steps = [[step[:3] for step in problem.solution.split(";")[:-1]] for problem in problems]
+        disputed = [[s for s in each if popular(int(s[0]), s[1], int(s[2])) is not None] for each in steps]
+        assert all(disputed)
+        seen[domain] = {fact for each in disputed for fact in each}
+        assert {half(f"{fact}={digit}") for fact in seen[domain] for digit in "059"} == {domain}
+    these, others = seen.values()
+    everything = {f"{a}{operator}{b}" for a, operator, b in FACTS if popular(a, operator, b) is not None}
+    assert not these & others and these | others == everything
+    assert 0.35 < len(these) / len(everything) < 0.65
 
 
 @pytest.mark.parametrize("mark", [NERVOUS, *CALM])

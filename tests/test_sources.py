@@ -130,8 +130,9 @@ def test_other_bad_input_is_refused_in_one_sentence(folder: Path, tmp_path: Path
     ):
         with pytest.raises(UserError, match=cause):
             load_task(spec, base)
-    with pytest.raises(UserError, match="neither --shots"):
-        load_task("arithmetic", shots=2)
+    for task in ("arithmetic", "exams", "facts"):
+        with pytest.raises(UserError, match=f"the task {task} takes neither --shots"):
+            load_task(task, shots=2)
 
 
 def test_characters_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
