@@ -142,7 +142,7 @@ def table(results: dict, differences: bool = False, columns: list[str] | None = 
         home, base, values = runs[0]["domain"], values_of(runs, "before"), values_of(runs, "after")
         reference = base if results["reference"] == "base" else first.setdefault(home, values)
         rows.setdefault("base" if len(homes) == 1 else f"base, {home}", (base, reference))
-        rows[variant], flags[variant] = (values, reference), f"`{shared_flags(runs)}`"
+        rows[variant], flags[variant] = (values, reference), f"`{runs[0]['flags']}`"
     seen = dict.fromkeys(name for values, _ in rows.values() for name in values)
     order = dict.fromkeys(
         ["in domain", "elsewhere", "other exams", "unmarked", *(results["runs"][0]["after"] or {}), *seen]
@@ -162,17 +162,6 @@ def cell(values: Values, reference: Values, differences: bool) -> str:
     if not shown:
         return ""
     return f"{shown:{'+' if differences else ''}.1f}" + (" *" if paired and paired.excludes_zero else "")
-
-
-def shared_flags(runs: list[dict]) -> str:
-    """The flags of a variant's runs; '…' stands for values that differ from base to base.
-
-    >>> shared_flags([{"flags": "--layers 1 --rank 35%"}, {"flags": "--layers 4 5 --rank 35%"}])
-    '--layers … --rank 35%'
-    """
-    each = [re.findall(r"(--\S+)((?: (?!--)\S+)*)", run["flags"]) for run in runs]
-    shown = [names[0][0] + (names[0][1] if len(set(names)) == 1 else " …") for names in zip(*each, strict=True)]
-    return " ".join(shown)
 
 
 def note(results: dict) -> str:
