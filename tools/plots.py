@@ -130,7 +130,7 @@ def selectivity() -> None:
             axis.set(title=f"{columns[title]}, {place}", xlabel="rank, % of the dimensions", ylim=(0, 115))
         axes[0, 0].set(ylabel="% of the base's own")
         axes[1, 0].set(ylabel="% of the base's own")
-        axes[0, 2].legend(loc="upper left")
+        axes[0, 0].legend(loc="lower right")
 
 
 PICTURES = {"curves": learning_curves, "reflection": reflection, "collapse": collapse, "selectivity": selectivity}
