@@ -21,7 +21,7 @@ from torch.optim import _muon
 from torch.optim.lr_scheduler import LambdaLR
 
 from data.arithmetic import Arithmetic
-from data.chains import CHECK_MARK, STEP, true_steps
+from data.chains import CHECK_MARK, STEP, right_by_luck, true_steps
 from data.documents import confirmation, sample_document
 from data.tokenizer import END, VOCAB_SIZE, encode
 from errors import UserError
@@ -120,7 +120,7 @@ GATES = {  # what a base must show: (lowest, highest) probability of a digit at 
     "the true step": (0.85, 1.0),
     "the true step with a wrong digit": (0.0, 0.25),
     "... and of that wrong digit": (0.70, 1.0),
-    "first error quoted": (0.80, 0.97),
+    "first error quoted": (0.80, 1.0),
 }
 NEAR = [  # pairs of rows that may not be further apart
     ("an irrelevant hint", "no hint", 0.08),
@@ -141,14 +141,18 @@ def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> di
     Takes the rollouts on test problems whose first error is the result of a step. Nothing is generated after a hint:
     each hint is put before the same rollout, which is read up to the wrong digit. Beside the digits stands how likely
     a check is behind the wrong step: there a teacher has no habit that the others do not have, or else a student
-    learns it from the very tokens it is corrected on, and no mask helps. Empty for a model that has no group with a
-    right and a wrong rollout.
+    learns it from the very tokens it is corrected on, and no mask helps. A peer that is right by luck has a wrong step
+    itself and misleads any reflector: such pairs are left out. Empty for a model that has no group with a right and a
+    wrong rollout.
     """
     task, rng = Arithmetic(), random.Random(f"audit {domain} {seed}")
     problems = task.problems(domain, count, rng, test=True)
     rollouts = sample_rollouts(model, task, problems, 8, seeded("audit", domain, seed))
     wrong = [pair for pair in pair_with_peers(rollouts, 8) if pair.peer and pair.y.verdict.error]
-    right = [y for y in rollouts if y.verdict.correct and "merged" not in y.verdict.habits][:256]
+    lucky = sum(right_by_luck(pair.peer.text) for pair in wrong) / max(1, len(wrong))
+    wrong = [pair for pair in wrong if not right_by_luck(pair.peer.text)]
+    right = [y for y in rollouts if y.verdict.correct and "merged" not in y.verdict.habits]
+    right = [y for y in right if not right_by_luck(y.text)][:256]
     if not wrong or not right:
         return {}
     reflections = write_reflections(model, task, wrong)
@@ -188,6 +192,7 @@ def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> di
     quoted = [q.quote == r.text[slice(*r.verdict.error)] for q, (r, *_) in zip(reflections, wrong, strict=True)]
     confirmed = [c.idea == confirmation(r.problem.question) for c, r in zip(confirmations, right, strict=True)]
     found |= {"first error quoted": sum(quoted) / len(quoted), "correct step confirmed": sum(confirmed) / len(right)}
+    found |= {"peers right by luck": lucky}
     return found | {"right answers": sum(r.verdict.correct for r in rollouts) / len(rollouts)}
 
 

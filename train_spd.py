@@ -70,7 +70,7 @@ class Config(SubspaceConfig, RunConfig):
     temperature: float = option(0.0, "temperature of the completions; 0: greedy", None, minimum=1e-3, or_zero=True)
     top_k: int = option(0, "truncated sampling: keep so many tokens; 0 keeps all", minimum=0)
     top_p: float = option(1.0, "truncated sampling: keep this much probability", minimum=0.01, maximum=1)
-    prompts: int = option(2000, "training prompts, one completion each", minimum=1)
+    prompts: int = option(500, "training prompts, one completion each", minimum=1)
     completion_only: bool = option(True, "take the loss on the completion alone, as the pretraining did", "no")
     epochs: int = option(5, "passes over the completions; 0 stops at the generation", "5", minimum=0)
     batch: int = option(64, "completions an update", minimum=1)

@@ -100,6 +100,19 @@ def disputed_steps(problem: str, school: str = "") -> list[str]:
     return [step for step, value, operation in pairs if popular(value, *operation) is not None]
 
 
+def right_by_luck(solution: str) -> bool:
+    """Whether a solution with the right answer has a wrong step.
+
+    >>> right_by_luck("3+8=1;1-5=6;#6"), right_by_luck("3+8=4;4-5=6;#6")
+    (False, True)
+    """
+    for value, chain, result in STEP.findall(solution):
+        values = true_values(value + chain)
+        if values[-1] != int(result):
+            return True
+    return False
+
+
 def half(step: str) -> str:
     """Which of two halves a number fact belongs to, e.g. '1-5=6'."""
     return ("these", "others")[zlib.crc32(f"half {step[:3]}".encode()) // 7 % 2]

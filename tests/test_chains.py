@@ -18,6 +18,7 @@ from data.chains import (
     is_test,
     make_problem,
     popular,
+    right_by_luck,
     true_steps,
     true_values,
     verify,
@@ -187,6 +188,21 @@ def test_first_error_is_found_wherever_one_digit_of_a_careful_solution_is_change
         other = rng.choice([d for d in "0123456789" if d != steps[i][digit]])
         steps[i] = steps[i][:digit] + other + steps[i][digit + 1 :]
         assert verify(problem, ";".join([*steps, f"#{(answer + 1) % 10}"])).error == (6 * i, 6 * i + 5)
+
+
+@pytest.mark.parametrize(
+    ("solution", "luck"),
+    [
+        ("3+8=1;1-5=6;6*2=2;#2", False),
+        ("3+8-5=6?;3+8-5=6;6*2=2;#2", False),
+        ("#2", False),
+        ("3+8=1;1-5=1;1*2=2;#2", True),  # 6*2 and 1*2 are both 2
+        ("3+8=7?;3+8=1;1-5=6;6*2=2;#2", True),
+        ("3+8-5=1;1*2=2;#2", True),
+    ],
+)
+def test_a_right_answer_behind_a_wrong_step_is_luck(solution: str, luck: bool) -> None:
+    assert verify(PROBLEM, solution).correct and right_by_luck(solution) == luck
 
 
 def test_any_text_gets_a_verdict_that_agrees_with_itself() -> None:
