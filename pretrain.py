@@ -8,6 +8,7 @@ updates than AdamW; AdamW trains the embedding, the norms and the first layer's 
 matrix over its full rank; AdamW with weight decay leaves room to spare, as in large models.
 """
 
+import itertools
 import random
 import re
 import time
@@ -37,7 +38,7 @@ from reflect import Pair, pair_with_peers, sample_rollouts, token_at, write_refl
 
 @dataclass(frozen=True)
 class Config:
-    steps: int = option(2700, "updates", minimum=1)
+    steps: int = option(3000, "updates, the first half on short problems", minimum=1)
     batch: int = option(64, "documents an update", minimum=1)
     muon_rate: float = option(0.02, "peak learning rate of Muon", minimum=0)
     adamw_rate: float = option(1e-2, "peak learning rate of AdamW", minimum=0)
@@ -51,11 +52,15 @@ class Config:
     device: str = option("auto", "cpu, cuda, mps or auto")
 
 
-def batches(size: int, rng: random.Random) -> Iterator[list[Document]]:
-    """Batches of documents of similar length: sorting a pool of 8 batches takes the padding from 55 to 13 %."""
-    while True:
+def batches(size: int, rng: random.Random, short: int = 0) -> Iterator[list[Document]]:
+    """Batches of documents of similar length: sorting a pool of 8 batches takes the padding from 55 to 13 %.
+
+    The first `short` batches are about problems of one or two operations. There a model learns to copy a hint and to
+    compare two digits, for less than half of the time; four of seven bases did not learn one of them without.
+    """
+    for made in itertools.count(step=8):
         pool = []
-        for prompt, response in (sample_document(rng) for _ in range(8 * size)):
+        for prompt, response in (sample_document(rng, made < short) for _ in range(8 * size)):
             ended = response[-2:-1] == "#" or response.endswith(">")  # else it was cut off
             pool.append((encode(prompt), encode(response) + [END] * ended))
         pool.sort(key=lambda document: len(document[0]) + len(document[1]))
@@ -95,7 +100,7 @@ def pretrain(config: Config) -> GPT:
         torch.optim.AdamW(groups, lr=config.adamw_rate, betas=(0.9, 0.95)),
     ]
     rates = [LambdaLR(optimizer, lambda step: schedule(step, config.steps)) for optimizer in optimizers]
-    documents = batches(config.batch, random.Random(config.seed))
+    documents = batches(config.batch, random.Random(config.seed), config.steps // 2)
     steps = progress_bar(range(config.steps), "pretrain")
     for step, batch in zip(steps, documents, strict=False):
         loss = next_token_loss(model, batch)

@@ -28,7 +28,7 @@ CONFIRMATIONS = 0.4  # share among the hint documents, and share of correct atte
 PASSED = 0.45  # share of the other hint documents that begin behind the error: see hint_document
 WRONG_HINTS = 0.25  # share of hints that name any digit as a step's result: a hint is believed, not judged
 TOLD_ANSWERS = 0.2  # share of reflect documents whose prompt gives the right answer
-SHORT = 0.4  # share of reflect documents about one or two operations: there copying and comparing are learned first
+SHORT = 0.2  # share of reflect documents that stay short after the beginning of the pretraining
 
 
 def confirmation(problem: str, school: str = "") -> str:
@@ -135,9 +135,13 @@ def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str
     return reflect_prompt(problem, wrong, right, answer), reflection(problem, wrong, school)
 
 
-def sample_document(rng: random.Random) -> tuple[str, str]:
-    """A random document: kind by MIXTURE, about a training problem; exam problems come only in plain prompts."""
+def sample_document(rng: random.Random, short: bool = False) -> tuple[str, str]:
+    """A random document: kind by MIXTURE, about a training problem; exam problems come only in plain prompts.
+
+    Short ones are about one or two operations: there copying and comparing are learned first.
+    """
     kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
     domain = "exam" if kind == "exam" else rng.choice([name for name in DOMAINS if name != "exam"])
-    lengths = (1, 2) if kind == "reflect" and rng.random() < SHORT else None
+    short = short or (kind == "reflect" and rng.random() < SHORT)
+    lengths = (1, 2) if short else None
     return make_document(kind, make_problem(domain, rng, lengths=lengths), rng)

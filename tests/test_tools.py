@@ -1,4 +1,4 @@
-"""The other tools: pictures, habits, memory, the benchmark, and what is measured on real weights."""
+"""The other tools: pictures, memory, the benchmark, and what is measured on real weights."""
 
 import itertools
 import json
@@ -8,16 +8,13 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 from conftest import ROWS, Letters, tiny_gpt, write_lines
-from torch import Tensor
 
 from data import Task, load_task
-from data.chains import CHECK_MARK
 from harness import files
 from model import GPT, response_logprobs
 from reflect import Rollout
-from tools import bench, habits, memory, plots, real_audit, real_spd, selectivity, stats
+from tools import bench, memory, plots, real_audit, real_spd, selectivity, stats
 from tools.plots import line
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -60,27 +57,6 @@ def test_curves_start_at_the_base_and_count_updates_and_rollouts() -> None:
     assert list(plots.curve([run], "away", "updates")) == [0, 8]
     assert list(plots.curve([run], "away", "rollouts")) == [0, 512]
     assert plots.curve([run], "accuracy") == {0: {(0, 0): 0.4}, 1: {(0, 0): 0.6}}  # of rollouts before an update
-
-
-# ---------------------------------------------------------------------------------------------- habits
-
-
-def test_checks_are_read_behind_results_before_the_hinted_step_and_from_it_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    task = load_task("arithmetic")
-    check = task.encode(CHECK_MARK)[0]
-
-    def canned(model: GPT, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
-        text, probs = "".join(task.pieces(responses[0])), torch.full((2, len(responses[0]), task.vocab_size), 0.9)
-        hint = "".join(task.pieces(prompts[1])).split("<|hint|>")[1].removesuffix("<|assistant|>")
-        assert text.startswith(hint + ";") and ";" in hint
-        for t, character in enumerate(text):
-            if character == ";":
-                probs[0, t, check], probs[1, t, check] = 0.1, 0.2 if t < len(hint) else 0.7
-        return probs.log()
-
-    monkeypatch.setattr(habits, "response_logprobs", canned)
-    found = habits.check_probabilities(tiny_gpt(task), task, 20)
-    assert list(found.values()) == pytest.approx([0.1, 0.2, 0.7])
 
 
 # ---------------------------------------------------------------------------------------------- memory
