@@ -14,7 +14,7 @@ from torch.optim import _muon
 import pretrain
 from data import Problem, Task
 from data.arithmetic import Arithmetic
-from data.chains import BUDGET
+from data.chains import BUDGET, operations
 from data.tokenizer import END, VOCAB_SIZE, decode, encode
 from harness import files
 from harness.cli import run_script
@@ -48,7 +48,7 @@ def test_solutions_end_with_a_stop_token_unless_they_were_cut_off() -> None:
     ],
 )
 def test_what_was_cut_off_teaches_no_stop_token(response: str, ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain, "sample_document", lambda rng: ("<|user|>3+8-5*2<|assistant|>", response))
+    monkeypatch.setattr(pretrain, "sample_document", lambda rng, short: ("<|user|>3+8-5*2<|assistant|>", response))
     for _, tokens in next(pretrain.batches(2, random.Random(0))):
         assert tokens == encode(response) + [END] * ended
 
@@ -224,3 +224,11 @@ def test_a_new_base_goes_to_out_and_leaves_the_shipped_one_alone(
     pretrain.main()
     assert files.load_checkpoint(tmp_path / "base.pt").config.n_embd == 8
     assert files.checksum(files.BASE_CHECKPOINT) == shipped
+
+
+def test_the_first_batches_are_about_one_or_two_operations_and_later_ones_about_all_lengths() -> None:
+    longest = []
+    for batch, _ in zip(pretrain.batches(64, random.Random(0), short=16), range(32), strict=False):
+        questions = [re.match(r"<\|user\|>([^<=!]+)", decode(prompt))[1] for prompt, _ in batch]
+        longest.append(max(len(operations(question)) for question in questions))
+    assert max(longest[:16]) == 2 and max(longest[16:]) == 5
