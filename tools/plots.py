@@ -118,7 +118,7 @@ def collapse() -> None:
 
 def selectivity() -> None:
     """What survives a projection over its rank: right digits, whole steps, the habit."""
-    rows, places = read_results("selectivity", "selectivity")["rows"], ("the paper's place", "all layers")
+    rows, places = read_results("selectivity", "selectivity")["rows"], ("the paper's place", "layer 3, values")
     columns = {"right": "right digits", "step": "whole steps", "check": "the habit of checking"}
     names = {"aligned": "aligned loss", "full": "full-sequence loss", "random": "random, ten draws"}
     with picture("selectivity", "What survives when keys and values are projected", 2, 3) as axes:

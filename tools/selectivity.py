@@ -39,10 +39,11 @@ from tools.study import base_checksum, base_path
 NAME, PROBLEMS = "selectivity", 100
 PLACES = {  # title: layers, what is projected
     "the paper's place": ("paper", "kv"),
-    "values alone": ("paper", "v"),
-    "all layers": ("all", "kv"),
+    "layer 2, values": ("2", "v"),
+    "layer 3, values": ("3", "v"),
+    "layer 4, values": ("4", "v"),
 }
-RANKS = (10, 20, 30, 40, 50, 60, 70, 80)  # percent
+RANKS = (20, 35, 50, 65, 80)  # percent
 DRAWS = 10  # of a random subspace
 SUBSPACES = {  # name: the loss and the domains of its calibration
     "aligned": ("aligned", ("exam",)),
@@ -164,7 +165,7 @@ def kept(rows: list[dict], place: str, name: str, column: str) -> dict[int, stat
     return found
 
 
-def table(rows: list[dict], ranks: tuple[int, ...] = (20, 50)) -> str:
+def table(rows: list[dict], ranks: tuple[int, ...] = (35, 50)) -> str:
     """What is left under projection, at some ranks of every place and subspace, as shares of the base's own."""
     columns = [column for column in COLUMNS if column in rows[0]]
     header, lines = ["place", "rank", "subspace", *map(COLUMNS.get, columns)], []

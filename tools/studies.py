@@ -111,7 +111,6 @@ STUDIES = {
             for name, flags in SUBSPACES.items()
         },
         "--epochs 0 --prompts 1",
-        seeds=(0, 1, 2),
         curve=(),
         reference="base",
         script="train_spd.py",
