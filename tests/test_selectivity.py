@@ -38,7 +38,7 @@ OF_ONE_BASE = [
     row(PLACE, 50, "aligned", 0, -0.5, -2.5, 0.4, 0.3),
     row(PLACE, 20, "random", 0, -1.5, -4.0, 0.1, 0.2),
     row(PLACE, 20, "random", 1, -2.5, -6.0, 0.3, 0.4),
-    row("all layers", 20, "aligned", 0, -9.0, -9.0, 0.9, 0.9),
+    row("layer 3, values", 35, "aligned", 0, -9.0, -9.0, 0.9, 0.9),
 ]
 
 # ---------------------------------------------------------------------------------------------- measures
@@ -119,11 +119,12 @@ def test_every_subspace_is_measured_at_every_place_with_its_layers_and_its_rank(
     monkeypatch.setattr(selectivity, "project_kv", lambda model, P: seen.append(P) or project_kv(model, P))
     model = tiny_gpt(TASK, n_layer=4)
     plain, *rows = measure_base(model, TASK, Config(ranks=("25", "50"), calibration_size=40))
-    assert (plain["subspace"], plain["mark"]) == ("none", 1) and len(rows) == len(seen) == 3 * 2 * (4 + 10)
+    assert (plain["subspace"], plain["mark"]) == ("none", 1) and len(rows) == len(seen) == 4 * 2 * (4 + 10)
     sites = {
         PLACE: [(1, "k"), (1, "v"), (3, "k"), (3, "v")],
-        "values alone": [(1, "v"), (3, "v")],
-        "all layers": [(layer, kind) for layer in range(4) for kind in "kv"],
+        "layer 2, values": [(1, "v")],
+        "layer 3, values": [(2, "v")],
+        "layer 4, values": [(3, "v")],
     }
     for found, P in zip(rows, seen, strict=True):
         assert sorted(P) == sites[found["place"]] and 0 <= found["mark"] <= 1 + 1e-5
@@ -147,17 +148,16 @@ def test_what_is_kept_is_a_share_of_the_bases_own() -> None:
     assert kept(rows, PLACE, "aligned", "step")[20] == pytest.approx({(3, 0): math.exp(-1), (4, 0): math.exp(-1)})
     assert kept(rows, PLACE, "aligned", "check") == {20: {(3, 0): 0.25, (4, 0): 1.0}, 50: {(3, 0): 0.5}}
     assert kept(rows, PLACE, "random", "mark") == {20: {(3, 0): 0.2, (3, 1): 0.4}}
-    assert kept(rows, "all layers", "full", "right") == {}
+    assert kept(rows, "layer 3, values", "full", "right") == {}
 
 
 def test_the_table_has_percent_of_the_ranks_that_are_asked_for() -> None:
-    lines = selectivity.table([{"base": 3} | each for each in OF_ONE_BASE]).splitlines()
+    lines = selectivity.table([{"base": 3} | each for each in OF_ONE_BASE], (20, 35)).splitlines()
     found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert [line[:3] for line in found] == [
         [PLACE, "20 %", "aligned"],
         [PLACE, "20 %", "random"],
-        [PLACE, "50 %", "aligned"],
-        ["all layers", "20 %", "aligned"],
+        ["layer 3, values", "35 %", "aligned"],
     ]
     assert found[0][3:] == ["82", "37", "25", "10"] and found[1][5].startswith("25 ± ")
 

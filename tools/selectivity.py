@@ -37,12 +37,6 @@ from tools.studies import BASES
 from tools.study import base_checksum, base_path
 
 NAME, PROBLEMS = "selectivity", 100
-PLACES = {  # title: layers, what is projected
-    "the paper's place": ("paper", "kv"),
-    "layer 2, values": ("2", "v"),
-    "layer 3, values": ("3", "v"),
-    "layer 4, values": ("4", "v"),
-}
 RANKS = (20, 35, 50, 65, 80)  # percent
 DRAWS = 10  # of a random subspace
 SUBSPACES = {  # name: the loss and the domains of its calibration
@@ -61,6 +55,16 @@ class Config(TaskConfig):
     task: str = option("exams", "the task; its first domain is taken")
     ranks: tuple[str, ...] = option(tuple(map(str, RANKS)), "ranks to measure it at, percent")
     calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
+
+
+def places(n_layer: int) -> dict[str, tuple[str, str]]:
+    """Where is projected: the paper's place, and the values of one layer of the second half -> layers, kinds.
+
+    >>> list(places(4))
+    ["the paper's place", 'layer 2, values', 'layer 3, values', 'layer 4, values']
+    """
+    single = sorted({max(1, n_layer // 2), max(1, 3 * n_layer // 4), n_layer})
+    return {"the paper's place": ("paper", "kv")} | {f"layer {n}, values": (str(n), "v") for n in single}
 
 
 def condensed_gradients(model: GPT, task: Task, domains: tuple, size: int, loss: str, seed: int = 0) -> Gradients:
@@ -145,9 +149,10 @@ def measure_base(model: GPT, task: Task, config: Config) -> Iterator[dict]:
     }
     marks = mark_vectors(model, task, problems) if arithmetic else {}
     draws = [(name, 0) for name in gradients] + [("random", draw) for draw in range(DRAWS)]
-    for place, rank, (name, draw) in tqdm([*itertools.product(PLACES, map(int, config.ranks), draws)], unit="row"):
-        layers = subspace.target_layers(PLACES[place][0], model.config.n_layer)
-        P = projectors_at(gradients, name, layers, PLACES[place][1], f"{rank}%", 100 + draw)
+    where = places(model.config.n_layer)
+    for place, rank, (name, draw) in tqdm([*itertools.product(where, map(int, config.ranks), draws)], unit="row"):
+        layers = subspace.target_layers(where[place][0], model.config.n_layer)
+        P = projectors_at(gradients, name, layers, where[place][1], f"{rank}%", 100 + draw)
         row = {"place": place, "rank": rank, "subspace": name, "draw": draw}
         row |= {"mark": sum(share_inside(marks[site], P[site]) for site in P) / len(P)} if arithmetic else {}
         with project_kv(model, P):
@@ -169,7 +174,9 @@ def table(rows: list[dict], ranks: tuple[int, ...] = (35, 50)) -> str:
     """What is left under projection, at some ranks of every place and subspace, as shares of the base's own."""
     columns = [column for column in COLUMNS if column in rows[0]]
     header, lines = ["place", "rank", "subspace", *map(COLUMNS.get, columns)], []
-    for place, rank, name in itertools.product(PLACES, ranks, (*SUBSPACES, "random")):
+    for place, rank, name in itertools.product(
+        dict.fromkeys(row["place"] for row in rows), ranks, (*SUBSPACES, "random")
+    ):
         values = [kept(rows, place, name, column).get(rank) for column in columns]
         if values[0]:
             percent = [stats.estimate({key: 100 * x for key, x in each.items()}) for each in values]
