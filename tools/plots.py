@@ -87,11 +87,10 @@ def curves(axis: Any, variants: dict, column: str, title: str, per_step: str = "
 
 def learning_curves() -> None:
     variants = by_variant(read_results("curves"))
-    with picture("curves", "Tested while training on mix alone", rows=2) as axes:
-        for (home, away), unit in zip(axes, ("updates", "rollouts"), strict=True):
-            curves(home, variants, "home", "in domain", unit)
-            curves(away, variants, "away", "mean of the other domains", unit)
-        axes[0, 0].legend()
+    with picture("curves", "Tested while training on mix alone") as ((home, away),):
+        curves(home, variants, "home", "in domain", "rollouts")
+        curves(away, variants, "away", "mean of the other domains", "rollouts")
+        home.legend()
 
 
 def reflection() -> None:

@@ -101,6 +101,7 @@ STUDIES = {
     "curves": Study(
         {"ROSD": "", "wrong rollouts alone": WRONG, "SDPO": "--method sdpo", "GRPO": "--method grpo"},
         flags="--domain mix --eval-every 5",
+        bases=BASES[:3],
         curve=("accuracy", "home", "away", "quote_match", "quote_accuracy", "error_position"),
     ),
     "evaluation": Study(THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95"),
