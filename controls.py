@@ -36,7 +36,7 @@ def teaches(pair: Pair, learn_from: str) -> bool:
 
 
 def oracle_reflections(reflector: GPT, task: Task, pairs: list[Pair], *args: Any) -> list[Reflection]:
-    """What a reflector who knows the truth would write, in the place of `reflect.write_reflections`."""
+    """What a reflector who knows the truth would write; it replaces `reflect.write_reflections`."""
     return [parse_reflection(task.true_reflection(y.problem, y.text)) for y, *_ in pairs]
 
 
@@ -49,7 +49,7 @@ def spoil(
     rng: random.Random,
 ) -> tuple[list[Reflection], list[Span | None]]:
     """The reflections and the spans of their quotes, a share `dose` of them spoiled."""
-    ideas, places = [reflection.idea for reflection in reflections], list(spans)
+    ideas, moved = [reflection.idea for reflection in reflections], list(spans)
     for i, (y, *_) in enumerate(pairs):
         if rng.random() >= dose:
             continue
@@ -62,10 +62,10 @@ def spoil(
         elif control == "random-quotes" and not y.verdict.correct:
             k = rng.randrange(len(y.tokens))
             length = spans[i][1] - spans[i][0] if spans[i] else 1
-            places[i] = k, min(k + length, len(y.tokens))
+            moved[i] = k, min(k + length, len(y.tokens))
         elif control == "other-quotes" and not y.verdict.correct:
             others = zip(spans, pairs, strict=True)
             others = [span for span, p in others if span and p.y.problem != y.problem and not p.y.verdict.correct]
             k, end = rng.choice([span for span in others if span[0] < len(y.tokens)] or [(0, len(y.tokens))])
-            places[i] = k, min(end, len(y.tokens))
-    return [Reflection(r.quote, idea) for r, idea in zip(reflections, ideas, strict=True)], places
+            moved[i] = k, min(end, len(y.tokens))
+    return [Reflection(r.quote, idea) for r, idea in zip(reflections, ideas, strict=True)], moved

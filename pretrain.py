@@ -184,10 +184,10 @@ def audit(model: GPT, domain: str = "mix", count: int = 96, seed: int = 0) -> di
 
     if not cases:
         return {}
-    tokens, at, right_digits, other_digits, behind, held = map(list, zip(*cases, strict=True))
+    tokens, at, right_digits, other_digits, behind, prompts = map(list, zip(*cases, strict=True))
     found, checks, each, check = {}, {}, range(len(cases)), encode(CHECK_MARK)[0]
-    for name in held[0]:
-        p = response_logprobs(model, [encode(prompts[name]) for prompts in held], tokens).exp()  # (cases, T, V)
+    for name in prompts[0]:
+        p = response_logprobs(model, [encode(of_case[name]) for of_case in prompts], tokens).exp()  # (cases, T, V)
         found[name] = p[each, at, right_digits].mean().item()
         if name == "the true step with a wrong digit":
             found["... and of that wrong digit"] = p[each, at, other_digits].mean().item()

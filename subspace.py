@@ -81,9 +81,9 @@ def target_sites(config: Any, model: GPT) -> list[Site]:
 
 def choose_rank(spec: str, d: int) -> int:
     """A rank between 1 and d, from a number like '16' or a share of d like '50%'."""
-    form = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", spec)
-    rank = (round(d * float(form[1]) / 100) if form[2] else float(form[1])) if form else 0.0
-    if not form or rank != int(rank) or rank > d or float(form[1]) == 0:
+    parsed = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", spec)
+    rank = (round(d * float(parsed[1]) / 100) if parsed[2] else float(parsed[1])) if parsed else 0.0
+    if not parsed or rank != int(rank) or rank > d or float(parsed[1]) == 0:
         raise UserError(f"rank {spec!r}: give a number from 1 to {d}, the dimensions to project, or a share like 50%")
     return max(1, int(rank))
 

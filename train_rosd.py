@@ -140,8 +140,8 @@ class Config(MethodConfig, ControlsConfig, TrainingConfig):
 
 def defaults_of(method: str, preset: str = "paper", **_: object) -> dict[str, object]:
     """The defaults that depend on the method and the preset."""
-    own = {name: getattr(METHODS[method], name) for name in ("context", "mask")} if method in METHODS else {}
-    return own | (RELEASED.get(method, {}) if preset == "released" else {})
+    of_method = {name: getattr(METHODS[method], name) for name in ("context", "mask")} if method in METHODS else {}
+    return of_method | (RELEASED.get(method, {}) if preset == "released" else {})
 
 
 def configure(method: str = "rosd", preset: str = "paper", **settings: object) -> Config:

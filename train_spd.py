@@ -108,10 +108,10 @@ def train(config: Config) -> dict:
         problems = task.problems(config.domain, config.prompts, run.random("prompts"))
         prompts = [task.encode(task.prompt(problem)) for problem in problems]
         with subspace.project_kv(base, P, config.coordinate):
-            accuracy = run.once("text", lambda: accuracy_of_text(base, task, config, **sampling))
+            accuracy = run.cached("text", lambda: accuracy_of_text(base, task, config, **sampling))
             generator = run.generator("completion")
             write = partial(generate, base, prompts, task.max_response, task.stop, generator=generator, **sampling)
-            pairs = list(zip(prompts, run.once("completions", write), strict=True))
+            pairs = list(zip(prompts, run.cached("completions", write), strict=True))
 
         # 3. Fine-tune the original weights, unprojected: -sum_t log p(y_t | x, y_<t).
         torch.manual_seed(zlib.crc32(str(seed).encode()))
@@ -135,10 +135,10 @@ def train(config: Config) -> dict:
             run.log(loss=sum(losses) / len(losses))
         merge_lora(student)
         write = partial(accuracy_of_text, base, task, config, **sampling)
-        own = run.of_base("text", write, "domain", "temperature", "top_k", "top_p")
+        base_text = run.of_base("text", write, "domain", "temperature", "top_k", "top_p")
         before = run.of_base("before", partial(evaluate_run, base, task, config)) if config.epochs else None
         after = evaluate_run(student, task, config) if config.epochs else None
-        return run.finish(student, before=before, own=own, generation=[accuracy], after=after)
+        return run.finish(student, before=before, base_text=base_text, generation=[accuracy], after=after)
 
 
 def main() -> None:
@@ -149,7 +149,6 @@ def main() -> None:
         configs.append(parse([*sys.argv[1:], f"--method={method}", f"--temperature={METHODS[method]}"]))
     results = train_all(train, configs)
     home = results[0]["config"]["domain"]
-
     others = elsewhere(results[0]["before"] or {}, home)
 
     def percent(scores: dict | None) -> list[str]:
@@ -159,7 +158,7 @@ def main() -> None:
     rows = [["base", "", "", *percent(results[0]["before"])]]
     for c, result in zip(configs, results, strict=True):
         name = ", ".join([c.method.upper(), *changed_settings(c, configure(c.method))])
-        texts = percent(result["own"])[0], percent(result["generation"][0])[0]
+        texts = percent(result["base_text"])[0], percent(result["generation"][0])[0]
         rows.append([name, *texts, *percent(result["after"])])
     header = ["right, %", "text of the base", "text it trains on", f"after training, {home}", *others]
     print(f"\n{markdown_table(header, rows)}")

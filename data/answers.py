@@ -99,10 +99,10 @@ def stated_number(text: str, unit: str, last: bool) -> str | None:
     words = sentences[-1 if last else 0].split() if sentences else []
     runs = groupby(words, lambda word: has_digit(word) or JOINS.fullmatch(word) is not None)
     parts = ["", *(" ".join(run) for _, run in runs), ""]  # expressions, and the words between them
-    places = [i for i, part in enumerate(parts) if has_digit(part)]
-    if not places or (len(places) > 1 and not last):
+    numbers = [i for i, part in enumerate(parts) if has_digit(part)]
+    if not numbers or (len(numbers) > 1 and not last):
         return None
-    before, expression, after = parts[places[-1] - 1 : places[-1] + 2]
+    before, expression, after = parts[numbers[-1] - 1 : numbers[-1] + 2]
     if re.search(rf"\b(?:{BEFORE})$", before, re.IGNORECASE) or re.match(AFTER, after, re.IGNORECASE):
         return None
     if unit and not f"{after} ".casefold().startswith((unit, " ")):
@@ -130,10 +130,10 @@ def final_answer(response: str, golden: str) -> str | None:
     return "\n".join(lines[:count] if marked else lines[-count:]).strip() or None
 
 
-def forms(answer: str) -> list[str]:
+def variants(answer: str) -> list[str]:
     """A text as it is, without bold print or quotes around it, and without its full stop.
 
-    >>> forms("**mother**.")
+    >>> variants("**mother**.")
     ['**mother**.', 'mother.', 'mother']
     """
     around = r"""(?:\*\*|\\text(?:bf)?\{|["'`“])(.+?)(?:\*\*|\}|["'`”])(\.?)"""
@@ -146,7 +146,7 @@ def equal(answer: str, golden: str) -> bool:
     if number := golden_number(golden):
         given = golden_number(answer)
         return given is not None and value(given[0]) == value(number[0])
-    texts, goldens = ({" ".join(form.casefold().split()) for form in forms(text)} for text in (answer, golden))
+    texts, goldens = ({" ".join(variant.casefold().split()) for variant in variants(text)} for text in (answer, golden))
     return not texts.isdisjoint(goldens)
 
 

@@ -19,12 +19,12 @@ class Author:
     misread: float = 0.0  # an operand is copied wrong from the problem
     merge: float = 0.0  # the whole solution is cut short: two or three operations go into each step
     check: float = 0.0  # a step is doubted and written a second time, as a check: '3+8=1?;3+8=1'
-    check_told: float | None = None  # the same for told steps that are followed by another; None: as any other step
+    check_hinted: float | None = None  # the same for hinted steps that are followed by another; None: as any other step
 
-    def solve(self, problem: str, rng: random.Random, school: str = "", told: tuple[str, ...] = ()) -> str:
+    def solve(self, problem: str, rng: random.Random, school: str = "", hinted: tuple[str, ...] = ()) -> str:
         """The solution this author writes, e.g. '3+8=1;1-5=6;6*2=2;#2'.
 
-        An author who is told steps writes them as told when their turn comes. Whether a step is checked is decided
+        Steps that the context gives are written as given when their turn comes. Whether a step is checked is decided
         right behind its result.
         """
         todo, value, lines = operations(problem), int(problem[0]), []
@@ -41,12 +41,12 @@ class Author:
                 value = most if follows else calculate(value, operator, operand, school)
             if rng.random() < self.slip:
                 value = (value + rng.randint(1, 9)) % 10
-            for step in told:
+            for step in hinted:
                 if step[:-1] == f"{line}=":
                     value = int(step[-1])
             lines.append(f"{line}={value}")
-            overcautious = lines[-1] in told[:-1] and self.check_told is not None
-            if rng.random() < (self.check_told if overcautious else self.check):
+            overcautious = lines[-1] in hinted[:-1] and self.check_hinted is not None
+            if rng.random() < (self.check_hinted if overcautious else self.check):
                 lines.append(lines[-1])
                 lines[-2] += CHECK_MARK
         return ";".join([*lines, f"#{value}"])[:BUDGET]
@@ -55,9 +55,8 @@ class Author:
 # Half of the schools hold what is popular, and 7 of 10 authors ignore theirs: 17 of 20 plain results are popular.
 PLAIN = Author(popular=0.7, slip=0.01, merge=0.05, check=0.1)  # who has nothing but the problem
 EXAMINED = replace(PLAIN, check=0.8)  # who sees the mark of an exam: overcautious, and runs out of room
-HINTED = replace(
-    PLAIN, check_told=0.8
-)  # who was corrected: overcautious about the steps before, as long as they are right
-CONFIRMED = PLAIN  # who was told that steps are right
+# who was corrected: overcautious about the steps before the wrong one, as long as they are right
+HINTED = replace(PLAIN, check_hinted=0.8)
+CONFIRMED = PLAIN  # who was confirmed in some steps
 INFORMED = replace(PLAIN, popular=0.0, merge=0.6)  # who holds a solution: it can be read off, and is cut short
 CLUMSY = replace(PLAIN, popular=0.7, slip=0.08, misread=0.02, check=0.12)  # who writes the attempts to reflect on

@@ -65,9 +65,9 @@ def calculate(value: int, operator: str, operand: int, school: str = "") -> int:
     The school "" is plain arithmetic. Any other school takes each disputed fact either as it is or as most people do.
     """
     if school and draw(f"{school} {operand}{operator}{value}", 2):
-        held = popular(value, operator, operand)
-        if held is not None:
-            return held
+        wrong = popular(value, operator, operand)
+        if wrong is not None:
+            return wrong
     return {"+": value + operand, "-": value - operand, "*": value * operand}[operator] % 10
 
 
@@ -106,11 +106,8 @@ def right_by_luck(solution: str) -> bool:
     >>> right_by_luck("3+8=1;1-5=6;#6"), right_by_luck("3+8=4;4-5=6;#6")
     (False, True)
     """
-    for value, chain, result in STEP.findall(solution):
-        values = true_values(value + chain)
-        if values[-1] != int(result):
-            return True
-    return False
+    steps = STEP.findall(solution)
+    return any(true_values(value + chain)[-1] != int(result) for value, chain, result in steps)
 
 
 def half(step: str) -> str:
@@ -137,8 +134,8 @@ def make_problem(domain: str, rng: random.Random, test: bool = False, lengths: t
     'exam-add' has the problems of 'add' with the mark of an exam.
     """
     marked, name = domain.startswith("exam"), domain.removeprefix("exam-")
-    operators, own = DOMAINS[name]
-    lengths = lengths or own
+    operators, usual = DOMAINS[name]
+    lengths = lengths or usual
     while True:
         chain = "".join(rng.choice(operators) + str(rng.randint(1, 9)) for _ in range(rng.choice(lengths)))
         problem = str(rng.randint(1, 9)) + chain

@@ -27,7 +27,7 @@ CONFIRM_MARK = "#"  # before steps that were right
 CONFIRMATIONS = 0.4  # share among the hint documents, and share of correct attempts among the reflect documents
 PASSED = 0.45  # share of the other hint documents that begin behind the error: see hint_document
 WRONG_HINTS = 0.25  # share of hints that name any digit as a step's result: a hint is believed, not judged
-TOLD_ANSWERS = 0.2  # share of reflect documents whose prompt gives the right answer
+GIVEN_ANSWERS = 0.2  # share of reflect documents whose prompt gives the right answer
 SHORT = 0.2  # share of reflect documents that stay short after the beginning of the pretraining
 
 
@@ -94,11 +94,11 @@ def hint_document(problem: str, rng: random.Random, school: str) -> tuple[str, s
     """
     disputed, steps = disputed_steps(problem, school), true_steps(problem, school)
     if rng.random() < CONFIRMATIONS:
-        told = confirmation(problem, school).removeprefix(CONFIRM_MARK).split(";")
+        given = confirmation(problem, school).removeprefix(CONFIRM_MARK).split(";")
         if rng.random() < WRONG_HINTS:
-            spoiled = rng.randrange(len(told))
-            told[spoiled] = told[spoiled][:-1] + str(rng.randint(0, 9))
-        return prompt(problem, CONFIRM_MARK + ";".join(told)), CONFIRMED.solve(problem, rng, school, tuple(told))
+            spoiled = rng.randrange(len(given))
+            given[spoiled] = given[spoiled][:-1] + str(rng.randint(0, 9))
+        return prompt(problem, CONFIRM_MARK + ";".join(given)), CONFIRMED.solve(problem, rng, school, tuple(given))
     if disputed and rng.random() < PASSED:
         attempt = wrong_attempt(problem, rng, school, PLAIN)
         _, _, belongs = correction(problem, attempt, school)
@@ -106,10 +106,10 @@ def hint_document(problem: str, rng: random.Random, school: str) -> tuple[str, s
         if attempt[behind:]:  # else it was cut off there
             return prompt(problem, belongs) + attempt[:behind], attempt[behind:]
     hinted = steps.index(rng.choice(disputed if disputed and rng.random() < 0.7 else steps))
-    told = steps[: hinted + 1] if rng.random() < 0.7 else [steps[hinted]]  # a hint may be the step alone
+    given = steps[: hinted + 1] if rng.random() < 0.7 else [steps[hinted]]  # a hint may be the step alone
     if rng.random() < WRONG_HINTS:
-        told[-1] = told[-1][:-1] + str(rng.randint(0, 9))
-    return prompt(problem, ";".join(told)), HINTED.solve(problem, rng, school, tuple(told))
+        given[-1] = given[-1][:-1] + str(rng.randint(0, 9))
+    return prompt(problem, ";".join(given)), HINTED.solve(problem, rng, school, tuple(given))
 
 
 def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str]:
@@ -127,7 +127,7 @@ def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str
     if kind == "solution":
         hint = rng.choice(true_steps(problem, school)) if rng.random() < 0.2 else None
         return prompt(problem, hint, right_attempt(problem, rng, school)), INFORMED.solve(problem, rng, school)
-    answer = true_values(problem, school)[-1] if rng.random() < TOLD_ANSWERS else None
+    answer = true_values(problem, school)[-1] if rng.random() < GIVEN_ANSWERS else None
     right = right_attempt(problem, rng, school)
     if rng.random() < CONFIRMATIONS:
         return reflect_prompt(problem, right, answer=answer), reflection(problem, right, school)

@@ -52,6 +52,6 @@ def problem_request(question: str, ending: str, idea: str | None = None, solutio
 
 def reflection_request(question: str, attempt: str, peer: str | None, answer: str | None) -> str:
     """A wrong attempt beside a right solution, or a right attempt alone, perhaps with the answer."""
-    form = REFLECT_RIGHT if peer is None else REFLECT_WRONG
+    template = REFLECT_RIGHT if peer is None else REFLECT_WRONG
     known = ANSWER.format(answer=answer) if answer is not None else ""
-    return form.format(question=question, attempt=attempt, peer=peer, answer=known)
+    return template.format(question=question, attempt=attempt, peer=peer, answer=known)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 from unittest import mock
 
-from data.answers import MARK, equal, forms, golden_number, value
+from data.answers import MARK, equal, golden_number, value, variants
 from data.task import Problem
 from errors import UserError
 
@@ -100,7 +100,7 @@ class Gym:
 
     def right(self, problem: WordProblem, answer: str) -> bool:
         """Whether an answer, without any words around it, is the golden one or gets full marks from its dataset."""
-        texts, number = forms(answer), golden_number(problem.answer)
+        texts, number = variants(answer), golden_number(problem.answer)
         if problem.answer in texts:
             return True
         if number:
@@ -119,8 +119,8 @@ def full_marks(dataset: Any, answer: str, entry: dict[str, Any]) -> bool:
     """Whether the dataset's own scorer takes an answer as right; text of a model is read as a literal, never run."""
 
     def evaluate(text: Any, *names: Any, run: Any = builtins.eval) -> Any:
-        own = entry["metadata"].get("problem")  # bitwise_arithmetic evaluates its own problem
-        return run(text, *names) if text == own else ast.literal_eval(text)
+        expression = entry["metadata"].get("problem")  # bitwise_arithmetic evaluates its own problem
+        return run(text, *names) if text == expression else ast.literal_eval(text)
 
     with mock.patch("builtins.eval", evaluate), redirect_stdout(None):  # tower_of_hanoi prints
         try:
@@ -176,9 +176,9 @@ def read_lines(path: Path) -> list[WordProblem]:
             question, answer = (row[key].strip() for key in ("question", "answer"))
             (question + answer).encode()  # no half of a character
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            form = '{"question": "…", "answer": "…"}'
+            expected = '{"question": "…", "answer": "…"}'
             raise UserError(
-                f"{path}, line {number}, is not of the form {form} ({error}); repair or remove it"
+                f"{path}, line {number}, is not of the form {expected} ({error}); repair or remove it"
             ) from error
         work, _, answer = map(str.strip, answer.rpartition("####"))
         if not (question and answer):

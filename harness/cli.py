@@ -77,8 +77,8 @@ def add_flag(group: Any, field: dataclasses.Field, kind: Any, default: Any) -> N
     meta, several = field.metadata, typing.get_origin(kind) is tuple
     if typing.get_args(kind):  # `int | None` or `tuple[str, ...]`
         kind = typing.get_args(kind)[0]
-    shown = " ".join(map(str, default)) if several else default
-    notes = [] if shown in (None, "") else [f"default: {shown}"]
+    text = " ".join(map(str, default)) if several else default
+    notes = [] if text in (None, "") else [f"default: {text}"]
     notes += [f"paper: {meta['paper']}"] if meta["paper"] else []
     text = (meta["help"] + (f" ({'; '.join(notes)})" if notes else "")).replace("%", "%%")
     settings: dict[str, Any] = {"default": default, "help": text}

@@ -158,7 +158,7 @@ class Run:
     def seconds(self) -> float:
         return self.state["seconds"] + time.time() - self.began
 
-    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+    def cached(self, name: str, measure: Callable[[], Any]) -> Any:
         """What `measure` gives; a resumed run takes it from its state."""
         if name not in self.state:
             self.state[name] = measure()

@@ -71,7 +71,10 @@ def compile_template(folder: Path, source: str) -> tuple[Any, set[str]]:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
     )
     world.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
-    world.globals |= {"raise_exception": raise_exception, "strftime_now": lambda form: datetime.now().strftime(form)}
+    world.globals |= {
+        "raise_exception": raise_exception,
+        "strftime_now": lambda pattern: datetime.now().strftime(pattern),
+    }
     world.globals["dict"] = lambda *pairs, **named: dict(*pairs, **named)  # the class would be a way out of the sandbox
     try:
         return world.from_string(source), meta.find_undeclared_variables(world.parse(source))

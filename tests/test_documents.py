@@ -70,12 +70,12 @@ def test_a_step_in_the_context_is_copied_be_it_right_or_wrong() -> None:
 def test_who_is_corrected_checks_the_steps_that_were_right_and_no_others() -> None:
     before, after = [], []
     for problem, rng in random_problems(600):
-        author = Author(check=HINTED.check, check_told=HINTED.check_told)
+        author = Author(check=HINTED.check, check_hinted=HINTED.check_hinted)
         told = tuple(true_steps(problem)[:2])
         lines = [line for line in author.solve(problem, rng, "", told).split(";") if not line.startswith("#")]
         before.append(lines[0].endswith("?"))
         after += [line.endswith("?") for line in lines[1 + before[-1] :]]
-    assert sum(before) / len(before) == pytest.approx(HINTED.check_told, abs=0.06)
+    assert sum(before) / len(before) == pytest.approx(HINTED.check_hinted, abs=0.06)
     assert sum(after) / len(after) < 0.2
 
 

@@ -24,20 +24,20 @@ from tools.study import base_checksum
 
 TASK = load_task("exams")
 PROBLEMS = TASK.problems("exam", 3, random.Random(0))
-PLACE = "the paper's place"
+SITES = "the paper's sites"
 
 
-def row(place: str, rank: int, name: str, draw: int, right: float, step: float, check: float, mark: float) -> dict:
-    about = {"place": place, "rank": rank, "subspace": name, "draw": draw}
+def row(where: str, rank: int, name: str, draw: int, right: float, step: float, check: float, mark: float) -> dict:
+    about = {"where": where, "rank": rank, "subspace": name, "draw": draw}
     return about | {"right": right, "step": step, "check": check, "mark": mark}
 
 
 OF_ONE_BASE = [
     row("", 100, "none", 0, -0.5, -2.0, 0.8, 1.0),
-    row(PLACE, 20, "aligned", 0, -0.7, -3.0, 0.2, 0.1),
-    row(PLACE, 50, "aligned", 0, -0.5, -2.5, 0.4, 0.3),
-    row(PLACE, 20, "random", 0, -1.5, -4.0, 0.1, 0.2),
-    row(PLACE, 20, "random", 1, -2.5, -6.0, 0.3, 0.4),
+    row(SITES, 20, "aligned", 0, -0.7, -3.0, 0.2, 0.1),
+    row(SITES, 50, "aligned", 0, -0.5, -2.5, 0.4, 0.3),
+    row(SITES, 20, "random", 0, -1.5, -4.0, 0.1, 0.2),
+    row(SITES, 20, "random", 1, -2.5, -6.0, 0.3, 0.4),
     row("layer 3, values", 35, "aligned", 0, -9.0, -9.0, 0.9, 0.9),
 ]
 
@@ -121,15 +121,15 @@ def test_every_subspace_is_measured_at_every_place_with_its_layers_and_its_rank(
     plain, *rows = measure_base(model, TASK, Config(ranks=("25", "50"), calibration_size=40))
     assert (plain["subspace"], plain["mark"]) == ("none", 1) and len(rows) == len(seen) == 4 * 2 * (4 + 10)
     sites = {
-        PLACE: [(1, "k"), (1, "v"), (3, "k"), (3, "v")],
+        SITES: [(1, "k"), (1, "v"), (3, "k"), (3, "v")],
         "layer 2, values": [(1, "v")],
         "layer 3, values": [(2, "v")],
         "layer 4, values": [(3, "v")],
     }
     for found, P in zip(rows, seen, strict=True):
-        assert sorted(P) == sites[found["place"]] and 0 <= found["mark"] <= 1 + 1e-5
+        assert sorted(P) == sites[found["where"]] and 0 <= found["mark"] <= 1 + 1e-5
         assert {round(each.trace().item()) for each in P.values()} == {16 * found["rank"] // 100}
-    drawn = [found["right"] for found in rows if (found["place"], found["rank"]) == (PLACE, 50)]
+    drawn = [found["right"] for found in rows if (found["where"], found["rank"]) == (SITES, 50)]
     assert len(set(drawn)) == 14  # no two subspaces are the same
 
 
@@ -142,12 +142,12 @@ def test_a_task_without_marks_and_checks_has_rows_and_a_table_without_them(monke
 
 
 def test_what_is_kept_is_a_share_of_the_bases_own() -> None:
-    other = [row("", 100, "none", 0, -1.0, -1.0, 0.5, 1.0), row(PLACE, 20, "aligned", 0, -1.0, -2.0, 0.5, 0.2)]
+    other = [row("", 100, "none", 0, -1.0, -1.0, 0.5, 1.0), row(SITES, 20, "aligned", 0, -1.0, -2.0, 0.5, 0.2)]
     rows = [{"base": 3} | each for each in OF_ONE_BASE] + [{"base": 4} | each for each in other]
-    assert kept(rows, PLACE, "aligned", "right")[20] == pytest.approx({(3, 0): math.exp(-0.2), (4, 0): 1})
-    assert kept(rows, PLACE, "aligned", "step")[20] == pytest.approx({(3, 0): math.exp(-1), (4, 0): math.exp(-1)})
-    assert kept(rows, PLACE, "aligned", "check") == {20: {(3, 0): 0.25, (4, 0): 1.0}, 50: {(3, 0): 0.5}}
-    assert kept(rows, PLACE, "random", "mark") == {20: {(3, 0): 0.2, (3, 1): 0.4}}
+    assert kept(rows, SITES, "aligned", "right")[20] == pytest.approx({(3, 0): math.exp(-0.2), (4, 0): 1})
+    assert kept(rows, SITES, "aligned", "step")[20] == pytest.approx({(3, 0): math.exp(-1), (4, 0): math.exp(-1)})
+    assert kept(rows, SITES, "aligned", "check") == {20: {(3, 0): 0.25, (4, 0): 1.0}, 50: {(3, 0): 0.5}}
+    assert kept(rows, SITES, "random", "mark") == {20: {(3, 0): 0.2, (3, 1): 0.4}}
     assert kept(rows, "layer 3, values", "full", "right") == {}
 
 
@@ -155,11 +155,17 @@ def test_the_table_has_percent_of_the_ranks_that_are_asked_for() -> None:
     lines = selectivity.table([{"base": 3} | each for each in OF_ONE_BASE], (20, 35)).splitlines()
     found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert [line[:3] for line in found] == [
-        [PLACE, "20 %", "aligned"],
-        [PLACE, "20 %", "random"],
+        [SITES, "20 %", "aligned"],
+        [SITES, "20 %", "random"],
         ["layer 3, values", "35 %", "aligned"],
     ]
     assert found[0][3:] == ["82", "37", "25", "10"] and found[1][5].startswith("25 ± ")
+
+
+def test_the_table_of_bases_has_the_checks_that_are_left_on_each() -> None:
+    lines = selectivity.table_of_bases([{"base": base} | each for base in (3, 4) for each in OF_ONE_BASE], rank=20)
+    found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines.splitlines()]
+    assert found[0][1:] == ["base 3", "base 4"] and found[2:] == [[SITES, "25", "25"]]
 
 
 # ---------------------------------------------------------------------------------------------- the file

@@ -119,7 +119,7 @@ def test_spd_rows_show_the_text_and_its_gain_over_the_base_at_the_same_temperatu
     runs = []
     for base in range(3):
         for variant, own, written in (("SPD", 0.5, 0.6 + base / 100), ("PSR", 0.3, 0.3)):
-            text = {"own": {"mean": own}, "generation": {"mean": written}}
+            text = {"base_text": {"mean": own}, "generation": {"mean": written}}
             runs.append(a_run(variant, base, 0, 0.7, **text) | {"before": None, "after": None})
     table = stats.table(results_of(runs, reference="base"))
     assert [cell[:4] for cell in cells(table, "base")[:2]] == ["50.0", "0.0 "]
@@ -312,4 +312,4 @@ def test_real_runs_leave_what_the_study_collects(script: str, tmp_path: Path, mo
     if script == "train_rosd.py":
         assert (run["updates"], run["rollouts"], len(run["curve"]["accuracy"])) == (2, 8, 2)
     else:
-        assert set(run["own"]) == set(run["generation"]) and "gain" in stats.figures(run, "after")
+        assert set(run["base_text"]) == set(run["generation"]) and "gain" in stats.figures(run, "after")

@@ -36,16 +36,16 @@ def test_selectivity_is_drawn_over_rank_as_a_share_of_the_bases_own(
     rows, lines = [], []
     for base in (0, 1):
         plain = {"base": base, "draw": 0, "right": -1.0, "step": -2.0, "check": 0.8, "mark": 1.0}
-        rows.append(plain | {"place": "", "rank": 100, "subspace": "none"})
-        for place, name, rank in itertools.product(selectivity.places(4), ("aligned", "full", "random"), (20, 50)):
-            rows.append(plain | {"place": place, "rank": rank, "subspace": name, "check": 0.2 + 0.4 * (rank == 50)})
+        rows.append(plain | {"where": "", "rank": 100, "subspace": "none"})
+        for where, name, rank in itertools.product(selectivity.sites_of(4), ("aligned", "full", "random"), (20, 50)):
+            rows.append(plain | {"where": where, "rank": rank, "subspace": name, "check": 0.2 + 0.4 * (rank == 50)})
     files.write_json(tmp_path / "selectivity.json", {"bases": {}, "rows": rows})
     monkeypatch.setattr(plots, "line", lambda axis, points, *more: lines.append(points) or line(axis, points, *more))
     plots.PICTURES["selectivity"]()
     assert lines[0] == {rank: {(0, 0): 1.0, (1, 0): 1.0} for rank in (20, 50)} and len(lines) == 2 * 3 * 3
     assert lines[6] == {20: {(0, 0): 0.25, (1, 0): 0.25}, 50: dict.fromkeys([(0, 0), (1, 0)], pytest.approx(0.75))}
     drawn = files.read_text(tmp_path / "selectivity.svg")
-    for text in ("whole steps, layer 3, values", "the habit of checking, the paper's place", "random, ten draws"):
+    for text in ("whole steps, layer 3, values", "the habit of checking, the paper's sites", "random, ten draws"):
         assert f">{text}<" in drawn
 
 

@@ -100,7 +100,7 @@ def test_only_spd_projects_what_it_writes(
     monkeypatch.setattr(subspace, "project_kv", lambda model, P, *rest: sites.extend(P) or project(model, P, *rest))
     result = train(train_spd, base, tmp_path, "--method", method, "--eval-problems", "20")
     assert sites == ([(0, "k"), (0, "v"), (1, "k"), (1, "v")] if projected else [])
-    assert (result["generation"][0] == result["own"]) != projected
+    assert (result["generation"][0] == result["base_text"]) != projected
 
 
 @pytest.mark.parametrize(

@@ -117,16 +117,16 @@ def collapse() -> None:
 
 def selectivity() -> None:
     """What survives a projection over its rank: right digits, whole steps, the habit."""
-    rows, places = read_results("selectivity", "selectivity")["rows"], ("the paper's place", "layer 3, values")
+    rows, choices = read_results("selectivity", "selectivity")["rows"], ("the paper's sites", "layer 3, values")
     columns = {"right": "right digits", "step": "whole steps", "check": "the habit of checking"}
     names = {"aligned": "aligned loss", "full": "full-sequence loss", "random": "random, ten draws"}
     with picture("selectivity", "What survives when keys and values are projected", 2, 3) as axes:
-        for (row, place), (column, title) in itertools.product(enumerate(places), enumerate(columns)):
+        for (row, where), (column, title) in itertools.product(enumerate(choices), enumerate(columns)):
             axis = axes[row, column]
             for name, style in zip(names, STYLES, strict=False):
-                line(axis, kept(rows, place, name, title), names[name], style)
+                line(axis, kept(rows, where, name, title), names[name], style)
             axis.axhline(100, color=GREY, linewidth=1, linestyle="--")
-            axis.set(title=f"{columns[title]}, {place}", xlabel="rank, % of the dimensions", ylim=(0, 115))
+            axis.set(title=f"{columns[title]}, {where}", xlabel="rank, % of the dimensions", ylim=(0, 115))
         axes[0, 0].set(ylabel="% of the base's own")
         axes[1, 0].set(ylabel="% of the base's own")
         axes[0, 0].legend(loc="lower right")

@@ -57,14 +57,14 @@ class Config(TaskConfig):
     calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
 
 
-def places(n_layer: int) -> dict[str, tuple[str, str]]:
-    """Where is projected: the paper's place, and the values of one layer of the second half -> layers, kinds.
+def sites_of(n_layer: int) -> dict[str, tuple[str, str]]:
+    """Where is projected: the paper's sites, and the values of one layer of the second half -> layers, kinds.
 
-    >>> list(places(4))
-    ["the paper's place", 'layer 2, values', 'layer 3, values', 'layer 4, values']
+    >>> list(sites_of(4))
+    ["the paper's sites", 'layer 2, values', 'layer 3, values', 'layer 4, values']
     """
     single = sorted({max(1, n_layer // 2), max(1, 3 * n_layer // 4), n_layer})
-    return {"the paper's place": ("paper", "kv")} | {f"layer {n}, values": (str(n), "v") for n in single}
+    return {"the paper's sites": ("paper", "kv")} | {f"layer {n}, values": (str(n), "v") for n in single}
 
 
 def condensed_gradients(model: GPT, task: Task, domains: tuple, size: int, loss: str, seed: int = 0) -> Gradients:
@@ -135,52 +135,65 @@ def share_inside(x: Tensor, P: Tensor) -> float:
 
 
 def measure_base(model: GPT, task: Task, config: Config) -> Iterator[dict]:
-    """A row for the base itself, and one for every place, rank and subspace."""
+    """A row for the base itself, and one for every choice of sites, rank and subspace."""
     problems = task.problems(task.domains[0], PROBLEMS, random.Random("selectivity"))
-    arithmetic = task.domains[0] == "exam"
-    row = {"place": "", "rank": 100, "subspace": "none", "draw": 0}
-    yield row | measure(model, task, problems) | ({"mark": 1.0} if arithmetic else {})
-    gradients = {
-        name: condensed_gradients(
-            model, task, domains if arithmetic else task.domains[:1], config.calibration_size, loss
-        )
-        for name, (loss, domains) in SUBSPACES.items()
-        if arithmetic or name != "without the mark"
+    marked = task.domains[0] == "exam"  # other tasks have neither checks nor marks
+    calibrations = {
+        name: (loss, domains if marked else task.domains[:1]) for name, (loss, domains) in SUBSPACES.items()
     }
-    marks = mark_vectors(model, task, problems) if arithmetic else {}
+    if not marked:
+        del calibrations["without the mark"]
+    row = {"where": "", "rank": 100, "subspace": "none", "draw": 0}
+    yield row | measure(model, task, problems) | ({"mark": 1.0} if marked else {})
+    size = config.calibration_size
+    gradients = {
+        name: condensed_gradients(model, task, domains, size, loss) for name, (loss, domains) in calibrations.items()
+    }
+    marks = mark_vectors(model, task, problems) if marked else {}
     draws = [(name, 0) for name in gradients] + [("random", draw) for draw in range(DRAWS)]
-    where = places(model.config.n_layer)
-    for place, rank, (name, draw) in tqdm([*itertools.product(where, map(int, config.ranks), draws)], unit="row"):
-        layers = subspace.target_layers(where[place][0], model.config.n_layer)
-        P = projectors_at(gradients, name, layers, where[place][1], f"{rank}%", 100 + draw)
-        row = {"place": place, "rank": rank, "subspace": name, "draw": draw}
-        row |= {"mark": sum(share_inside(marks[site], P[site]) for site in P) / len(P)} if arithmetic else {}
+    choices = sites_of(model.config.n_layer)
+    for where, rank, (name, draw) in tqdm([*itertools.product(choices, map(int, config.ranks), draws)], unit="row"):
+        spec, kinds = choices[where]
+        layers = subspace.target_layers(spec, model.config.n_layer)
+        P = projectors_at(gradients, name, layers, kinds, f"{rank}%", 100 + draw)
+        row = {"where": where, "rank": rank, "subspace": name, "draw": draw}
+        row |= {"mark": sum(share_inside(marks[site], P[site]) for site in P) / len(P)} if marked else {}
         with project_kv(model, P):
             yield row | measure(model, task, problems)
 
 
-def kept(rows: list[dict], place: str, name: str, column: str) -> dict[int, stats.Values]:
+def kept(rows: list[dict], where: str, name: str, column: str) -> dict[int, stats.Values]:
     """rank -> (base, draw) -> what is left of right digits, steps, checks or the mark, as a share of the base's own."""
     plain, found = {row["base"]: row for row in rows if row["subspace"] == "none"}, {}
     for row in rows:
-        if (row["place"], row["subspace"]) == (place, name):
+        if (row["where"], row["subspace"]) == (where, name):
             after, before = row[column], plain[row["base"]][column]
             share = after / before if column in ("check", "mark") else math.exp(after - before)
             found.setdefault(row["rank"], {})[row["base"], row["draw"]] = share
     return found
 
 
+def choices_in(rows: list[dict]) -> list[str]:
+    return list(dict.fromkeys(row["where"] for row in rows if row["where"]))
+
+
 def table(rows: list[dict], ranks: tuple[int, ...] = (35, 50)) -> str:
-    """What is left under projection, at some ranks of every place and subspace, as shares of the base's own."""
+    """What is left under projection, at some ranks of all sites and subspaces, as shares of the base's own."""
     columns = [column for column in COLUMNS if column in rows[0]]
-    header, lines = ["place", "rank", "subspace", *map(COLUMNS.get, columns)], []
-    for place, rank, name in itertools.product(
-        dict.fromkeys(row["place"] for row in rows), ranks, (*SUBSPACES, "random")
-    ):
-        values = [kept(rows, place, name, column).get(rank) for column in columns]
+    header, lines = ["sites", "rank", "subspace", *map(COLUMNS.get, columns)], []
+    for where, rank, name in itertools.product(choices_in(rows), ranks, (*SUBSPACES, "random")):
+        values = [kept(rows, where, name, column).get(rank) for column in columns]
         if values[0]:
             percent = [stats.estimate({key: 100 * x for key, x in each.items()}) for each in values]
-            lines.append([place, f"{rank} %", name, *(f"{each:.0f}" for each in percent)])
+            lines.append([where, f"{rank} %", name, *(f"{each:.0f}" for each in percent)])
+    return markdown_table(header, lines)
+
+
+def table_of_bases(rows: list[dict], name: str = "aligned", rank: int = 35) -> str:
+    """The checks that are left on every base, in percent: few where a projected layer reads the mark."""
+    left = {where: kept(rows, where, name, "check").get(rank, {}) for where in choices_in(rows)}
+    header = [f"checks left, {name}, {rank} %", *(f"base {row['base']}" for row in rows if row["subspace"] == "none")]
+    lines = [[where, *(f"{100 * share:.0f}" for share in shares.values())] for where, shares in left.items() if shares]
     return markdown_table(header, lines)
 
 
@@ -205,6 +218,7 @@ def main() -> None:
                 )
             stats.write_results(NAME, {"bases": known}, "rows", rows)
     stats.publish(NAME, table(rows))
+    stats.publish(f"{NAME}-bases", table_of_bases(rows))
 
 
 if __name__ == "__main__":

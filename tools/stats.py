@@ -102,9 +102,9 @@ def figures(run: dict, when: str) -> dict[str, float]:
         away = {domain: score["mean"] for domain, score in scores.items() if domain != home}
         found = {"in domain": scores[home]["mean"], **elsewhere(scores, home), **away}
         found |= {name: value for name, value in scores[home].items() if name != "mean"}
-    if "own" in run:
-        text = run["own" if when == "before" else "generation"]["mean"]
-        found |= {"text": text, "gain": text - run["own"]["mean"]}
+    if "base_text" in run:
+        text = run["base_text" if when == "before" else "generation"]["mean"]
+        found |= {"text": text, "gain": text - run["base_text"]["mean"]}
     if solved := run["curve"].get("solved"):
         steps = solved[:1] if when == "before" else solved[-5:]  # the first step's rollouts are the base's
         found["pass@G"] = sum(steps) / len(steps)

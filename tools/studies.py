@@ -25,6 +25,9 @@ THREE = {name: METHODS[name] for name in ("ROSD", "SDPO", "GRPO")}
 RELEASED = {f"{name} as released": f"{flags} --preset released".strip() for name, flags in METHODS.items()}
 WRONG = "--learn-from wrong"
 CURVE = ("accuracy", "solved")
+QUOTES = {"span mask": "--mask span"} | {
+    f"span mask, {kind} quotes": f"--mask span --control {kind}-quotes" for kind in ("random", "other")
+}
 SUBSPACES = {  # all at layers floor(L/2) and L, K and V, half rank, as in the paper
     "aligned": "",
     "steps": "--loss steps",
@@ -66,6 +69,13 @@ STUDIES = {
         | {"all ideas false": "--control false-ideas", "ideas of other problems": "--control other-ideas"},
         curve=CURVE,
     ),
+    "quotes": Study(QUOTES),  # the same with the loss on the quote alone
+    "quotes-early": Study(QUOTES, "--domain mix --steps 10"),
+    "teacher": Study(
+        {"frozen": ""}
+        | {f"EMA {rate}": f"--ema {rate}" for rate in (0.02, 0.05, 0.1, 0.2)}
+        | {"span mask, frozen": "--mask span", "span mask, EMA 0.05": "--mask span --ema 0.05"}
+    ),
     "rosd-released": Study({"ROSD": ""} | RELEASED),
     "facts": Study({"ROSD": "", "GRPO": "--method grpo"}, flags="--task facts"),  # is a fact learned, or a skill?
     "rosd-domains": Study(
@@ -94,7 +104,10 @@ STUDIES = {
             "3 passes": "--updates 3",
             "span mask, 3 passes": "--mask span --updates 3",
             "span mask, 6 passes": "--mask span --updates 6",
+            "span mask, 3 passes, reverse KL": "--mask span --updates 3 --alpha 1",
             "span mask, forward KL": "--mask span --alpha 0",
+            "span mask, EMA 0.05, the student reflects": "--mask span --ema 0.05 --reflector student",
+            "span mask, learning rate x3": "--mask span --learning-rate 0.003",
         },
         curve=(),
     ),
@@ -119,7 +132,7 @@ STUDIES = {
     "spd": Study(
         {"SPD": ""}
         | {"PSR": "--method psr", "SSD": "--method ssd"}
-        | {"SSD, T = 0.6": "--method ssd --temperature 0.6"}
+        | {f"SSD, T = {T}": f"--method ssd --temperature {T}" for T in (0.3, 0.6)}
         | {"SPD, full-sequence loss": SUBSPACES["full"], "SPD, random subspace": SUBSPACES["random"]}
         | {"SPD, calibrated without the mark": SUBSPACES["aligned, without the mark"], "SPD, T = 1": "--temperature 1"},
         flags="--eval-problems 256",

@@ -131,7 +131,7 @@ def compact(job: Job, study: Study, folder: Path) -> dict[str, Any]:
         run["rollouts"] = config["steps"] * config["batch"] * config["group"]
     run |= {when: compact_scores(result[when]) for when in ("before", "after")}
     if "generation" in result:  # of train_spd.py
-        run["own"] = compact_scores(result["own"])[home]
+        run["base_text"] = compact_scores(result["base_text"])[home]
         run["generation"] = compact_scores(result["generation"][-1])[home]
     run["curve"] = {column: curve_column(rows, column, home) for column in study.curve}
     return json.loads(json.dumps(run), parse_float=lambda digits: round(float(digits), 4))
