@@ -99,6 +99,6 @@ def comparison(rows: dict[str, dict[str, dict]], home: str, habits: dict[str, st
         return [name, *(f"{100 * value:.1f}" for value in [*values, here["unfinished"]])]
 
     table = markdown_table(header, [line(name, scores) for name, scores in rows.items()])
-    legend = dict.fromkeys(others, "mean over these domains, which were not trained on")
+    legend = dict.fromkeys(others, "mean over domains that were not trained on")
     legend |= {**habits, "unfinished": "no answer in time"}
     return "\n".join([table, *(f"{name}: {meaning}" for name, meaning in legend.items())])
