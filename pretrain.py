@@ -13,12 +13,12 @@ import random
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.optim import _muon
+from torch.optim import Optimizer, _muon
 from torch.optim.lr_scheduler import LambdaLR
 
 from data.arithmetic import Arithmetic
@@ -45,6 +45,7 @@ class Config:
     weight_decay: float = option(0.1, "weight decay of the matrices", minimum=0)
     value_decay: float = option(0.2, "weight decay of the first layer's values, which AdamW trains", minimum=0)
     layers: int = option(4, "layers", minimum=2, maximum=100)
+    deepen: str = option("no", "begin with half of the layers, then add the others", choices=("no", "stacked", "grown"))
     width: int = option(64, "residual width, a multiple of 8; of four heads", minimum=8, maximum=4096)
     seed: int = option(0, "seed of the weights and the documents", minimum=0)
     out: str = option("out/base.pt", "where the checkpoint goes")
@@ -84,13 +85,25 @@ def newton_schulz(G: Tensor, coefficients: tuple[float, float, float], steps: in
     return X.T if G.size(0) > G.size(1) else X
 
 
-def pretrain(config: Config) -> GPT:
-    torch.manual_seed(config.seed)
-    device = pick_device(config.device)
-    if slow_in_bfloat16(device):
-        _muon._zeropower_via_newtonschulz = newton_schulz  # PyTorch's computes in bfloat16, ten times slower there
-    width, heads = config.width, {"n_head": 4, "n_kv_head": 4, "head_dim": config.width // 4}
-    model = GPT(GPTConfig(VOCAB_SIZE, n_layer=config.layers, n_embd=width, n_hidden=3 * width, **heads)).to(device)
+def deepened(model: GPT, layers: int, how: str) -> GPT:
+    """A deeper model: with the same layers again (stacked), or with new ones that add nothing at first (grown).
+
+    With --deepen the first half of the updates costs half, and decides what the layer floor(L/2) reads.
+    """
+    deep, weights = GPT(replace(model.config, n_layer=layers)).to(model.device), model.state_dict()
+    for name, weight in list(weights.items()):
+        if name.startswith("blocks.") and how == "stacked":
+            _, layer, rest = name.split(".", 2)
+            weights |= {f"blocks.{i}.{rest}": weight for i in range(int(layer), layers, model.config.n_layer)}
+    deep.load_state_dict(weights, strict=False)
+    for block in deep.blocks[model.config.n_layer :] if how == "grown" else ():
+        for linear in (block.attn.o_proj, block.mlp.down_proj):
+            torch.nn.init.zeros_(linear.weight)
+    return deep
+
+
+def optimizers_of(model: GPT, config: Config, begun: int) -> tuple[list[Optimizer], list[LambdaLR]]:
+    """Muon and AdamW for a model that has been trained for so many updates, and the schedules of their rates."""
     decayed = [model.blocks[0].attn.v_proj.weight]
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and not any(p is other for other in decayed)]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
@@ -99,10 +112,24 @@ def pretrain(config: Config) -> GPT:
         torch.optim.Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay),
         torch.optim.AdamW(groups, lr=config.adamw_rate, betas=(0.9, 0.95)),
     ]
-    rates = [LambdaLR(optimizer, lambda step: schedule(step, config.steps)) for optimizer in optimizers]
+    return optimizers, [LambdaLR(each, lambda step: schedule(begun + step, config.steps)) for each in optimizers]
+
+
+def pretrain(config: Config) -> GPT:
+    torch.manual_seed(config.seed)
+    device = pick_device(config.device)
+    if slow_in_bfloat16(device):
+        _muon._zeropower_via_newtonschulz = newton_schulz  # PyTorch's computes in bfloat16, ten times slower there
+    width, heads = config.width, {"n_head": 4, "n_kv_head": 4, "head_dim": config.width // 4}
+    first = config.layers if config.deepen == "no" else max(1, config.layers // 2)
+    model = GPT(GPTConfig(VOCAB_SIZE, n_layer=first, n_embd=width, n_hidden=3 * width, **heads)).to(device)
+    optimizers, rates = optimizers_of(model, config, 0)
     documents = batches(config.batch, random.Random(config.seed), config.steps // 2)
     steps = progress_bar(range(config.steps), "pretrain")
     for step, batch in zip(steps, documents, strict=False):
+        if step == config.steps // 2 and config.deepen != "no":
+            model = deepened(model, config.layers, config.deepen)
+            optimizers, rates = optimizers_of(model, config, step)
         loss = next_token_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -31,7 +31,7 @@ from harness.run import Run, RunConfig, changed_settings
 from lora import merge_lora, trainable_copy
 from losses import next_token_loss
 from model import generate
-from subspace import COORDINATES, LOSSES
+from subspace import COORDINATES, LOSSES, OBJECTIVES
 
 METHODS = {  # the sampling temperature of the completions
     "spd": 0.0,
@@ -47,6 +47,7 @@ class SubspaceConfig:
     calibration_domain: tuple[str, ...] = option((), "domains of the calibration set; none means the training domain")
     calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
     loss: str = option("aligned", "calibration loss: on results, on whole steps, or on everything", "aligned", LOSSES)
+    objective: str = option("log-p", "what that loss is of, at each of its positions", "log-p", OBJECTIVES)
     subspace: str = option("gradient", "where the subspace comes from", "gradient", ("gradient", "random"))
     layers: str = option(
         "paper", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L"
@@ -101,7 +102,7 @@ def train(config: Config) -> dict:
         if config.method == "spd":
             domains, sites = config.calibration_domain or (config.domain,), subspace.target_sites(config, base)
             examples = subspace.calibration_set(task, domains, config.calibration_size, config.loss, seed)
-            G = subspace.capability_gradients(base, examples, sites, config.coordinate)
+            G = subspace.capability_gradients(base, examples, sites, config.coordinate, config.objective)
             P = subspace.make_projectors(G, config.rank, config.subspace, subspace.heads(config, base), seed)
 
         # 2. Generate: one raw completion a prompt with K <- K P_K and V <- V P_V. None is filtered.

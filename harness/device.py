@@ -79,7 +79,10 @@ def train_side_by_side(train: Callable[[Any], dict], configs: list[Any]) -> list
             signal.signal(signal.SIGINT, interrupt)
             sending.close()
             children.append((child, receiving))
-        return [train(configs[0]), *(result_of(receiving) for _, receiving in children)]
+        results = [train(configs[0]), *(result_of(receiving) for _, receiving in children)]
+        for child, _ in children:
+            child.join(5)  # killed while it ends, it would leave a warning about its semaphores
+        return results
     finally:  # also after an error or Ctrl-C: what each run has saved is complete
         for child, _ in children:
             child.kill()

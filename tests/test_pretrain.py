@@ -18,7 +18,7 @@ from data.chains import BUDGET, operations
 from data.tokenizer import END, VOCAB_SIZE, decode, encode
 from harness import files
 from harness.cli import run_script
-from model import GPT
+from model import GPT, GPTConfig
 from reflect import Pair, Reflection, Rollout, parse_reflection
 
 # ---------------------------------------------------------------------------------------------- training
@@ -77,6 +77,27 @@ def test_muon_has_the_matrices_and_adamw_all_others(monkeypatch: pytest.MonkeyPa
     others = {id(p) for p in model.parameters()} - matrices - {values}
     assert groups["Muon"] == [(matrices, config.weight_decay)]
     assert groups["AdamW"] == [(others, 0.0), ({values}, config.value_decay)]
+
+
+def test_deeper_models_have_the_same_layers_again_or_change_nothing_at_first() -> None:
+    shallow = GPT(GPTConfig(VOCAB_SIZE, n_layer=2, n_embd=8, n_head=2, n_kv_head=2, head_dim=4, n_hidden=24))
+    for layer, of in zip(pretrain.deepened(shallow, 3, "stacked").blocks, (0, 1, 0), strict=True):
+        assert all(map(torch.equal, layer.parameters(), shallow.blocks[of].parameters()))
+        assert layer.mlp.up_proj.weight.data_ptr() != shallow.blocks[of].mlp.up_proj.weight.data_ptr()
+    deep, tokens = pretrain.deepened(shallow, 4, "grown"), torch.tensor([encode("3+8-5*2")])
+    torch.testing.assert_close(deep(tokens), shallow(tokens))
+    deep(tokens).logsumexp(-1).sum().backward()
+    for block in deep.blocks[2:]:
+        assert block.attn.o_proj.weight.grad.abs().sum() > 0 and block.mlp.down_proj.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize(("deepen", "first"), [("no", 3), ("stacked", 1), ("grown", 1)])
+def test_deepening_comes_after_half_of_the_updates(deepen: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers: list[int] = []
+    learned = pretrain.next_token_loss
+    monkeypatch.setattr(pretrain, "next_token_loss", lambda m, b: layers.append(m.config.n_layer) or learned(m, b))
+    model = pretrain.pretrain(pretrain.Config(steps=5, batch=2, layers=3, width=8, deepen=deepen))
+    assert layers == [first, first, 3, 3, 3] and model.config.n_layer == 3
 
 
 @pytest.mark.parametrize("shape", [(64, 24), (24, 64)])

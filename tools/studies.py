@@ -43,7 +43,7 @@ REAL += " --eval-problems 400 --eval-samples 1 --eval-temperature 0"
 RULE = "--layers 6 --project k --rank 50%"  # the site that tools/real_spd.py chooses for these sums
 
 STUDIES = {
-    "rosd": Study(METHODS, curve=CURVE),
+    "rosd": Study(METHODS, seeds=(0, 1, 2), curve=CURVE),
     "corrections": Study(  # do wrong rollouts teach, and what has to be right for it?
         {
             "wrong rollouts alone": WRONG,
