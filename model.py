@@ -1,7 +1,7 @@
 """A GPT in one file, shaped like Qwen3, the family both papers train.
 
 Every block normalizes its input (RMSNorm), attends with rotary positions and grouped queries, and ends in a SwiGLU.
-Three options of GPTConfig make it a Qwen2, a Llama or a SmolLM2; `GPT.from_pretrained` reads their weights from disk.
+Options of GPTConfig make it a Qwen2, a Llama or a SmolLM2; `GPT.from_pretrained` reads their weights from disk.
 With equal weights its logits equal those of `transformers` (tests/test_model.py, tests/test_hub.py).
 
 >>> model = GPT(GPTConfig(vocab_size=10, n_layer=1, n_embd=8, n_head=2, n_kv_head=1, head_dim=4, n_hidden=16))
@@ -38,6 +38,7 @@ class GPTConfig:
     norm_eps: float = 1e-6
     qk_norm: bool = True  # normalize queries and keys: Qwen3 does, Qwen2 and Llama do not
     qkv_bias: bool = False  # biases on queries, keys and values: Qwen2 has them
+    window: int = 0  # layers 1, 3, ... see only this many last tokens, as in Gemma 2; 0: all, as the other layers
     tied: bool = True  # the output layer is the embedding; otherwise it is a matrix of its own
 
 
@@ -58,20 +59,29 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """The keys and values that one layer has computed so far, (B, n_kv_head, S, head_dim) each."""
+    """The keys and values that one layer has computed so far, (B, n_kv_head, S, head_dim) each, and their positions."""
 
     def __init__(self) -> None:
-        self.k = self.v = None
+        self.k = self.v = self.positions = None
 
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the keys and values of T further tokens, and return those of all S."""
+    def append(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the keys and values of T further tokens at positions (1 or B, T), and return those of all S."""
+        positions = positions.expand(len(k), -1)
         self.k = k if self.k is None else torch.cat((self.k, k), dim=2)
         self.v = v if self.v is None else torch.cat((self.v, v), dim=2)
-        return self.k, self.v
+        self.positions = positions if self.positions is None else torch.cat((self.positions, positions), dim=1)
+        return self.k, self.v, self.positions
 
     def select(self, rows: Tensor) -> None:
         """Keep (or repeat) these rows of the batch."""
-        self.k, self.v = self.k[rows], self.v[rows]
+        self.k, self.v, self.positions = self.k[rows], self.v[rows], self.positions[rows]
+
+
+def within(window: int, mask: Tensor | None, at: Tensor, keys_at: Tensor) -> Tensor:
+    """The mask, causal if None, for the last `window` tokens alone: at (B, T), keys_at (B, S) -> (B, 1, T, S)."""
+    back = at[:, None, :, None] - keys_at[:, None, None, :]  # (B, 1, T, S)
+    near = (back >= 0) & (back < window)
+    return near if mask is None else near & mask
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -87,9 +97,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, window: int = 0) -> None:
         super().__init__()
-        self.head_dim = config.head_dim
+        self.head_dim, self.window = config.head_dim, window
         self.q_proj = nn.Linear(config.n_embd, config.n_head * config.head_dim, bias=config.qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, config.n_kv_head * config.head_dim, bias=config.qkv_bias)
@@ -98,15 +108,18 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_out = nn.Identity()  # the finished keys pass through it: a place for the hooks of subspace.py
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, at: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_head, head_dim)
         k = self.k_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_kv_head, head_dim)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_kv_head, head_dim)
         q, k = apply_rope(self.q_norm(q), *rope), self.k_out(apply_rope(self.k_norm(k), *rope))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
+        keys_at = at  # (1 or B, T)
         if cache is not None:
-            k, v = cache.append(k, v)  # (B, n_kv_head, S, head_dim)
+            k, v, keys_at = cache.append(k, v, at)  # (B, n_kv_head, S, head_dim), (B, S)
+        if self.window:
+            mask = within(self.window, mask, at, keys_at)
         y = attend(q, k, v, mask)  # (B, n_head, T, head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -123,15 +136,15 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, window: int) -> None:
         super().__init__()
         self.attn_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config, window)
         self.mlp_norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, mask, cache)
+    def forward(self, x: Tensor, at: Tensor, rope: Rope, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), at, rope, mask, cache)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -140,7 +153,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.n_embd)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks = nn.ModuleList(Block(config, 0 if i % 2 else config.window) for i in range(config.n_layer))
         self.norm = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         if not config.tied:
             self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
@@ -185,12 +198,9 @@ class GPT(nn.Module):
         if positions is None:
             positions = torch.arange(tokens.size(1), device=tokens.device)[None]
         x = self.embed(tokens)  # (B, T, n_embd)
-        rope = (
-            self.cos[positions].unsqueeze(2).to(x),
-            self.sin[positions].unsqueeze(2).to(x),
-        )  # (1 or B, T, 1, head_dim)
+        rope = self.cos[positions].unsqueeze(2).to(x), self.sin[positions].unsqueeze(2).to(x)  # (1 or B, T, 1, D)
         for block, cache in zip(self.blocks, caches or [None] * len(self.blocks), strict=True):
-            x = block(x, rope, mask, cache)
+            x = block(x, positions, rope, mask, cache)
         return self.norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -34,17 +34,21 @@ def seeded(seed: int) -> torch.Generator:
 SHAPES = [(2, 2, 1, 8, 10_000.0), (4, 2, 2, 4, 10_000.0), (4, 1, 3, 6, 1_000_000.0)]
 
 
+@pytest.mark.parametrize("window", [0, 3])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_logits_equal_qwen3(shape: tuple[float, ...]) -> None:
+def test_logits_equal_qwen3(shape: tuple[float, ...], window: int) -> None:
     transformers = pytest.importorskip("transformers")
     names = ("n_head", "n_kv_head", "n_layer", "head_dim", "rope_theta")
-    model = random_model(norm_eps=1e-3, **dict(zip(names, shape, strict=True)))
+    model = random_model(norm_eps=1e-3, window=window, **dict(zip(names, shape, strict=True)))
     config = model.config
     shape = dict(
         hidden_size=config.n_embd, intermediate_size=config.n_hidden, max_position_embeddings=config.block_size
     )
     shape |= dict(num_attention_heads=config.n_head, num_key_value_heads=config.n_kv_head, rms_norm_eps=config.norm_eps)
     shape |= dict(num_hidden_layers=config.n_layer, tie_word_embeddings=True, attention_bias=False)
+    if window:
+        kinds = [("sliding", "full")[i % 2] + "_attention" for i in range(config.n_layer)]
+        shape |= dict(use_sliding_window=True, sliding_window=window, layer_types=kinds)
     same = {name: getattr(config, name) for name in ("vocab_size", "head_dim", "rope_theta")}
     qwen = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**shape, **same))
     names = {"embed.": "model.embed_tokens.", "blocks.": "model.layers.", "norm.": "model.norm."}
@@ -112,6 +116,17 @@ def test_later_tokens_leave_earlier_logits_unchanged() -> None:
     assert ((before[:, 6:] - after[:, 6:]).abs().amax(dim=-1) > 1e-3).all()
 
 
+def test_only_odd_layers_see_a_window_of_last_tokens() -> None:
+    """One layer with a window of 3 lets position 6 change the logits of 6, 7 and 8; a second layer sees everything."""
+    tokens = random_tokens(2, 12)
+    changed = tokens.clone()
+    changed[:, 6] = (changed[:, 6] + 1) % SMALL["vocab_size"]
+    for n_layer, last in ((1, 9), (2, 12)):
+        model = random_model(n_layer=n_layer, window=3)
+        moved = (model(tokens) - model(changed)).abs().amax(dim=(0, 2)) > 1e-6
+        assert moved.nonzero()[:, 0].tolist() == list(range(6, last))
+
+
 def test_only_distances_between_positions_matter() -> None:
     model, tokens = random_model(), random_tokens(2, 10)
     positions = torch.arange(10)[None]
@@ -135,10 +150,10 @@ def read_in_chunks(model: GPT, rows: list[Tensor], chunks: list[int]) -> list[Te
     return [row[pad:] for row, pad in zip(torch.cat(logits, dim=1), padding[:, 0].tolist(), strict=True)]
 
 
-@pytest.mark.parametrize("n_kv_head", [1, 2, 4])
+@pytest.mark.parametrize(("n_kv_head", "window"), [(1, 0), (2, 0), (4, 0), (2, 3)])
 @pytest.mark.parametrize("chunks", [[7, 1, 1, 1, 1], [3, 4, 2, 1, 1], [1] * 11, [11]], ids=str)
-def test_cache_and_padding_leave_logits_unchanged(n_kv_head: int, chunks: list[int]) -> None:
-    model = random_model(n_kv_head=n_kv_head)
+def test_cache_and_padding_leave_logits_unchanged(n_kv_head: int, window: int, chunks: list[int]) -> None:
+    model = random_model(n_kv_head=n_kv_head, window=window)
     rows = [random_tokens(length, seed=length) for length in (7, 11, 9, 5)]
     for row, logits in zip(rows, read_in_chunks(model, rows, chunks), strict=True):
         torch.testing.assert_close(logits, model(row[None])[0], atol=1e-5, rtol=0)
@@ -161,10 +176,13 @@ def logprobs_alone(model: GPT, prompt: list[int], response: list[int]) -> Tensor
     return model(torch.tensor([prompt + response]))[0, len(prompt) - 1 : -1].log_softmax(dim=-1)
 
 
+@pytest.mark.parametrize("window", [0, 2])
 @pytest.mark.parametrize("common", [0, 15, 16, 25])
-def test_response_logprobs_are_those_of_each_row_alone(common: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_response_logprobs_are_those_of_each_row_alone(
+    common: int, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Equal prompts are read once, and so is a long common beginning."""
-    model, read, hidden = random_model(), [], GPT.hidden
+    model, read, hidden = random_model(window=window), [], GPT.hidden
     start = random_tokens(common, seed=3).tolist()
     prompts = [start + end for end in ([1], [2, 3], [2, 3], [4, 5, 6])]
     responses = [[7, 8], [9], [3, 3, 3, 0, 0], [1]]
