@@ -3,11 +3,15 @@
 import random
 from typing import Any
 
+import torch
+
 from data import Problem, Task, Verdict
+from data.chains import CHECK_MARK, STEP
 from harness.cli import markdown_table
 from harness.files import checksum
 from harness.run import RunConfig, seeded
-from model import GPT, generate
+from losses import token_logprobs
+from model import GPT, generate, pad, response_logprobs
 
 
 def answer(
@@ -69,6 +73,34 @@ def accuracy_of_text(model: GPT, task: Task, config: RunConfig, **sampling: Any)
         problems, samples = problems * samples, 1
     drawn_by = config.seed, checksum(config.base)
     return evaluate(model, task, (config.domain,), problems, samples, *drawn_by, **sampling)
+
+
+def lines_of(written: list[str]) -> list[range]:
+    """The tokens of every line of a solution, without the ';', the line break or the stop token that follows it.
+
+    >>> lines_of(list("3+8=1;#1") + ["<|end|>"])
+    [range(0, 5), range(6, 8)]
+    """
+    ends = [t for t, token in enumerate(written) if token in (";", "\n")] + [len(written) - 1]
+    return [range(start, end) for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
+
+
+@torch.no_grad()
+def golden_likelihoods(model: GPT, task: Task, problems: list[Problem]) -> dict[str, float]:
+    """Mean log p of the results and of the lines of golden solutions, and the mean probability of a check, if any."""
+    prompts = [task.encode(task.prompt(problem)) for problem in problems]
+    solutions = [[*task.encode(problem.solution), task.end()] for problem in problems]
+    logp = response_logprobs(model, prompts, solutions)  # (B, T, V)
+    taken = token_logprobs(logp, pad(solutions).to(logp.device))  # (B, T)
+    found: dict[str, list[float]] = {"right": [], "step": [], "check": []}
+    for i, solution in enumerate(solutions):
+        written = task.pieces(solution)
+        found["right"] += taken[i, task.decisive(written)].tolist()
+        for line in lines_of(written):
+            found["step"].append(taken[i, line.start : line.stop].sum().item())
+            if STEP.fullmatch("".join(written[line.start : line.stop])) and written[line.stop] == ";":
+                found["check"].append(logp[i, line.stop, task.encode(CHECK_MARK)[0]].exp().item())
+    return {name: sum(values) / len(values) for name, values in found.items() if values}
 
 
 def quick_test(model: GPT, task: Task, config: RunConfig, step: int) -> dict[str, dict[str, float]]:

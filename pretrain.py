@@ -9,23 +9,26 @@ matrix over its full rank; AdamW with weight decay leaves room to spare, as in l
 """
 
 import itertools
+import math
 import random
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer, _muon
+from torch.optim import _muon
 from torch.optim.lr_scheduler import LambdaLR
 
-from data.arithmetic import Arithmetic
+import subspace
+from data.arithmetic import Arithmetic, Exams
 from data.chains import CHECK_MARK, STEP, right_by_luck, true_steps
 from data.documents import confirmation, sample_document
 from data.tokenizer import END, VOCAB_SIZE, encode
 from errors import UserError
+from evaluate import golden_likelihoods
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.device import pick_device, slow_in_bfloat16, use_threads
@@ -45,7 +48,7 @@ class Config:
     weight_decay: float = option(0.1, "weight decay of the matrices", minimum=0)
     value_decay: float = option(0.2, "weight decay of the first layer's values, which AdamW trains", minimum=0)
     layers: int = option(4, "layers", minimum=2, maximum=100)
-    deepen: str = option("no", "begin with half of the layers, then add the others", choices=("no", "stacked", "grown"))
+    window: int = option(4, "layers 1, 3, ... see only this many last tokens; 0: all tokens, as the others", minimum=0)
     width: int = option(64, "residual width, a multiple of 8; of four heads", minimum=8, maximum=4096)
     seed: int = option(0, "seed of the weights and the documents", minimum=0)
     out: str = option("out/base.pt", "where the checkpoint goes")
@@ -85,25 +88,14 @@ def newton_schulz(G: Tensor, coefficients: tuple[float, float, float], steps: in
     return X.T if G.size(0) > G.size(1) else X
 
 
-def deepened(model: GPT, layers: int, how: str) -> GPT:
-    """A deeper model: with the same layers again (stacked), or with new ones that add nothing at first (grown).
-
-    With --deepen the first half of the updates costs half, and decides what the layer floor(L/2) reads.
-    """
-    deep, weights = GPT(replace(model.config, n_layer=layers)).to(model.device), model.state_dict()
-    for name, weight in list(weights.items()):
-        if name.startswith("blocks.") and how == "stacked":
-            _, layer, rest = name.split(".", 2)
-            weights |= {f"blocks.{i}.{rest}": weight for i in range(int(layer), layers, model.config.n_layer)}
-    deep.load_state_dict(weights, strict=False)
-    for block in deep.blocks[model.config.n_layer :] if how == "grown" else ():
-        for linear in (block.attn.o_proj, block.mlp.down_proj):
-            torch.nn.init.zeros_(linear.weight)
-    return deep
-
-
-def optimizers_of(model: GPT, config: Config, begun: int) -> tuple[list[Optimizer], list[LambdaLR]]:
-    """Muon and AdamW for a model that has been trained for so many updates, and the schedules of their rates."""
+def pretrain(config: Config) -> GPT:
+    torch.manual_seed(config.seed)
+    device = pick_device(config.device)
+    if slow_in_bfloat16(device):
+        _muon._zeropower_via_newtonschulz = newton_schulz  # PyTorch's computes in bfloat16, ten times slower there
+    width, layers = config.width, {"n_layer": config.layers, "window": config.window}
+    heads = {"n_head": 4, "n_kv_head": 4, "head_dim": width // 4}
+    model = GPT(GPTConfig(VOCAB_SIZE, n_embd=width, n_hidden=3 * width, **layers, **heads)).to(device)
     decayed = [model.blocks[0].attn.v_proj.weight]
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2 and not any(p is other for other in decayed)]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
@@ -112,24 +104,10 @@ def optimizers_of(model: GPT, config: Config, begun: int) -> tuple[list[Optimize
         torch.optim.Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay),
         torch.optim.AdamW(groups, lr=config.adamw_rate, betas=(0.9, 0.95)),
     ]
-    return optimizers, [LambdaLR(each, lambda step: schedule(begun + step, config.steps)) for each in optimizers]
-
-
-def pretrain(config: Config) -> GPT:
-    torch.manual_seed(config.seed)
-    device = pick_device(config.device)
-    if slow_in_bfloat16(device):
-        _muon._zeropower_via_newtonschulz = newton_schulz  # PyTorch's computes in bfloat16, ten times slower there
-    width, heads = config.width, {"n_head": 4, "n_kv_head": 4, "head_dim": config.width // 4}
-    first = config.layers if config.deepen == "no" else max(1, config.layers // 2)
-    model = GPT(GPTConfig(VOCAB_SIZE, n_layer=first, n_embd=width, n_hidden=3 * width, **heads)).to(device)
-    optimizers, rates = optimizers_of(model, config, 0)
+    rates = [LambdaLR(optimizer, lambda step: schedule(step, config.steps)) for optimizer in optimizers]
     documents = batches(config.batch, random.Random(config.seed), config.steps // 2)
     steps = progress_bar(range(config.steps), "pretrain")
     for step, batch in zip(steps, documents, strict=False):
-        if step == config.steps // 2 and config.deepen != "no":
-            model = deepened(model, config.layers, config.deepen)
-            optimizers, rates = optimizers_of(model, config, step)
         loss = next_token_loss(model, batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -235,8 +213,41 @@ def missed_gates(found: dict[str, float]) -> list[str]:
     return missed
 
 
+ROOM = {  # where a subspace of half of the dimensions comes from: loss and source, gates of whole steps and of checks
+    "aligned loss": ("aligned", "gradient", (0.5, 1.2), (0.0, 0.5)),
+    "full-sequence loss": ("full", "gradient", (0.5, 1.2), (0.7, 1.2)),
+    "random": ("aligned", "random", (0.0, 1.2), (0.5, 1.2)),
+}
+
+
+def room(model: GPT, count: int = 96, seed: int = 0) -> dict[str, tuple[float, float, float]]:
+    """What is left of right digits, whole steps and checks when SPD projects the values of layers floor(L/2) and L.
+
+    Shares of the unprojected probabilities, on golden solutions of nervous exam problems, by the subspace's source.
+    """
+    task, sites = Exams(), [(layer, "v") for layer in subspace.target_layers("paper", model.config.n_layer)]
+    problems, found = task.problems("exam", count, random.Random(f"room {seed}")), {}
+    plain = golden_likelihoods(model, task, problems)
+    for name, (loss, source, *_) in ROOM.items():
+        examples = subspace.calibration_set(task, ("exam",), 500, loss, seed)
+        P = subspace.make_projectors(subspace.capability_gradients(model, examples, sites), "50%", source)
+        with subspace.project_kv(model, P):
+            left = golden_likelihoods(model, task, problems)
+        right, step = (math.exp(left[each] - plain[each]) for each in ("right", "step"))
+        found[name] = right, step, left["check"] / plain["check"]
+    return found
+
+
+def missed_room(left: dict[str, tuple[float, float, float]]) -> list[str]:
+    missed = []
+    for name, (_, *shares) in left.items():
+        for what, share, (low, high) in zip(("steps", "checks"), shares, ROOM[name][2:], strict=True):
+            missed += [f"{what} left under projection, {name}"] * (not low <= share <= high)
+    return missed
+
+
 def report(model: GPT) -> None:
-    """Print the hint audit of every domain; the gates are about mix."""
+    """Print the hint audit of every domain, whose gates are about mix, and what is left under projection."""
     task = Arithmetic()
     found = {domain: rows for domain in task.domains if (rows := audit(model, domain))}
     if "mix" not in found:
@@ -247,7 +258,13 @@ def report(model: GPT) -> None:
         limits[name] = f"{limits.get(name, '')}, {most} from {other.rpartition('given ')[2]}".removeprefix(", ")
     rows = [[name, *(f"{f[name]:.2f}" for f in found.values()), limits.get(name, "")] for name in found["mix"]]
     print(markdown_table(["P(right digit) at the wrong step, given", *found, "gate for mix"], rows))
-    missed = missed_gates(found["mix"])
+    left, rows = room(model), []
+    missed = missed_gates(found["mix"]) + missed_room(left)
+    for name, (right, *shares) in left.items():
+        cells = [f"{share:.2f} ({low} to {high})" for share, (low, high) in zip(shares, ROOM[name][2:], strict=True)]
+        rows.append([name, f"{right:.2f}", *cells])
+    header = ["left in half of the values' dimensions", "right digits", "whole steps (gate)", "checks (gate)"]
+    print(f"\n{markdown_table(header, rows)}")
     print("All gates hold." if not missed else f"Missed: {', '.join(missed)}.")
 
 

@@ -26,7 +26,7 @@ MIXTURE = {"plain": 0.12, "exam": 0.08, "hint": 0.28, "solution": 0.08, "reflect
 CONFIRM_MARK = "#"  # before steps that were right
 CONFIRMATIONS = 0.4  # share among the hint documents, and share of correct attempts among the reflect documents
 PASSED = 0.45  # share of the other hint documents that begin behind the error: see hint_document
-WRONG_HINTS = 0.25  # share of hints that name any digit as a step's result: a hint is believed, not judged
+WRONG_HINTS = 0.4  # share of hints that name any digit as a step's result: a hint is believed, not judged
 GIVEN_ANSWERS = 0.2  # share of reflect documents whose prompt gives the right answer
 SHORT = 0.2  # share of reflect documents that stay short after the beginning of the pretraining
 

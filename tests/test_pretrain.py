@@ -18,7 +18,7 @@ from data.chains import BUDGET, operations
 from data.tokenizer import END, VOCAB_SIZE, decode, encode
 from harness import files
 from harness.cli import run_script
-from model import GPT, GPTConfig
+from model import GPT
 from reflect import Pair, Reflection, Rollout, parse_reflection
 
 # ---------------------------------------------------------------------------------------------- training
@@ -77,27 +77,6 @@ def test_muon_has_the_matrices_and_adamw_all_others(monkeypatch: pytest.MonkeyPa
     others = {id(p) for p in model.parameters()} - matrices - {values}
     assert groups["Muon"] == [(matrices, config.weight_decay)]
     assert groups["AdamW"] == [(others, 0.0), ({values}, config.value_decay)]
-
-
-def test_deeper_models_have_the_same_layers_again_or_change_nothing_at_first() -> None:
-    shallow = GPT(GPTConfig(VOCAB_SIZE, n_layer=2, n_embd=8, n_head=2, n_kv_head=2, head_dim=4, n_hidden=24))
-    for layer, of in zip(pretrain.deepened(shallow, 3, "stacked").blocks, (0, 1, 0), strict=True):
-        assert all(map(torch.equal, layer.parameters(), shallow.blocks[of].parameters()))
-        assert layer.mlp.up_proj.weight.data_ptr() != shallow.blocks[of].mlp.up_proj.weight.data_ptr()
-    deep, tokens = pretrain.deepened(shallow, 4, "grown"), torch.tensor([encode("3+8-5*2")])
-    torch.testing.assert_close(deep(tokens), shallow(tokens))
-    deep(tokens).logsumexp(-1).sum().backward()
-    for block in deep.blocks[2:]:
-        assert block.attn.o_proj.weight.grad.abs().sum() > 0 and block.mlp.down_proj.weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize(("deepen", "first"), [("no", 3), ("stacked", 1), ("grown", 1)])
-def test_deepening_comes_after_half_of_the_updates(deepen: str, first: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    layers: list[int] = []
-    learned = pretrain.next_token_loss
-    monkeypatch.setattr(pretrain, "next_token_loss", lambda m, b: layers.append(m.config.n_layer) or learned(m, b))
-    model = pretrain.pretrain(pretrain.Config(steps=5, batch=2, layers=3, width=8, deepen=deepen))
-    assert layers == [first, first, 3, 3, 3] and model.config.n_layer == 3
 
 
 @pytest.mark.parametrize("shape", [(64, 24), (24, 64)])
@@ -172,6 +151,22 @@ def test_the_checkpoint_is_small_and_loads_without_running_code() -> None:
 
 def test_the_shipped_base_passes_every_gate(found: dict[str, float]) -> None:
     assert pretrain.missed_gates(found) == []
+
+
+def test_the_shipped_bases_aligned_subspace_keeps_steps_and_drops_the_habit() -> None:
+    left = pretrain.room(files.load_checkpoint(files.BASE_CHECKPOINT), count=24)
+    assert pretrain.missed_room(left) == []
+    assert pretrain.missed_room(left | {"random": (1.0, 0.1, 0.4)}) == ["checks left under projection, random"]
+    assert pretrain.missed_room(left | {"aligned loss": (1.0, 0.4, 0.6)}) == [
+        f"{what} left under projection, aligned loss" for what in ("steps", "checks")
+    ]
+
+
+def test_room_is_a_share_of_what_the_base_does_unprojected(monkeypatch: pytest.MonkeyPatch) -> None:
+    project = pretrain.subspace.project_kv
+    monkeypatch.setattr(pretrain.subspace, "project_kv", lambda model, P: project(model, {}))
+    for shares in pretrain.room(files.load_checkpoint(files.BASE_CHECKPOINT), count=4).values():
+        assert shares == (1.0, 1.0, 1.0)
 
 
 PASSING = {name: (low + high) / 2 for name, (low, high) in pretrain.GATES.items()} | {
