@@ -28,7 +28,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data import Task
@@ -39,7 +38,6 @@ from model import GPT
 Site = tuple[int, str]  # (layer counted from 0, "k" or "v")
 COORDINATES = ("linear", "head", "norm", "rope")
 LOSSES = ("aligned", "steps", "full")  # which positions S has
-OBJECTIVES = ("log-p", "log-odds")
 
 
 @dataclass(frozen=True)
@@ -131,26 +129,17 @@ def hooked(
 # ---------------------------------------------------------------------------------------------- gradients, SVD
 
 
-def aligned_loss(logits: Tensor, tokens: Tensor, weights: Tensor, objective: str = "log-p") -> Tensor:
+def aligned_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
     """Sum of L_align over the examples: logits (B, T, V), tokens and weights (B, T); a weight is 1/|S| on S, else 0.
 
-    --loss steps and --loss full are the same sum with another S. The gradient of log p vanishes with 1 - p: tokens that
-    the base is sure of leave no trace in G. That of the log-odds, log p/(1 - p), is the same divided by 1 - p.
+    --loss steps and --loss full are the same sum with another S.
     """
-    logits, target = logits[:, :-1], tokens[:, 1:, None]  # (B, T - 1, V), (B, T - 1, 1)
-    others = logits.scatter(-1, target, float("-inf")).logsumexp(dim=-1)  # (B, T - 1)
-    log_odds = logits.gather(-1, target).squeeze(-1) - others
-    score = log_odds if objective == "log-odds" else F.logsigmoid(log_odds)  # p = sigmoid(log p/(1 - p))
-    return -(score * weights[:, 1:]).sum()
+    logp = logits[:, :-1].log_softmax(dim=-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)  # (B, T - 1)
+    return -(logp * weights[:, 1:]).sum()
 
 
 def capability_gradients(
-    model: GPT,
-    examples: list[Example],
-    sites: list[Site],
-    coordinate: str = "linear",
-    objective: str = "log-p",
-    batch: int = 64,
+    model: GPT, examples: list[Example], sites: list[Site], coordinate: str = "linear", batch: int = 64
 ) -> dict[Site, Tensor]:
     """dL/dK_t and dL/dV_t at all positions of all examples, stacked: site -> G (M, d).
 
@@ -176,7 +165,7 @@ def capability_gradients(
 
         with hooked(model, sites, coordinate, keep):
             logits = model(tokens.to(model.device))
-        loss = aligned_loss(logits, tokens.to(model.device), weights.to(model.device), objective)
+        loss = aligned_loss(logits, tokens.to(model.device), weights.to(model.device))
         gradients = torch.autograd.grad(loss, [outputs[site] for site in sites])
         real = torch.arange(tokens.size(1)) < lengths[:, None]  # (B, T), no padding
         for site, gradient in zip(sites, gradients, strict=True):
@@ -275,7 +264,7 @@ def main() -> None:
     targets, rows = target_sites(c, model), []
     examples = calibration_set(task, c.calibration_domain or (c.domain,), c.calibration_size, c.loss, c.seed)
     sites = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
-    gradients = capability_gradients(model, examples, sites, c.coordinate, c.objective)
+    gradients = capability_gradients(model, examples, sites, c.coordinate)
     for site, G in gradients.items():
         s, r = principal_directions(G)[0], choose_rank(c.rank, G.size(1))
         kept = f"{s[:r].square().sum() / s.square().sum():.1%}"

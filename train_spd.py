@@ -7,11 +7,12 @@
 No teacher, no verifier, no reward:
 
     1. calibrate (subspace.py)      G = dL_align/dK and dL_align/dV, G = U diag(s) V^T, P = V_r V_r^T
-    2. generate                     y ~ p(. | x) with K <- K P_K, V <- V P_V: a raw completion per prompt, none filtered
+    2. generate                     y ~ p(. | x) with V <- V P_V: a raw completion per prompt, none filtered
     3. fine-tune, unprojected       -sum_t log p(y_t | x, y_<t) over A and B of W + (alpha/r) B A (lora.py)
 
-The paper has the loss of 3 on x as well; this base was pretrained on responses alone, so that a loss on prompts would
-drown the rest (--no-completion-only follows the paper). Inference is unprojected.
+Inference is unprojected. Two choices are ours (docs/deviations.md). Keys are left alone, because those of a small model
+have no room; --project kv projects both. The loss of 3 is not on x, because this base was pretrained on responses
+alone, and prompts would drown the rest; --no-completion-only follows the paper.
 """
 
 import math
@@ -31,12 +32,12 @@ from harness.run import Run, RunConfig, changed_settings
 from lora import merge_lora, trainable_copy
 from losses import next_token_loss
 from model import generate
-from subspace import COORDINATES, LOSSES, OBJECTIVES
+from subspace import COORDINATES, LOSSES
 
 METHODS = {  # the sampling temperature of the completions
-    "spd": 0.0,
-    "psr": 1.0,  # plain self-retraining, on samples as they come
-    "ssd": 0.0,  # simple self-distillation: SPD without projection; --temperature, --top-k and --top-p vary it
+    "spd": 1.0,
+    "psr": 1.0,  # plain self-retraining: SPD without projection
+    "ssd": 0.6,  # simple self-distillation: sharper samples, unprojected; --temperature, --top-k and --top-p vary them
 }
 
 
@@ -47,13 +48,12 @@ class SubspaceConfig:
     calibration_domain: tuple[str, ...] = option((), "domains of the calibration set; none means the training domain")
     calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
     loss: str = option("aligned", "calibration loss: on results, on whole steps, or on everything", "aligned", LOSSES)
-    objective: str = option("log-p", "what that loss is of, at each of its positions", "log-p", OBJECTIVES)
     subspace: str = option("gradient", "where the subspace comes from", "gradient", ("gradient", "random"))
     layers: str = option(
         "paper", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L"
     )
     rank: str = option("50%", "rank of the projectors: a number, or a share like 50%", "50%")
-    project: str = option("kv", "what is projected", "kv", ("kv", "k", "v"))
+    project: str = option("v", "what is projected", "kv", ("kv", "k", "v"))
     coordinate: str = option(
         "linear",
         "where P acts: all heads of K and V together, each head, after K's norm, after RoPE",
@@ -68,7 +68,7 @@ class Config(SubspaceConfig, RunConfig):
 
     task: str = option("exams", "the problems: exams, arithmetic, steps, gym:NAME[,NAME] or FILE.jsonl")
     method: str = option("spd", "what to train", choices=tuple(METHODS))
-    temperature: float = option(0.0, "temperature of the completions; 0: greedy", None, minimum=1e-3, or_zero=True)
+    temperature: float = option(1.0, "temperature of the completions; 0: greedy", None, minimum=1e-3, or_zero=True)
     top_k: int = option(0, "truncated sampling: keep so many tokens; 0 keeps all", minimum=0)
     top_p: float = option(1.0, "truncated sampling: keep this much probability", minimum=0.01, maximum=1)
     prompts: int = option(500, "training prompts, one completion each", minimum=1)
@@ -102,10 +102,10 @@ def train(config: Config) -> dict:
         if config.method == "spd":
             domains, sites = config.calibration_domain or (config.domain,), subspace.target_sites(config, base)
             examples = subspace.calibration_set(task, domains, config.calibration_size, config.loss, seed)
-            G = subspace.capability_gradients(base, examples, sites, config.coordinate, config.objective)
+            G = subspace.capability_gradients(base, examples, sites, config.coordinate)
             P = subspace.make_projectors(G, config.rank, config.subspace, subspace.heads(config, base), seed)
 
-        # 2. Generate: one raw completion a prompt with K <- K P_K and V <- V P_V. None is filtered.
+        # 2. Generate: one raw completion a prompt with V <- V P_V (and K <- K P_K). None is filtered.
         problems = task.problems(config.domain, config.prompts, run.random("prompts"))
         prompts = [task.encode(task.prompt(problem)) for problem in problems]
         with subspace.project_kv(base, P, config.coordinate):
