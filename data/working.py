@@ -61,8 +61,8 @@ RUN = re.compile(r"[-+*/()=. \d]*\d[-+*/()=. \d]*")  # of numbers and signs
 SIGNS = {"plus": "+", "minus": "-", "times": "*", r"\times": "*", "x": "*", "×": "*", "·": "*", "÷": "/"}
 SIGNS |= dict.fromkeys(("equals", "is equal to", "is", "makes", "gives"), "=")
 NUMBER_WORDS = re.compile(
-    r"\b(?:three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+[nrvxf]ty|seventy|eighty|hundred"
-    r"|twice|half|double|dozen)\b",
+    r"\b(?:one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|\w+teen|\w+[nrvxf]ty|seventy|eighty|hundred"
+    r"|twice|half|double|dozen|adding \d+ to|subtracting \d+ from)\b",
     re.IGNORECASE,
 )
 
@@ -215,8 +215,10 @@ class Working:
             else:
                 wrong = runs[-1].pop(), side
                 break
-        for run in filter(None, runs):
+        for run in runs:
             worked = [side for side in run if isinstance(side.tree, ast.BinOp)]
+            if not worked:  # a running total by itself, as in 13 = 13 - 2 = 11
+                continue
             parts = set().union(*(self.parts(side.tree, self.known) for side in worked))
             if not parts:
                 return self.foreign(run)
@@ -297,13 +299,15 @@ def first_mistake(terms: list[Term], response: str, given: str | None, ended: bo
         except ValueError:
             return None
         if run is answer and mistake is None:
-            if not (mark or numbers) or working.may_be_right_by_accident():
-                return None  # or it stops in the middle
             begin = max(text.rfind("\n", 0, run.start()) + 1, runs[i - 1].end() if i else 0)
+            only_tells = not working.operations and text[:begin].strip()
+            if not (mark or numbers) or only_tells or working.may_be_right_by_accident():
+                return None  # or it stops in the middle
             begin += len(re.match(r"\W*", response[begin:])[0])
             mistake = Mistake(begin, run.start() + len(run[0].rstrip()), working.remedy())
         if mistake:
             unread = mentioned - working.known.keys() or NUMBER_WORDS.search(text, 0, mistake.start)
+            unread = unread or MARKS.search(text, 0, mistake.start)  # an answer before, of something else
             corrected = mistake.remedy in response[mistake.end :]
             return None if unread or corrected or working.splits(mistake, text, runs[i + 1 :]) else mistake
         mentioned |= numbers

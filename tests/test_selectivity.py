@@ -13,18 +13,18 @@ from conftest import Letters, tiny_gpt
 
 import subspace
 from data import load_task
+from evaluate import golden_likelihoods, lines_of
 from harness import files
 from harness.cli import run_script
 from model import response_logprobs
 from subspace import project_kv
 from tools import selectivity, stats
-from tools.selectivity import Config, kept, lines_of, mark_vectors, measure, measure_base, share_inside
+from tools.selectivity import PAPER, UNREAD, Config, kept, mark_vectors, measure_base, share_inside
 from tools.studies import BASES
 from tools.study import base_checksum
 
 TASK = load_task("exams")
 PROBLEMS = TASK.problems("exam", 3, random.Random(0))
-SITES = "the paper's sites"
 
 
 def row(where: str, rank: int, name: str, draw: int, right: float, step: float, check: float, mark: float) -> dict:
@@ -34,11 +34,12 @@ def row(where: str, rank: int, name: str, draw: int, right: float, step: float, 
 
 OF_ONE_BASE = [
     row("", 100, "none", 0, -0.5, -2.0, 0.8, 1.0),
-    row(SITES, 20, "aligned", 0, -0.7, -3.0, 0.2, 0.1),
-    row(SITES, 50, "aligned", 0, -0.5, -2.5, 0.4, 0.3),
-    row(SITES, 20, "random", 0, -1.5, -4.0, 0.1, 0.2),
-    row(SITES, 20, "random", 1, -2.5, -6.0, 0.3, 0.4),
-    row("layer 3, values", 35, "aligned", 0, -9.0, -9.0, 0.9, 0.9),
+    row(PAPER, 20, "aligned", 0, -0.7, -3.0, 0.2, 0.1),
+    row(PAPER, 50, "aligned", 0, -0.5, -2.5, 0.4, 0.3),
+    row(PAPER, 20, "random", 0, -1.5, -4.0, 0.1, 0.2),
+    row(PAPER, 20, "random", 1, -2.5, -6.0, 0.3, 0.4),
+    row("layer 2", 0, UNREAD, 0, -0.6, -2.1, 0.1, 0.0),
+    row("all layers, values", 35, "aligned", 0, -9.0, -9.0, 0.9, 0.9),
 ]
 
 # ---------------------------------------------------------------------------------------------- measures
@@ -57,11 +58,11 @@ def test_measures_are_those_of_a_loop_over_tokens() -> None:
         for line in text.split(";"):
             steps.append(sum(each[start : start + len(line)]))
             start += len(line) + 1
-    found = measure(model, TASK, PROBLEMS)
+    found = golden_likelihoods(model, TASK, PROBLEMS)
     expected = {"right": right, "step": steps, "check": checks}
     assert found == pytest.approx({name: sum(values) / len(values) for name, values in expected.items()}, rel=1e-4)
     with project_kv(model, {(0, "v"): torch.zeros(16, 16)}):
-        assert measure(model, TASK, PROBLEMS)["right"] != found["right"]
+        assert golden_likelihoods(model, TASK, PROBLEMS)["right"] != found["right"]
 
 
 def test_lines_end_at_semicolons_or_line_breaks_and_the_last_one_at_the_stop_token() -> None:
@@ -70,33 +71,37 @@ def test_lines_end_at_semicolons_or_line_breaks_and_the_last_one_at_the_stop_tok
     assert lines_of(["#4", "<|end|>"]) == [range(0, 1)]
 
 
-def test_the_vectors_are_those_of_the_nervous_mark_minus_the_calm_ones_at_its_second_character() -> None:
-    """In the first layer these are of the character alone; in the second, read without a batch, of all before it."""
+def test_the_vectors_are_those_of_the_nervous_mark_minus_the_calm_ones_where_the_mark_is_known() -> None:
+    """In the first layer these are of the character alone; in the second, read without a batch, of all before it.
+
+    The tag at the end of the prompt is the same for all marks in the first layer, and not in the second.
+    """
     model, seen = tiny_gpt(TASK), {}
     found, first = mark_vectors(model, TASK, PROBLEMS), model.blocks[0]
     with torch.no_grad():
         inputs = first.attn_norm(model.embed(torch.tensor(TASK.encode("+-*"))))
     for kind, linear in (("k", first.attn.k_proj), ("v", first.attn.v_proj)):
         plus, minus, times = linear(inputs).detach()
-        expected = torch.cat([(plus - minus).expand(3, -1), (plus - times).expand(3, -1)])
+        end = torch.zeros(3, plus.numel())
+        expected = torch.cat([(plus - minus).expand(3, -1), end, (plus - times).expand(3, -1), end])
         torch.testing.assert_close(found[0, kind], expected)
     for mark in "+-*":
         for i, problem in enumerate(PROBLEMS):
-            text = f"<|user|>{problem.question[:-1]}{mark}"
+            text = f"<|user|>{problem.question[:-1]}{mark}<|assistant|>"
 
             def keep(site: Any, output: torch.Tensor, key: tuple = (mark, i)) -> None:
-                seen[key] = output[0, -1]
+                seen[key] = output[0, -2:]
 
             with torch.no_grad(), subspace.hooked(model, [(1, "v")], "linear", keep):
                 model(torch.tensor([TASK.encode(text)]))
-    expected = torch.stack([seen["+", i] - seen[calm, i] for calm in "-*" for i in range(3)])
+    expected = torch.stack([seen["+", i][t] - seen[calm, i][t] for calm in "-*" for t in range(2) for i in range(3)])
     torch.testing.assert_close(found[1, "v"], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_the_share_inside_is_of_squared_length() -> None:
     x = torch.tensor([[3.0, 4.0], [1.0, 0.0]])
     assert share_inside(x, torch.eye(2)) == 1 and share_inside(x, torch.zeros(2, 2)) == 0
-    assert share_inside(x, torch.diag(torch.tensor([1.0, 0.0]))) == pytest.approx((9 / 25 + 1) / 2)
+    assert share_inside(x, torch.diag(torch.tensor([1.0, 0.0]))) == pytest.approx((9 + 1) / (25 + 1))
 
 
 def test_condensed_gradients_span_what_all_gradients_span() -> None:
@@ -115,49 +120,52 @@ def test_every_subspace_is_measured_at_every_place_with_its_layers_and_its_rank(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     seen: list[dict] = []
-    monkeypatch.setattr(selectivity, "PROBLEMS", 3)
     monkeypatch.setattr(selectivity, "project_kv", lambda model, P: seen.append(P) or project_kv(model, P))
     model = tiny_gpt(TASK, n_layer=4)
-    plain, *rows = measure_base(model, TASK, Config(ranks=("25", "50"), calibration_size=40))
-    assert (plain["subspace"], plain["mark"]) == ("none", 1) and len(rows) == len(seen) == 4 * 2 * (4 + 10)
+    plain, *rows = measure_base(model, TASK, Config(ranks=("25", "50"), calibration_size=40, problems=3))
+    assert (plain["subspace"], plain["mark"]) == ("none", 1) and len(rows) == len(seen) == 4 + 3 * 2 * (5 + 10)
     sites = {
-        SITES: [(1, "k"), (1, "v"), (3, "k"), (3, "v")],
-        "layer 2, values": [(1, "v")],
-        "layer 3, values": [(2, "v")],
-        "layer 4, values": [(3, "v")],
+        PAPER: [(1, "v"), (3, "v")],
+        f"{PAPER} and keys": [(1, "k"), (1, "v"), (3, "k"), (3, "v")],
+        "all layers, values": [(0, "v"), (1, "v"), (2, "v"), (3, "v")],
     }
-    for found, P in zip(rows, seen, strict=True):
+    for layer, (found, P) in enumerate(zip(rows[:4], seen[:4], strict=True)):
+        assert (found["where"], found["subspace"]) == (f"layer {layer + 1}", UNREAD)
+        assert sorted(P) == [(layer, "k"), (layer, "v")] and {round(each.trace().item()) for each in P.values()} == {
+            16 - (4 if layer else 2)
+        }
+    for found, P in zip(rows[4:], seen[4:], strict=True):
         assert sorted(P) == sites[found["where"]] and 0 <= found["mark"] <= 1 + 1e-5
         assert {round(each.trace().item()) for each in P.values()} == {16 * found["rank"] // 100}
-    drawn = [found["right"] for found in rows if (found["where"], found["rank"]) == (SITES, 50)]
-    assert len(set(drawn)) == 14  # no two subspaces are the same
+    drawn = [found["right"] for found in rows if (found["where"], found["rank"]) == (PAPER, 50)]
+    assert len(set(drawn)) == 15  # no two subspaces are the same
 
 
-def test_a_task_without_marks_and_checks_has_rows_and_a_table_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(selectivity, "DRAWS", 1)
-    rows = [{"base": 0} | each for each in measure_base(tiny_gpt(Letters()), Letters(), Config(ranks=("50",)))]
+def test_a_task_without_marks_and_checks_has_rows_and_a_table_without_them() -> None:
+    config = Config(ranks=("50",), draws=1)
+    rows = [{"base": 0} | each for each in measure_base(tiny_gpt(Letters()), Letters(), config)]
     assert len(rows) == 1 + 3 * (3 + 1) and not {"check", "mark"} & {name for each in rows for name in each}
     table = selectivity.table(rows, (50,))
-    assert "| right digits | whole steps |\n" in table and "without the mark" not in table and table.count("\n") == 13
+    assert "| right digits | whole steps |\n" in table and "unmarked" not in table and table.count("\n") == 13
 
 
 def test_what_is_kept_is_a_share_of_the_bases_own() -> None:
-    other = [row("", 100, "none", 0, -1.0, -1.0, 0.5, 1.0), row(SITES, 20, "aligned", 0, -1.0, -2.0, 0.5, 0.2)]
+    other = [row("", 100, "none", 0, -1.0, -1.0, 0.5, 1.0), row(PAPER, 20, "aligned", 0, -1.0, -2.0, 0.5, 0.2)]
     rows = [{"base": 3} | each for each in OF_ONE_BASE] + [{"base": 4} | each for each in other]
-    assert kept(rows, SITES, "aligned", "right")[20] == pytest.approx({(3, 0): math.exp(-0.2), (4, 0): 1})
-    assert kept(rows, SITES, "aligned", "step")[20] == pytest.approx({(3, 0): math.exp(-1), (4, 0): math.exp(-1)})
-    assert kept(rows, SITES, "aligned", "check") == {20: {(3, 0): 0.25, (4, 0): 1.0}, 50: {(3, 0): 0.5}}
-    assert kept(rows, SITES, "random", "mark") == {20: {(3, 0): 0.2, (3, 1): 0.4}}
-    assert kept(rows, "layer 3, values", "full", "right") == {}
+    assert kept(rows, PAPER, "aligned", "right")[20] == pytest.approx({(3, 0): math.exp(-0.2), (4, 0): 1})
+    assert kept(rows, PAPER, "aligned", "step")[20] == pytest.approx({(3, 0): math.exp(-1), (4, 0): math.exp(-1)})
+    assert kept(rows, PAPER, "aligned", "check") == {20: {(3, 0): 0.25, (4, 0): 1.0}, 50: {(3, 0): 0.5}}
+    assert kept(rows, PAPER, "random", "mark") == {20: {(3, 0): 0.2, (3, 1): 0.4}}
+    assert kept(rows, "all layers, values", "full", "right") == {}
 
 
 def test_the_table_has_percent_of_the_ranks_that_are_asked_for() -> None:
     lines = selectivity.table([{"base": 3} | each for each in OF_ONE_BASE], (20, 35)).splitlines()
     found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:]]
     assert [line[:3] for line in found] == [
-        [SITES, "20 %", "aligned"],
-        [SITES, "20 %", "random"],
-        ["layer 3, values", "35 %", "aligned"],
+        [PAPER, "20 %", "aligned"],
+        [PAPER, "20 %", "random"],
+        ["all layers, values", "35 %", "aligned"],
     ]
     assert found[0][3:] == ["82", "37", "25", "10"] and found[1][5].startswith("25 ± ")
 
@@ -165,7 +173,8 @@ def test_the_table_has_percent_of_the_ranks_that_are_asked_for() -> None:
 def test_the_table_of_bases_has_the_checks_that_are_left_on_each() -> None:
     lines = selectivity.table_of_bases([{"base": base} | each for base in (3, 4) for each in OF_ONE_BASE], rank=20)
     found = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines.splitlines()]
-    assert found[0][1:] == ["base 3", "base 4"] and found[2:] == [[SITES, "25", "25"]]
+    assert found[0][1:] == ["base 3", "base 4"]
+    assert found[2:] == [[f"layer 2 {UNREAD}", "12", "12"], [f"{PAPER}, aligned, 20 %", "25", "25"]]
 
 
 # ---------------------------------------------------------------------------------------------- the file
@@ -204,7 +213,8 @@ def test_a_base_of_ones_own_is_shown_and_not_kept(
     monkeypatch.setattr(sys, "argv", ["selectivity", "--base", "own.pt", "--ranks", "20"])
     run_script(selectivity.main)
     printed = capsys.readouterr().out
-    assert printed.strip() == selectivity.table([{"base": 0} | each for each in OF_ONE_BASE], (20,))
+    rows = [{"base": 0} | each for each in OF_ONE_BASE]
+    assert printed.strip() == f"{selectivity.table(rows, (20,))}\n\n{selectivity.table_of_bases(rows, rank=20)}"
     assert workshop.opened == ["own.pt"] and not workshop.results.exists()
 
 

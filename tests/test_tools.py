@@ -11,6 +11,10 @@ import pytest
 from conftest import ROWS, Letters, tiny_gpt, write_lines
 
 from data import Task, load_task
+from data.answers import final_answer
+from data.sources import WordProblem
+from data.steps import solve
+from data.working import first_mistake
 from harness import files
 from model import GPT, response_logprobs
 from reflect import Rollout
@@ -37,7 +41,7 @@ def test_selectivity_is_drawn_over_rank_as_a_share_of_the_bases_own(
     for base in (0, 1):
         plain = {"base": base, "draw": 0, "right": -1.0, "step": -2.0, "check": 0.8, "mark": 1.0}
         rows.append(plain | {"where": "", "rank": 100, "subspace": "none"})
-        for where, name, rank in itertools.product(selectivity.sites_of(4), ("aligned", "full", "random"), (20, 50)):
+        for where, name, rank in itertools.product(selectivity.SITES, ("aligned", "full", "random"), (20, 50)):
             rows.append(plain | {"where": where, "rank": rank, "subspace": name, "check": 0.2 + 0.4 * (rank == 50)})
     files.write_json(tmp_path / "selectivity.json", {"bases": {}, "rows": rows})
     monkeypatch.setattr(plots, "line", lambda axis, points, *more: lines.append(points) or line(axis, points, *more))
@@ -45,7 +49,7 @@ def test_selectivity_is_drawn_over_rank_as_a_share_of_the_bases_own(
     assert lines[0] == {rank: {(0, 0): 1.0, (1, 0): 1.0} for rank in (20, 50)} and len(lines) == 2 * 3 * 3
     assert lines[6] == {20: {(0, 0): 0.25, (1, 0): 0.25}, 50: dict.fromkeys([(0, 0), (1, 0)], pytest.approx(0.75))}
     drawn = files.read_text(tmp_path / "selectivity.svg")
-    for text in ("whole steps, layer 3, values", "the habit of checking, the paper's sites", "random, ten draws"):
+    for text in ("whole steps", "the habit of checking", "random, ten draws", "values, keys: % of the base's own"):
         assert f">{text}<" in drawn
 
 
@@ -146,6 +150,50 @@ def test_the_audit_measures_and_tabulates_every_hint(eggs: Task, folder: Path, m
     }  # fmt: skip
     assert found["hints"]["no hint"]["greedy"][2:] == [0, 0]
     assert "| no hint" in real_audit.tables(json.loads(json.dumps(found)))
+
+
+FIRST, MIDDLE = "8 + 5 = 14\n14 - 2 = 12\nThe answer is 12", "8 + 5 = 13\n13 + 2 = 15\n15 - 0 = 15\nThe answer is 15"
+LAST, ANSWER = "8 + 5 = 13\n13 - 2 = 12\nThe answer is 12", "8 + 5 = 13\n13 - 2 = 11\nThe answer is 12"
+
+
+@pytest.mark.parametrize(
+    ("text", "at", "kept"),
+    [
+        (FIRST, "first", FIRST[:-2]),
+        (MIDDLE, "middle", MIDDLE[:-2]),
+        (LAST, "last", LAST[:-2]),
+        (ANSWER, "last", None),  # the error is the answer itself
+        ("8 + 5 = 14", "first", None),
+    ],
+)
+def test_an_error_has_its_place_in_the_chain_and_an_answer_behind_it(text: str, at: str, kept: str | None) -> None:
+    mistake = first_mistake([(8,), (5,), (-2,)], text, final_answer(text, "11"), ended=True)
+    assert mistake and real_audit.place(text, mistake) == at
+    assert real_audit.before_answer(text, mistake) == kept
+
+
+def test_the_audit_of_steps_measures_the_right_step_at_the_error_and_the_truth_of_quotes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task, model, seen = load_task("steps", folder, max_response=48), GPT.from_pretrained(folder), []
+    sums = WordProblem(
+        "What is 8 + 5 - 2?", solve([(8,), (5,), (-2,)]), "11", "sums", 0, {"terms": [(8,), (5,), (-2,)]}
+    )
+    wrong = []
+    for text in (FIRST, LAST, FIRST, ANSWER):
+        y = task.encode(text)
+        wrong.append((Rollout(sums, y, [], text, task.pieces(y), task.verify(sums, text)), "Begin with 8."))
+    real = real_audit.probability
+    monkeypatch.setattr(real_audit, "greedy", lambda _, task, length, prompts: ["The answer is 11"] * len(prompts))
+    monkeypatch.setattr(real_audit, "probability", lambda *given: seen.append(given[3:]) or real(*given))
+    found = real_audit.step_hints(model, task, wrong, random.Random(0))
+    assert seen[0] == (["8 + 5 = ", "8 + 5 = 13\n13 - 2 = ", "8 + 5 = ", ANSWER[:-2]], ["13", "11", "13", "11"])
+    assert seen[1][1] == ["11"] * 3 and seen[2][1] == ["12"] * 3  # the answers behind the errors
+    assert set(found["the true step"]) >= {"first (2)", "last (2)", "its own answer behind it", "greedy"}
+    assert found["no hint"]["greedy"][0] == 1
+    true = [(y, task.true_reflection(y.problem, y.text)) for y, _ in wrong]
+    assert list(real_audit.truth(task, true).values()) == [[1, 0], [1, 0]]
+    assert real_audit.truth(task, wrong)["quote of the first error"][0] == 0
 
 
 def test_a_probability_is_that_of_the_whole_answer(eggs: Task, folder: Path) -> None:

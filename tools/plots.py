@@ -7,7 +7,6 @@ Needs `pip install -e '.[plots]'`. Grey text on no background is legible on ligh
 those of Okabe and Ito, which colour-blind readers can tell apart, and every line has its own marker.
 """
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from errors import UserError
 from harness import files
 from harness.cli import option, parse_config, run_script
 from tools import stats
-from tools.selectivity import kept
+from tools.selectivity import ALSO_KEYS, PAPER, kept
 from tools.stats import by_variant, read_results
 
 STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]
@@ -117,18 +116,17 @@ def collapse() -> None:
 
 def selectivity() -> None:
     """What survives a projection over its rank: right digits, whole steps, the habit."""
-    rows, choices = read_results("selectivity", "selectivity")["rows"], ("the paper's sites", "layer 3, values")
+    rows, places = read_results("selectivity", "selectivity")["rows"], {"values": PAPER, "values, keys": ALSO_KEYS}
     columns = {"right": "right digits", "step": "whole steps", "check": "the habit of checking"}
     names = {"aligned": "aligned loss", "full": "full-sequence loss", "random": "random, ten draws"}
-    with picture("selectivity", "What survives when keys and values are projected", 2, 3) as axes:
-        for (row, where), (column, title) in itertools.product(enumerate(choices), enumerate(columns)):
-            axis = axes[row, column]
-            for name, style in zip(names, STYLES, strict=False):
-                line(axis, kept(rows, where, name, title), names[name], style)
-            axis.axhline(100, color=GREY, linewidth=1, linestyle="--")
-            axis.set(title=f"{columns[title]}, {where}", xlabel="rank, % of the dimensions", ylim=(0, 115))
-        axes[0, 0].set(ylabel="% of the base's own")
-        axes[1, 0].set(ylabel="% of the base's own")
+    with picture("selectivity", "What survives a projection at the paper's layers", 2, 3) as axes:
+        for line_of_axes, (projected, where) in zip(axes, places.items(), strict=True):
+            for axis, (column, title) in zip(line_of_axes, columns.items(), strict=True):
+                for name, style in zip(names, STYLES, strict=False):
+                    line(axis, kept(rows, where, name, column), names[name], style)
+                axis.axhline(100, color=GREY, linewidth=1, linestyle="--")
+                axis.set(title=title, xlabel="rank, % of the dimensions", ylim=(0, 115))
+            line_of_axes[0].set(ylabel=f"{projected}: % of the base's own")
         axes[0, 0].legend(loc="lower right")
 
 

@@ -2,7 +2,7 @@
 
     python -m tools.selectivity                          measures the bases that are missing, fills in the tables
     python -m tools.selectivity --base out/base.pt       measures a base of your own and keeps nothing
-    python -m tools.selectivity --base FOLDER --task steps --shots 4
+    python -m tools.selectivity --base smollm2 --task steps --shots 4 --problems 40 --calibration-size 100 --draws 3
 
 Golden solutions of training problems are read, with keys and values projected into a subspace:
 
@@ -25,26 +25,30 @@ from tqdm import tqdm
 
 import subspace
 from data import Problem, Task
-from data.chains import CALM, CHECK_MARK, NERVOUS, STEP
+from data.chains import CALM, NERVOUS
+from evaluate import golden_likelihoods
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import TaskConfig, open_task_and_base
-from losses import token_logprobs
-from model import GPT, pad, response_logprobs
+from model import GPT, pad
 from subspace import Site, hooked, project_kv
 from tools import stats
 from tools.studies import BASES
 from tools.study import base_checksum, base_path
 
-NAME, PROBLEMS = "selectivity", 100
+NAME = "selectivity"
 RANKS = (20, 35, 50, 65, 80)  # percent
-DRAWS = 10  # of a random subspace
+PAPER, ALSO_KEYS = "the paper's layers, values", "the paper's layers, values and keys"
+SITES = {PAPER: ("paper", "v"), ALSO_KEYS: ("paper", "kv"), "all layers, values": ("all", "v")}
+UNMARKED = ("mix", "add", "sub", "mul", "long")
 SUBSPACES = {  # name: the loss and the domains of its calibration
     "aligned": ("aligned", ("exam",)),
     "steps": ("steps", ("exam",)),
     "full": ("full", ("exam",)),
-    "without the mark": ("aligned", ("mix", "add", "sub", "mul", "long")),
+    "aligned, unmarked": ("aligned", UNMARKED),
+    "full, unmarked": ("full", UNMARKED),
 }
+UNREAD = "without the mark's directions"
 COLUMNS = {"right": "right digits", "step": "whole steps", "check": "checks", "mark": "mark inside"}
 Gradients = dict[Site, Tensor]
 
@@ -55,16 +59,8 @@ class Config(TaskConfig):
     task: str = option("exams", "the task; its first domain is taken")
     ranks: tuple[str, ...] = option(tuple(map(str, RANKS)), "ranks to measure it at, percent")
     calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
-
-
-def sites_of(n_layer: int) -> dict[str, tuple[str, str]]:
-    """Where is projected: the paper's sites, and the values of one layer of the second half -> layers, kinds.
-
-    >>> list(sites_of(4))
-    ["the paper's sites", 'layer 2, values', 'layer 3, values', 'layer 4, values']
-    """
-    single = sorted({max(1, n_layer // 2), max(1, 3 * n_layer // 4), n_layer})
-    return {"the paper's sites": ("paper", "kv")} | {f"layer {n}, values": (str(n), "v") for n in single}
+    problems: int = option(100, "golden solutions to read", minimum=1)
+    draws: int = option(10, "draws of the random subspace", minimum=1)
 
 
 def condensed_gradients(model: GPT, task: Task, domains: tuple, size: int, loss: str, seed: int = 0) -> Gradients:
@@ -86,80 +82,61 @@ def projectors_at(
     return subspace.make_projectors(chosen, rank, "random" if name == "random" else "gradient", seed=seed)
 
 
-def lines_of(written: list[str]) -> list[range]:
-    """The tokens of every line of a solution, without the ';', the line break or the stop token that follows it.
-
-    >>> lines_of(list("3+8=1;#1") + ["<|end|>"])
-    [range(0, 5), range(6, 8)]
-    """
-    ends = [t for t, token in enumerate(written) if token in (";", "\n")] + [len(written) - 1]
-    return [range(start, end) for start, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)]
-
-
-@torch.no_grad()
-def measure(model: GPT, task: Task, problems: list[Problem]) -> dict[str, float]:
-    """Mean log p of the results and of the lines of golden solutions, and the mean probability of a check, if any."""
-    prompts = [task.encode(task.prompt(problem)) for problem in problems]
-    solutions = [[*task.encode(problem.solution), task.end()] for problem in problems]
-    logp = response_logprobs(model, prompts, solutions)  # (B, T, V)
-    taken = token_logprobs(logp, pad(solutions).to(logp.device))  # (B, T)
-    found: dict[str, list[float]] = {"right": [], "step": [], "check": []}
-    for i, solution in enumerate(solutions):
-        written = task.pieces(solution)
-        found["right"] += taken[i, task.decisive(written)].tolist()
-        for line in lines_of(written):
-            found["step"].append(taken[i, line.start : line.stop].sum().item())
-            if STEP.fullmatch("".join(written[line.start : line.stop])) and written[line.stop] == ";":
-                found["check"].append(logp[i, line.stop, task.encode(CHECK_MARK)[0]].exp().item())
-    return {name: sum(values) / len(values) for name, values in found.items() if values}
-
-
 @torch.no_grad()
 def mark_vectors(model: GPT, task: Task, problems: list[Problem]) -> Gradients:
-    """site -> keys or values at the end of a nervous mark minus those of calm ones, (problems * 2, d)."""
+    """site -> keys or values of a nervous mark minus those of calm ones, (problems * 4, d).
+
+    At the two tokens that know the mark: its second character, and the end of the prompt.
+    """
     sites, seen = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"], {}
     questions = [problem.question.removesuffix(NERVOUS) for problem in problems]
     for mark in (NERVOUS, *CALM):
         prompts = [task.encode(task.prompt(Problem(question + mark, ""))) for question in questions]
-        rows, at = torch.arange(len(prompts)), torch.tensor([len(prompt) - 2 for prompt in prompts])
+        rows, last = torch.arange(len(prompts)), torch.tensor([len(prompt) - 1 for prompt in prompts])
         found: Gradients = {}
         with hooked(model, sites, "linear", lambda site, output, found=found: found.update({site: output})):
             model.hidden(pad(prompts))
-        seen[mark] = {site: output[rows, at].clone() for site, output in found.items()}
+        seen[mark] = {site: torch.cat([output[rows, last - 1], output[rows, last]]) for site, output in found.items()}
     return {site: torch.cat([seen[NERVOUS][site] - seen[calm][site] for calm in CALM]) for site in sites}
 
 
 def share_inside(x: Tensor, P: Tensor) -> float:
-    """|x P|^2 / |x|^2 of vectors x (N, d), on average."""
-    return ((x @ P).square().sum(dim=-1) / x.square().sum(dim=-1).clamp(min=1e-12)).mean().item()
+    """|x P|^2 / |x|^2 of all vectors x (N, d) together."""
+    return ((x @ P).square().sum() / x.square().sum()).item()
+
+
+def without(x: Tensor) -> Tensor:
+    """I - V V^T, V the main directions of vectors x (N, d): at most four, of two tokens and two calm marks."""
+    s, V = subspace.principal_directions(x)
+    return torch.eye(len(V)) - subspace.projector(V, min(4, int((s > 1e-3 * s[0]).sum())))
 
 
 def measure_base(model: GPT, task: Task, config: Config) -> Iterator[dict]:
-    """A row for the base itself, and one for every choice of sites, rank and subspace."""
-    problems = task.problems(task.domains[0], PROBLEMS, random.Random("selectivity"))
+    """A row for the base itself, for each layer without the mark, and for every choice of sites, rank and subspace."""
+    problems = task.problems(task.domains[0], config.problems, random.Random("selectivity"))
     marked = task.domains[0] == "exam"  # other tasks have neither checks nor marks
-    calibrations = {
-        name: (loss, domains if marked else task.domains[:1]) for name, (loss, domains) in SUBSPACES.items()
-    }
-    if not marked:
-        del calibrations["without the mark"]
+    chosen = {name: of_it for name, of_it in SUBSPACES.items() if marked or UNMARKED not in of_it}
     row = {"where": "", "rank": 100, "subspace": "none", "draw": 0}
-    yield row | measure(model, task, problems) | ({"mark": 1.0} if marked else {})
+    yield row | golden_likelihoods(model, task, problems) | ({"mark": 1.0} if marked else {})
     size = config.calibration_size
     gradients = {
-        name: condensed_gradients(model, task, domains, size, loss) for name, (loss, domains) in calibrations.items()
+        name: condensed_gradients(model, task, domains if marked else task.domains[:1], size, loss)
+        for name, (loss, domains) in chosen.items()
     }
     marks = mark_vectors(model, task, problems) if marked else {}
-    draws = [(name, 0) for name in gradients] + [("random", draw) for draw in range(DRAWS)]
-    choices = sites_of(model.config.n_layer)
-    for where, rank, (name, draw) in tqdm([*itertools.product(choices, map(int, config.ranks), draws)], unit="row"):
-        spec, kinds = choices[where]
+    for layer in range(model.config.n_layer) if marked else ():
+        with project_kv(model, {(layer, kind): without(marks[layer, kind]) for kind in "kv"}):
+            row = {"where": f"layer {layer + 1}", "rank": 0, "subspace": UNREAD, "draw": 0, "mark": 0.0}
+            yield row | golden_likelihoods(model, task, problems)
+    draws = [(name, 0) for name in gradients] + [("random", draw) for draw in range(config.draws)]
+    for where, rank, (name, draw) in tqdm([*itertools.product(SITES, map(int, config.ranks), draws)], unit="row"):
+        spec, kinds = SITES[where]
         layers = subspace.target_layers(spec, model.config.n_layer)
         P = projectors_at(gradients, name, layers, kinds, f"{rank}%", 100 + draw)
         row = {"where": where, "rank": rank, "subspace": name, "draw": draw}
         row |= {"mark": sum(share_inside(marks[site], P[site]) for site in P) / len(P)} if marked else {}
         with project_kv(model, P):
-            yield row | measure(model, task, problems)
+            yield row | golden_likelihoods(model, task, problems)
 
 
 def kept(rows: list[dict], where: str, name: str, column: str) -> dict[int, stats.Values]:
@@ -177,7 +154,7 @@ def choices_in(rows: list[dict]) -> list[str]:
     return list(dict.fromkeys(row["where"] for row in rows if row["where"]))
 
 
-def table(rows: list[dict], ranks: tuple[int, ...] = (35, 50)) -> str:
+def table(rows: list[dict], ranks: tuple[int, ...] = (50,)) -> str:
     """What is left under projection, at some ranks of all sites and subspaces, as shares of the base's own."""
     columns = [column for column in COLUMNS if column in rows[0]]
     header, lines = ["sites", "rank", "subspace", *map(COLUMNS.get, columns)], []
@@ -189,11 +166,18 @@ def table(rows: list[dict], ranks: tuple[int, ...] = (35, 50)) -> str:
     return markdown_table(header, lines)
 
 
-def table_of_bases(rows: list[dict], name: str = "aligned", rank: int = 35) -> str:
-    """The checks that are left on every base, in percent: few where a projected layer reads the mark."""
-    left = {where: kept(rows, where, name, "check").get(rank, {}) for where in choices_in(rows)}
-    header = [f"checks left, {name}, {rank} %", *(f"base {row['base']}" for row in rows if row["subspace"] == "none")]
-    lines = [[where, *(f"{100 * share:.0f}" for share in shares.values())] for where, shares in left.items() if shares]
+def table_of_bases(rows: list[dict], name: str = "aligned", rank: int = 50) -> str:
+    """The checks left on every base, in percent, without what tells the marks apart at one layer, and under projection.
+
+    The layer that leaves few is where the base reads the mark.
+    """
+    places = [(f"{where} {UNREAD}", where, UNREAD, 0) for where in choices_in(rows) if where not in SITES]
+    places += [(f"{where}, {name}, {rank} %", where, name, rank) for where in SITES]
+    header = ["checks left, %", *(f"base {row['base']}" for row in rows if row["subspace"] == "none")]
+    lines = []
+    for title, where, subspace_name, at in places:
+        shares = kept(rows, where, subspace_name, "check").get(at, {})
+        lines += [[title, *(f"{100 * share:.0f}" for share in shares.values())]] * bool(shares)
     return markdown_table(header, lines)
 
 
@@ -204,6 +188,8 @@ def main() -> None:
         task, model = open_task_and_base(config)
         rows = [{"base": 0} | row for row in measured(model, task)]
         print(table(rows, tuple(map(int, config.ranks))))
+        if "check" in rows[0]:
+            print(f"\n{table_of_bases(rows, rank=int(config.ranks[0]))}")
         return
     path = stats.RESULTS / f"{NAME}.json"
     content = files.read_json(path) if path.exists() else {"bases": {}, "rows": []}

@@ -28,22 +28,28 @@ CURVE = ("accuracy", "solved")
 QUOTES = {"span mask": "--mask span"} | {
     f"span mask, {kind} quotes": f"--mask span --control {kind}-quotes" for kind in ("random", "other")
 }
-SUBSPACES = {  # all at layers floor(L/2) and L, K and V, half rank, as in the paper
+UNMARKED = "--calibration-domain mix add sub mul long"
+SUBSPACES = {  # all at layers floor(L/2) and L and at half rank, as in the paper
     "aligned": "",
     "steps": "--loss steps",
     "full": "--loss full",
     "random": "--subspace random",  # another draw with every seed
-    "aligned, without the mark": "--calibration-domain mix add sub mul long",
+    "aligned, keys too": "--project kv",
+    "aligned, unmarked": UNMARKED,
+    "full, unmarked": f"--loss full {UNMARKED}",
 }
 
 SMOLLM2 = ("smollm2",)  # the folder that `python -m tools.smollm2 smollm2` makes
+TESTS = "--eval-problems 400 --eval-samples 1 --eval-temperature 0"
 REAL = "--task gym:chain_sum:max_digits=1:seed=4,products:seed=4 --shots 2"  # the best of 18 prompts
 REAL += " --max-response 40 --learning-rate 5e-4"
-REAL += " --eval-problems 400 --eval-samples 1 --eval-temperature 0"
-RULE = "--layers 6 --project k --rank 50%"  # the site that tools/real_spd.py chooses for these sums
+REAL += f" {TESTS}"
+CHAINS = f"--task steps --shots 4 --learning-rate 5e-4 {TESTS}"  # as chosen on training problems, see data/steps.py
+ORACLE = "--reflector oracle"
+RULE = "--layers 6 --project k --rank 50% --temperature 0"  # the site that tools/real_spd.py chooses for these sums
 
 STUDIES = {
-    "rosd": Study(METHODS, seeds=(0, 1, 2), curve=CURVE),
+    "rosd": Study(METHODS, curve=CURVE),
     "corrections": Study(  # do wrong rollouts teach, and what has to be right for it?
         {
             "wrong rollouts alone": WRONG,
@@ -121,7 +127,7 @@ STUDIES = {
     "spd-text": Study(  # what the base writes, before any training
         {
             f"{name}{title}": f"{flags} {temperature}".strip()
-            for title, temperature in ((", T = 1", "--temperature 1"), (", greedy", ""))
+            for title, temperature in ((", T = 1", ""), (", greedy", "--temperature 0"))
             for name, flags in SUBSPACES.items()
         },
         "--epochs 0 --prompts 1",
@@ -130,16 +136,33 @@ STUDIES = {
         script="train_spd.py",
     ),
     "spd": Study(
-        {"SPD": ""}
-        | {"PSR": "--method psr", "SSD": "--method ssd"}
-        | {f"SSD, T = {T}": f"--method ssd --temperature {T}" for T in (0.3, 0.6)}
-        | {"SPD, full-sequence loss": SUBSPACES["full"], "SPD, random subspace": SUBSPACES["random"]}
-        | {"SPD, calibrated without the mark": SUBSPACES["aligned, without the mark"], "SPD, T = 1": "--temperature 1"},
+        {"SPD": "", "PSR": "--method psr", "SSD": "--method ssd"}
+        | {f"SPD, {name}": SUBSPACES[name] for name in ("full", "random", "aligned, unmarked")}
+        | {"SPD, greedy": "--temperature 0", "SPD, keys too, greedy": "--project kv --temperature 0"}
+        | {"SSD, T = 0.3": "--method ssd --temperature 0.3", "SSD, greedy": "--method ssd --temperature 0"},
         flags="--eval-problems 256",
         curve=(),
         script="train_spd.py",
     ),
-    "real-rosd": Study(  # an oracle separates the method from its reflector, false results from the method
+    "real-rosd": Study(  # chains: an oracle separates the method from its reflector, a mask from its place
+        THREE
+        | {
+            "ROSD, an oracle reflects": ORACLE,
+            "ROSD, an oracle reflects falsely": f"{ORACLE} --control false-ideas",
+            "ROSD, ideas of other problems": "--control other-ideas",
+            "ROSD, an oracle reflects, whole mask": f"{ORACLE} --mask whole",
+            "ROSD, an oracle reflects, span mask": f"{ORACLE} --mask span",
+            "ROSD, random quotes": "--control random-quotes",
+            "ROSD, quotes of other rollouts": "--control other-quotes",
+            "ROSD, wrong rollouts alone": WRONG,
+            "ROSD, correct rollouts alone": "--learn-from right",
+        },
+        f"{CHAINS} --finetune lora --steps 20 --batch 4 --group 4",
+        SMOLLM2,
+        seeds=(0, 1, 2),
+        curve=("accuracy", "quote_match", "quote_accuracy"),
+    ),
+    "real-sums": Study(  # responses of one sentence, "The answer is 7"
         THREE
         | {
             "ROSD, correct rollouts alone": "--learn-from right",
@@ -161,7 +184,7 @@ STUDIES = {
             "SPD, random subspace": f"{RULE} --subspace random",  # another draw with every seed
             "SPD, full-sequence loss": f"{RULE} --loss full",
             "PSR": "--method psr",
-            "SSD": "--method ssd",  # greedy: SPD without the projection
+            "SSD": "--method ssd --temperature 0",  # SPD without the projection
         },
         f"{REAL} --prompts 200 --calibration-size 100 --epochs 2 --batch 8",
         SMOLLM2,
