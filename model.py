@@ -77,13 +77,6 @@ class KVCache:
         self.k, self.v, self.positions = self.k[rows], self.v[rows], self.positions[rows]
 
 
-def within(window: int, mask: Tensor | None, at: Tensor, keys_at: Tensor) -> Tensor:
-    """The mask, causal if None, for the last `window` tokens alone: at (B, T), keys_at (B, S) -> (B, 1, T, S)."""
-    back = at[:, None, :, None] - keys_at[:, None, None, :]  # (B, 1, T, S)
-    near = (back >= 0) & (back < window)
-    return near if mask is None else near & mask
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(D) + mask) v with grouped queries: q (B, n_head, T, D), k and v (B, n_kv_head, S, D).
 
@@ -115,11 +108,11 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim)  # (B, T, n_kv_head, head_dim)
         q, k = apply_rope(self.q_norm(q), *rope), self.k_out(apply_rope(self.k_norm(k), *rope))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
-        keys_at = at  # (1 or B, T)
-        if cache is not None:
-            k, v, keys_at = cache.append(k, v, at)  # (B, n_kv_head, S, head_dim), (B, S)
+        k, v, keys_at = (k, v, at) if cache is None else cache.append(k, v, at)  # (B, n_kv_head, S, head_dim), (B, S)
         if self.window:
-            mask = within(self.window, mask, at, keys_at)
+            back = at[:, None, :, None] - keys_at[:, None, None, :]  # (1 or B, 1, T, S)
+            near = (back >= 0) & (back < self.window)
+            mask = near if mask is None else near & mask
         y = attend(q, k, v, mask)  # (B, n_head, T, head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
@@ -349,11 +342,8 @@ def generate(
 
 
 def rows_at_once(model: GPT, length: int) -> int:
-    """How many responses to write side by side: their caches take at most 256 MB, on a GPU a quarter of its memory.
-
-    At most 512: more are no faster on a CPU.
-    """
+    """How many responses to write side by side: their caches take at most 256 MB, on a GPU a quarter of its memory."""
     shape, weight = model.config, model.embed.weight
     row = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * length * weight.element_size()  # bytes
     room = torch.cuda.get_device_properties(weight.device).total_memory // 4 if weight.is_cuda else 256 << 20
-    return max(1, min(512, room // row))
+    return max(1, min(512, room // row))  # more than 512 are no faster on a CPU
