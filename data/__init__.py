@@ -19,18 +19,23 @@ __all__ = ["Problem", "Task", "Verdict", "falsify", "load_task"]
 ARITHMETIC = {"arithmetic": Arithmetic, "facts": Facts, "exams": Exams}
 
 
-def load_task(spec: str, base: Path | str = "data/base.pt", shots: int = 0, max_response: int | None = None) -> Task:
-    """The task that `--task` names, in the tokens of the base; shots and max_response are for tasks in words alone."""
+def load_task(
+    spec: str, base: Path | str = "data/base.pt", shots: int = 0, max_response: int | None = None,
+    reflect_shots: int | None = None,
+) -> Task:  # fmt: skip
+    """The task that `--task` names, in the tokens of the base; the other settings are for tasks in words alone."""
+    settings = base, shots, max_response, reflect_shots
     if spec in ARITHMETIC:
-        if shots or max_response:
-            raise UserError(f"the task {spec} takes neither --shots nor --max-response; leave them out")
+        if shots or max_response or reflect_shots is not None:
+            flags = "--shots, --max-response and --reflect-shots"
+            raise UserError(f"the task {spec} takes none of {flags}; leave them out")
         return ARITHMETIC[spec]()
     if spec.startswith("gym:"):
-        return Words(Gym(spec.removeprefix("gym:")), base, shots, max_response)
+        return Words(Gym(spec.removeprefix("gym:")), *settings)
     if spec.partition(":")[0] == "steps":
-        return Steps(Sums(spec), base, shots, max_response)
+        return Steps(Sums(spec), *settings)
     if spec.endswith(".jsonl"):
-        return Words(Lines(spec), base, shots, max_response)
+        return Words(Lines(spec), *settings)
     raise UserError(
         f"there is no task {spec!r}; give {', '.join(ARITHMETIC)}, steps, gym:NAME of Reasoning Gym, or a FILE.jsonl"
     )

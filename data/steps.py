@@ -12,6 +12,7 @@ are as small as SmolLM2-135M needs them: with four examples it is right on 20 to
 import itertools
 import math
 import random
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 from data.answers import MARK, equal, final_answer
@@ -158,6 +159,16 @@ class Steps(Words):
         ):  # '3 - 2 = 1' is also in '13 - 2 = 11'
             end += 1
         return f"<error_quote>{response[start:end]}</error_quote><explanation>{remedy}</explanation>"
+
+    def worked_reflection(self, problem: WordProblem, attempt: str, peer: str | None) -> str:
+        """Walks through both solutions line by line: a small model cannot see the error at once."""
+        pairs = zip_longest(attempt.splitlines(), (peer or "").splitlines(), fillvalue="-") if peer else ()
+        walk = []
+        for line, right in pairs:
+            walk.append(f"{line} | {right} | {'same' if line == right else 'different'}\n")
+            if line != right:
+                break
+        return "".join(walk) + self.true_reflection(problem, attempt)
 
     def wrong_solution(self, problem: WordProblem) -> str:
         """The golden solution with a slip in one of its steps, and what follows from it."""

@@ -25,27 +25,30 @@ if TYPE_CHECKING:
 class Words(Task):
     """Problems of a source, in the tokens of a Hugging Face folder.
 
-    shots worked examples precede every request. max_response None takes what the source needs. UserError where the
-    folder, or a problem of a file, does not fit.
+    shots worked examples precede every request, reflect_shots a request for a reflection (None: as many). max_response
+    None takes what the source needs. UserError where the folder, or a problem of a file, does not fit.
     """
 
     habits: ClassVar = {"marked": "the answer stands after its mark", "terse": "nothing stands beside the answer"}
     max_reflection, spare_rows = 160, True
 
     def __init__(
-        self, source: "Gym | Lines | Sums", base: Path | str, shots: int = 0, max_response: int | None = None
-    ) -> None:
+        self, source: "Gym | Lines | Sums", base: Path | str, shots: int = 0, max_response: int | None = None,
+        reflect_shots: int | None = None,
+    ) -> None:  # fmt: skip
         if not Path(base).is_dir():
             raise UserError(f"this task needs a Hugging Face model, and {base} is not its folder; give one with --base")
         self.tokenizer = Tokenizer(base)
         self.block_size = read_shape(Path(base), block_size=4096)["block_size"]  # as GPT.from_pretrained has it
         self.source, self.domains, self.shots = source, source.domains, shots
+        self.reflect_shots = shots if reflect_shots is None else reflect_shots
         self.problems_checksum = source.checksum
         self.max_response = max_response or source.max_response
         self.vocab_size, self.stop = self.tokenizer.vocab_size, self.tokenizer.stops
         self.ending = ENDING * source.asks_for_ending
         rng = random.Random("examples")  # one to spare: a problem is never an example of itself
-        self.worked = {domain: source.draw(domain, shots + 1, rng, False) for domain in self.domains}
+        count = max(shots, self.reflect_shots) + 1
+        self.worked = {domain: source.draw(domain, count, rng, False) for domain in self.domains}
         for problem in source.problems:
             self.check(problem)
 
@@ -70,7 +73,7 @@ class Words(Task):
             raise UserError(f"problem {problem.index} of {problem.domain}: {error}") from error
         if longest > self.block_size:
             what = f"problem {problem.index} of {problem.domain} with its responses and reflection may take {longest}"
-            remedy = "leave it out, or give fewer --shots or a lower --max-response"
+            remedy = "leave it out, or give fewer --shots and --reflect-shots or a lower --max-response"
             raise UserError(f"{what} of the model's {self.block_size} tokens; {remedy}")
 
     def verify(self, problem: WordProblem, response: str, ended: bool = True) -> Verdict:
@@ -101,20 +104,25 @@ class Words(Task):
     # ------------------------------------------------------------------------------------------ prompts
 
     def prompt(self, problem: WordProblem, idea: str | None = None, solution: str | None = None) -> str:
-        examples = [(problem_request(other.question, self.ending), other.solution) for other in self.others(problem)]
+        others = self.others(problem, self.shots)
+        examples = [(problem_request(other.question, self.ending), other.solution) for other in others]
         return self.chat(problem_request(problem.question, self.ending, idea, solution), examples)
 
     def reflector_prompt(self, problem: WordProblem, attempt: str, peer: str | None, give_answer: bool) -> str:
-        """With shots, worked examples are of the same kind: false solutions for a wrong attempt, else right ones."""
+        """Worked examples are of the same kind: false solutions for a wrong attempt, else right ones."""
 
         def request(problem: WordProblem, attempt: str, peer: str | None) -> str:
             return reflection_request(problem.question, attempt, peer, problem.answer if give_answer else None)
 
         examples = []
-        for other in self.others(problem):
+        for other in self.others(problem, self.reflect_shots):
             example = (other.solution, None) if peer is None else (self.wrong_solution(other), other.solution)
-            examples.append((request(other, *example), self.true_reflection(other, example[0])))
+            examples.append((request(other, *example), self.worked_reflection(other, *example)))
         return self.chat(request(problem, attempt, peer), examples)
+
+    def worked_reflection(self, problem: WordProblem, attempt: str, peer: str | None) -> str:
+        """What a worked example answers to a request for a reflection."""
+        return self.true_reflection(problem, attempt)
 
     def wrong_solution(self, problem: WordProblem) -> str:
         """The solution with another answer, for a worked example of a reflection."""
@@ -136,9 +144,9 @@ class Words(Task):
             start -= 1
         return f"<error_quote>{response[start:end]}</error_quote>{idea}"
 
-    def others(self, problem: WordProblem) -> list[WordProblem]:
+    def others(self, problem: WordProblem, count: int) -> list[WordProblem]:
         """Training problems of the same domain for worked examples, never the problem itself."""
-        return [other for other in self.worked[problem.domain] if other.question != problem.question][: self.shots]
+        return [other for other in self.worked[problem.domain] if other.question != problem.question][:count]
 
     def chat(self, request: str, examples: list[tuple[str, str]]) -> str:
         """The prompt for a request after (request, response) examples; no text in it can pass for a special token."""

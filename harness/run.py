@@ -36,6 +36,7 @@ class TaskConfig:
 
     task: str = option("arithmetic", "the problems: arithmetic, exams, facts, steps, gym:NAME[,NAME] or FILE.jsonl")
     shots: int = option(0, "worked examples in the prompts of a task in words", minimum=0)
+    reflect_shots: int | None = option(None, "worked reflections in the reflector's prompt; unset: --shots", minimum=0)
     max_response: int | None = option(None, "tokens of a response to a task in words; unset: the task's", minimum=1)
     base: str = option("data/base.pt", "checkpoint to start from, or the folder of a Hugging Face model")
     seed: int = option(0, "seed of everything random, test problems included", minimum=0, maximum=2**63 - 1)
@@ -282,7 +283,7 @@ def run_name(config: RunConfig, reference: RunConfig) -> str:
 
 def find_task(config: TaskConfig, *domains: str) -> Task:
     """The task that a config names; UserError where there is none, or where it lacks one of the domains; '' is any."""
-    task = load_task(config.task, config.base, config.shots, config.max_response)
+    task = load_task(config.task, config.base, config.shots, config.max_response, config.reflect_shots)
     for domain in domains:
         if domain not in ("", *task.domains):
             raise UserError(f"{config.task} has no domain {domain!r}; give one of {', '.join(task.domains)}")

@@ -131,7 +131,7 @@ def test_other_bad_input_is_refused_in_one_sentence(folder: Path, tmp_path: Path
         with pytest.raises(UserError, match=cause):
             load_task(spec, base)
     for task in ("arithmetic", "exams", "facts"):
-        with pytest.raises(UserError, match=f"the task {task} takes neither --shots"):
+        with pytest.raises(UserError, match=f"the task {task} takes none of --shots"):
             load_task(task, shots=2)
 
 

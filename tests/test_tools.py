@@ -17,8 +17,8 @@ from data.steps import solve
 from data.working import first_mistake
 from harness import files
 from model import GPT, response_logprobs
-from reflect import Rollout
-from tools import bench, memory, plots, real_audit, real_spd, selectivity, stats
+from reflect import Rollout, parse_reflection
+from tools import bench, memory, plots, real_audit, real_spd, selectivity, stats, teach_reflection
 from tools.plots import line
 
 # ---------------------------------------------------------------------------------------------- pictures
@@ -232,3 +232,29 @@ def test_equal_problems_count_once_and_differences_are_paired_by_problem() -> No
     assert len(real_spd.right_answers(tiny_gpt(Letters()), Letters(), config)) == 8  # 4 letters, 2 numbers
     rows = {"base": {"site": "", "right": "0011"}, "aligned": {"site": "layer 1 k 50%", "right": "1111"}}
     assert "| 100.0    | +50.0 ± 91.9 |" in real_spd.table({"tasks": {"sums": rows}})
+
+
+# ---------------------------------------------------------------------------------------------- a start on reflections
+
+
+def test_a_start_on_reflections_teaches_true_ones_and_leaves_a_folder_that_loads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taught: list = []
+    real = teach_reflection.next_token_loss
+    monkeypatch.setattr(teach_reflection, "next_token_loss", lambda *x: taught.append(x[1]) or real(*x))
+    flags = {"base": folder, "out": tmp_path, "steps": 2, "batch": 3, "max-response": 48, "device": "cpu"}
+    monkeypatch.setattr(sys, "argv", ["teach", *(str(x) for name, x in flags.items() for x in (f"--{name}", x))])
+    teach_reflection.main()
+    task, model = load_task("steps", folder), files.load_checkpoint(tmp_path / "model")
+    base = files.load_checkpoint(folder)
+    assert any((a != b).any() for a, b in zip(model.parameters(), base.parameters(), strict=True))
+    for documents in taught:
+        for (prompt, reflection), right in zip(documents, (True, False, False), strict=True):
+            request, written = task.decode(prompt), task.decode(reflection)
+            assert ("A right solution:" not in request) == right and reflection[-1] == task.end()
+            if not right:
+                *walk, last = written.split("\n")
+                quote, idea = parse_reflection(last)
+                assert walk[-1] == f"{quote} | {idea} | different" and f"\n{quote}\n" in request
+                assert all(line.endswith("| same") for line in walk[:-1])

@@ -58,7 +58,7 @@ def test_examples_of_a_reflector_are_as_wrong_or_right_as_the_attempt(folder: Pa
     problem = find(task, "eggs", "Ann")
     for peer in ("PEER", None):
         turns = re.split("<.im_start.>(?:user|assistant)", task.reflector_prompt(problem, "ATTEMPT", peer, False))
-        for request, written, other in zip(turns[1:5:2], turns[2:6:2], task.others(problem), strict=True):
+        for request, written, other in zip(turns[1:5:2], turns[2:6:2], task.others(problem, 2), strict=True):
             attempt = re.search(r"The attempt, .*?:\n(.*?)\n\n", request, re.DOTALL)[1]
             assert other.question in request and task.verify(other, attempt).correct == (peer is None)
             read = parse_reflection(written)
@@ -232,7 +232,7 @@ def test_the_demo_runs_without_a_true_first_error(folder: Path, file: Path, monk
         (["--mask", "oracle"], "knows no true first error"),
         (["--max-response", "3000"], "of the model's 2048 tokens"),
         (["--domain", "add"], "give one of eggs"),
-        (["--task", "arithmetic"], "neither --shots nor --max-response"),
+        (["--task", "arithmetic"], "none of --shots, --max-response and --reflect-shots"),
     ],
     ids=" ".join,
 )

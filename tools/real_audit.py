@@ -99,10 +99,11 @@ def wrong_responses(model: GPT, task: Words, config: Config) -> tuple[list[Case]
 def audit(model: GPT, task: Words, config: Config) -> dict:
     cases, count, right = wrong_responses(model, task, config)
     shares, shown, wrong = {}, [], []
-    for shots, answer in tqdm([*itertools.product(sorted({0, 1, config.shots}), (True, False))], desc="reflections"):
+    ways = [*itertools.product(sorted({0, 1, task.reflect_shots}), (True, False))]
+    for shots, answer in tqdm(ways, desc="reflections"):
         asker = copy.copy(task)
-        asker.shots = shots
-        in_training = (shots, answer) == (config.shots, False)  # the hint "its own reflection"
+        asker.reflect_shots = shots
+        in_training = (shots, answer) == (task.reflect_shots, False)  # the hint "its own reflection"
         chosen = cases if in_training else cases[: config.grid]
         prompts = [asker.reflector_prompt(y.problem, y.text, solution, answer) for y, solution in chosen]
         texts = greedy(model, task, task.max_reflection, prompts)

@@ -6,7 +6,7 @@ A study's `flags` are those of every run; a variant's flags come after them, and
 from dataclasses import dataclass
 
 BASES = (10, 11, 12, 13, 14)  # pretraining seeds, results/bases/seed<N>.pt; everything was chosen on seeds 0 to 5
-SEEDS = (0,)
+SEEDS = (0, 1, 2)
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ STUDIES = {
             "GRPO": "--method grpo",
         },
         flags="--domain mix --steps 100 --eval-every 10",
+        seeds=(0,),
         curve=("accuracy", "home", "away", "merged", "checked", "unfinished"),
     ),
     "moonshot": Study(  # can a reflection do as well as a reward, from as many rollouts?
@@ -121,6 +122,7 @@ STUDIES = {
         {"ROSD": "", "wrong rollouts alone": WRONG, "SDPO": "--method sdpo", "GRPO": "--method grpo"},
         flags="--domain mix --eval-every 5",
         bases=BASES[:3],
+        seeds=(0,),
         curve=("accuracy", "home", "away", "quote_match", "quote_accuracy", "error_position"),
     ),
     "evaluation": Study(THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95"),
@@ -159,7 +161,6 @@ STUDIES = {
         },
         f"{CHAINS} --finetune lora --steps 20 --batch 4 --group 4",
         SMOLLM2,
-        seeds=(0, 1, 2),
         curve=("accuracy", "quote_match", "quote_accuracy"),
     ),
     "real-sums": Study(  # responses of one sentence, "The answer is 7"
@@ -176,7 +177,6 @@ STUDIES = {
         },
         f"{REAL} --finetune lora --steps 20 --batch 4 --group 4",
         SMOLLM2,
-        seeds=(0, 1, 2),
     ),
     "real-spd-runs": Study(
         {
@@ -188,7 +188,6 @@ STUDIES = {
         },
         f"{REAL} --prompts 200 --calibration-size 100 --epochs 2 --batch 8",
         SMOLLM2,
-        seeds=(0, 1, 2),
         curve=(),
         script="train_spd.py",
     ),
