@@ -30,6 +30,7 @@ from torch import Tensor
 
 from data import Problem, Task, Verdict
 from errors import UserError
+from harness.files import load_checkpoint
 from losses import group_advantage
 from model import GPT, generate, sample
 
@@ -51,6 +52,7 @@ class Reflection(NamedTuple):
     idea: str | None = None  # e; None where the text is malformed
 
 
+REFLECTORS = ("base", "student", "oracle")  # or the path of a checkpoint
 Span = tuple[int, int]  # tokens [k, end) of a rollout
 
 
@@ -89,6 +91,18 @@ def pair_with_peers(rollouts: list[Rollout], group: int, rule: str = "shortest")
 
 
 # ---------------------------------------------------------------------------------------------- reflection
+
+
+def read_reflector(name: str, base: GPT) -> GPT:
+    """The frozen model that reflects: the base, or a checkpoint with its vocabulary; UserError where it has another."""
+    if name in REFLECTORS:
+        return base
+    reflector = load_checkpoint(name, base.device).requires_grad_(False).eval()
+    if reflector.config.vocab_size != base.config.vocab_size:
+        raise UserError(
+            f"--reflector {name} has another vocabulary than the base; give a checkpoint made from the base"
+        )
+    return reflector.to(base.device)
 
 
 def write_reflections(

@@ -24,6 +24,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -39,7 +40,7 @@ from lessons import CONTEXTS, Lesson, as_tensors, by_length, pairs_to_learn_from
 from lora import merge_lora, trainable_copy
 from losses import clipped_surrogate, divergence, importance_ratio, token_logprobs, top_k_with_tail
 from model import GPT, response_logprobs
-from reflect import MASKS, Reflection, locate, sample_rollouts, write_reflections
+from reflect import MASKS, REFLECTORS, Reflection, locate, read_reflector, sample_rollouts, write_reflections
 
 # ---------------------------------------------------------------------------------------------- losses
 
@@ -102,7 +103,7 @@ class MethodConfig:
     context: str = option("reflection", "what the teacher reads besides the problem", "reflection", CONTEXTS)
     mask: str = option("suffix", "a wrong rollout's tokens in the loss", "suffix (or span)", tuple(MASKS))
     peer: str = option("shortest", "the correct rollout y*", "shortest", ("shortest", "first"))
-    reflector: str = option("base", "who reflects; the oracle knows the truth", "base", ("base", "student", "oracle"))
+    reflector: str = option("base", "who reflects: base, student, oracle (it knows the truth) or a checkpoint", "base")
     ema: float = option(0.0, "EMA rate of the teacher; 0 is a frozen one", "0.0", minimum=0, maximum=1)
     alpha: float = option(0.5, "divergence: 0 forward KL, 0.5 Jensen-Shannon, 1 reverse", "0.5", minimum=0, maximum=1)
     # Not flags; --preset released sets the first four.
@@ -136,6 +137,8 @@ class Config(MethodConfig, ControlsConfig, TrainingConfig):
     def __post_init__(self) -> None:
         if self.finetune == "lora" and self.ema:
             raise UserError("--finetune lora has no weights of the teacher for --ema to move; give --finetune full")
+        if self.reflector not in REFLECTORS and not Path(self.reflector).exists():
+            raise UserError(f"--reflector {self.reflector} is neither {', '.join(REFLECTORS)} nor a checkpoint")
 
 
 def defaults_of(method: str, preset: str = "paper", **_: object) -> dict[str, object]:
@@ -163,7 +166,7 @@ def train(config: Config) -> dict:
         torch.manual_seed(config.seed)
         student, weights = trainable_copy(base, config.finetune)
         teacher = deepcopy(base).float() if config.ema else base  # float32: bfloat16 would round small EMA steps away
-        reflector = student if config.reflector == "student" else base
+        reflector = student if config.reflector == "student" else read_reflector(config.reflector, base)
         write = oracle_reflections if config.reflector == "oracle" else write_reflections
         loss_of = METHODS[config.method].loss
         reflecting = config.context in ("reflection", "both") or MASKS[config.mask].needs_quote

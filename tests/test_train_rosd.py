@@ -14,10 +14,11 @@ from conftest import Letters, file_of, metrics, settings, stopped_run, tiny_gpt,
 from torch import Tensor
 
 import train_rosd
+from errors import UserError
 from harness import files
 from lessons import Lesson
 from losses import clipped_surrogate, divergence
-from model import GPT
+from model import GPT, GPTConfig
 from reflect import sample_rollouts
 from train_rosd import METHODS, configure, grpo_loss, rosd_loss
 
@@ -179,7 +180,7 @@ def weights(out: Path) -> list[Tensor]:
     return list(files.load_checkpoint(file_of(out, "model.pt")).parameters())
 
 
-@pytest.mark.parametrize("who", ["base", "student"])
+@pytest.mark.parametrize("who", ["base", "student", "another checkpoint"])
 def test_reflections_are_written_by_the_reflector_that_was_chosen(
     who: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,9 +191,22 @@ def test_reflections_are_written_by_the_reflector_that_was_chosen(
         return write(reflector, *rest)
 
     monkeypatch.setattr(train_rosd, "write_reflections", watched)
+    start = another = files.load_checkpoint(base).embed.weight
+    if who == "another checkpoint":
+        files.save_checkpoint(tmp_path / (who := "another.pt"), tiny_gpt(Letters(), seed=7))
+        monkeypatch.chdir(tmp_path)
+        another = tiny_gpt(Letters(), seed=7).embed.weight
     train(train_rosd, base, tmp_path, "--reflector", who, "--learning-rate", "0.1", "--batch", "6", malformed="peer")
-    start = files.load_checkpoint(base).embed.weight
-    assert [torch.equal(embedding, start) for embedding in embeddings] == [True, who == "base"]
+    assert torch.equal(embeddings[0], another)
+    assert torch.equal(embeddings[1], start if who == "base" else another) == (who != "student")
+
+
+def test_a_reflector_has_to_exist_and_to_share_the_vocabulary(base: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--reflector studnet is neither base, student, oracle nor a checkpoint"):
+        train(train_rosd, base, tmp_path, "--reflector", "studnet")
+    files.save_checkpoint(tmp_path / "large.pt", GPT(GPTConfig(50)))
+    with pytest.raises(UserError, match="another vocabulary than the base"):
+        train(train_rosd, base, tmp_path, "--reflector", str(tmp_path / "large.pt"))
 
 
 def test_the_base_is_evaluated_for_all_runs_with_equal_settings_and_code(
