@@ -99,9 +99,7 @@ def read_reflector(name: str, base: GPT) -> GPT:
         return base
     reflector = load_checkpoint(name, base.device).requires_grad_(False).eval()
     if reflector.config.vocab_size != base.config.vocab_size:
-        raise UserError(
-            f"--reflector {name} has another vocabulary than the base; give a checkpoint made from the base"
-        )
+        raise UserError(f"--reflector {name} has another vocabulary than the base; give one made from the base")
     return reflector.to(base.device)
 
 

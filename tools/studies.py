@@ -46,6 +46,7 @@ REAL += " --max-response 40 --learning-rate 5e-4"
 REAL += f" {TESTS}"
 CHAINS = f"--task steps --shots 4 --learning-rate 5e-4 {TESTS}"  # as chosen on training problems, see data/steps.py
 ORACLE = "--reflector oracle"
+TAUGHT = "--reflector out/reflects/model --reflect-shots 0"  # as tools/teach_reflection.py makes it
 RULE = "--layers 6 --project k --rank 50% --temperature 0"  # the site that tools/real_spd.py chooses for these sums
 
 STUDIES = {
@@ -150,6 +151,7 @@ STUDIES = {
         THREE
         | {
             "ROSD, an oracle reflects": ORACLE,
+            "ROSD, a taught reflector": TAUGHT,
             "ROSD, an oracle reflects falsely": f"{ORACLE} --control false-ideas",
             "ROSD, ideas of other problems": "--control other-ideas",
             "ROSD, an oracle reflects, whole mask": f"{ORACLE} --mask whole",

@@ -1,11 +1,11 @@
 """A short supervised start on reflections, for a model that is too small to compare two solutions. Not in the papers.
 
     python -m tools.teach_reflection --base smollm2 --task steps --out out/reflects
-    python train_rosd.py --base out/reflects/model --task steps --shots 4 --reflect-shots 0 ...
+    python train_rosd.py --base smollm2 --task steps --shots 4 --reflector out/reflects/model --reflect-shots 0 ...
 
 Every example is a training problem, its golden solution, the same with a slip, and the reflection that quotes the slip;
-one in eight is a right solution alone. The loss is on the reflection. The folder that is written, OUT/model, holds the
-model with its adapters merged: it is student, teacher and reflector of a run, as any base is.
+one in eight is a right solution alone. The loss is on the reflection. The folder OUT/model holds the model with
+its adapters merged. It can only reflect: a model that has learned to copy slips makes them.
 """
 
 import random
