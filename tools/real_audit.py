@@ -32,7 +32,16 @@ from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import TaskConfig, open_task_and_base, provenance, seeded
 from model import GPT, generate, response_logprobs
-from reflect import Rollout, locate, pair_with_peers, parse_reflection, sample_rollouts, token_at, true_position
+from reflect import (
+    Rollout,
+    locate,
+    pair_with_peers,
+    parse_reflection,
+    read_reflector,
+    sample_rollouts,
+    token_at,
+    true_position,
+)
 from tools import stats
 
 BATCH = 16  # sequences that are read at once
@@ -46,6 +55,7 @@ class Config(TaskConfig):
     domain: str = option("", "domain of the problems; unset: the task's first")
     problems: int = option(64, "problems of the training split", minimum=2)
     group: int = option(4, "samples a problem at temperature 1", minimum=1)
+    reflector: str = option("base", "who reflects: the base, or a checkpoint (tools/teach_reflection.py makes one)")
     grid: int = option(16, "wrong responses on which the prompts for a reflection are compared", minimum=2)
 
 
@@ -98,7 +108,7 @@ def wrong_responses(model: GPT, task: Words, config: Config) -> tuple[list[Case]
 
 def audit(model: GPT, task: Words, config: Config) -> dict:
     cases, count, right = wrong_responses(model, task, config)
-    shares, shown, wrong = {}, [], []
+    shares, shown, wrong, reflector = {}, [], [], read_reflector(config.reflector, model)
     ways = [*itertools.product(sorted({0, 1, task.reflect_shots}), (True, False))]
     for shots, answer in tqdm(ways, desc="reflections"):
         asker = copy.copy(task)
@@ -106,7 +116,7 @@ def audit(model: GPT, task: Words, config: Config) -> dict:
         in_training = (shots, answer) == (task.reflect_shots, False)  # the hint "its own reflection"
         chosen = cases if in_training else cases[: config.grid]
         prompts = [asker.reflector_prompt(y.problem, y.text, solution, answer) for y, solution in chosen]
-        texts = greedy(model, task, task.max_reflection, prompts)
+        texts = greedy(reflector, task, task.max_reflection, prompts)
         written = [(y, text) for (y, _), text in zip(chosen, texts, strict=True)]
         way = f"{shots} examples" + ", with the answer" * answer
         shares[way] = form(written) | (truth(task, written) if task.knows_first_error else {})
@@ -256,6 +266,7 @@ def main() -> None:
     about |= {"base_checksum": files.checksum(config.base), "seconds": time.time() - began}
     others = files.read_json(path) if path.is_file() else {}
     name = f"{config.task} --domain {config.domain}" if config.domain else config.task
+    name += " --reflector PATH" * (config.reflector != "base")
     files.write_json(path, others | {name: about | found})
     print(f"{found['right']:.0%} of the samples of {found['problems']} problems are right\n\n{tables(found)}")
 

@@ -35,6 +35,8 @@ SUBSPACES = {  # all at layers floor(L/2) and L and at half rank, as in the pape
     "full": "--loss full",
     "random": "--subspace random",  # another draw with every seed
     "aligned, keys too": "--project kv",
+    "full, keys too": "--project kv --loss full",
+    "random, keys too": "--project kv --subspace random",
     "aligned, unmarked": UNMARKED,
     "full, unmarked": f"--loss full {UNMARKED}",
 }
@@ -102,6 +104,7 @@ STUDIES = {
             "GRPO": "--method grpo",
         },
         flags="--domain mix --steps 100 --eval-every 10",
+        bases=BASES[:3],
         seeds=(0,),
         curve=("accuracy", "home", "away", "merged", "checked", "unfinished"),
     ),
