@@ -26,7 +26,7 @@ def load_task(
     """The task that `--task` names, in the tokens of the base; the other settings are for tasks in words alone."""
     settings = base, shots, max_response, reflect_shots
     if spec in ARITHMETIC:
-        if shots or max_response or reflect_shots is not None:
+        if shots or max_response or reflect_shots:
             flags = "--shots, --max-response and --reflect-shots"
             raise UserError(f"the task {spec} takes none of {flags}; leave them out")
         return ARITHMETIC[spec]()

@@ -4,8 +4,8 @@
     python train_rosd.py --base smollm2 --task steps --shots 4 --reflector out/reflects/model --reflect-shots 0 ...
 
 Every example is a training problem, its golden solution, the same with a slip, and the reflection that quotes the slip;
-one in eight is a right solution alone. The loss is on the reflection. The folder OUT/model holds the model with
-its adapters merged. It can only reflect: a model that has learned to copy slips makes them.
+one in eight is a right solution alone. The loss is on the reflection. The folder OUT/model holds the model with its
+adapters merged. It can only reflect: a model that has learned to copy slips makes them.
 """
 
 import random
