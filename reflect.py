@@ -23,6 +23,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -94,9 +95,11 @@ def pair_with_peers(rollouts: list[Rollout], group: int, rule: str = "shortest")
 
 
 def read_reflector(name: str, base: GPT) -> GPT:
-    """The frozen model that reflects: the base, or a checkpoint with its vocabulary; UserError where it has another."""
+    """The frozen model that reflects: the base, or a checkpoint with its vocabulary; UserError where that is none."""
     if name in REFLECTORS:
         return base
+    if not Path(name).exists():
+        raise UserError(f"--reflector {name} is neither {', '.join(REFLECTORS)} nor a checkpoint")
     reflector = load_checkpoint(name, base.device).requires_grad_(False).eval()
     if reflector.config.vocab_size != base.config.vocab_size:
         raise UserError(f"--reflector {name} has another vocabulary than the base; give one made from the base")

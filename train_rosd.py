@@ -24,7 +24,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ from lessons import CONTEXTS, Lesson, as_tensors, by_length, pairs_to_learn_from
 from lora import merge_lora, trainable_copy
 from losses import clipped_surrogate, divergence, importance_ratio, token_logprobs, top_k_with_tail
 from model import GPT, response_logprobs
-from reflect import MASKS, REFLECTORS, Reflection, locate, read_reflector, sample_rollouts, write_reflections
+from reflect import MASKS, Reflection, locate, read_reflector, sample_rollouts, write_reflections
 
 # ---------------------------------------------------------------------------------------------- losses
 
@@ -137,8 +136,6 @@ class Config(MethodConfig, ControlsConfig, TrainingConfig):
     def __post_init__(self) -> None:
         if self.finetune == "lora" and self.ema:
             raise UserError("--finetune lora has no weights of the teacher for --ema to move; give --finetune full")
-        if self.reflector not in REFLECTORS and not Path(self.reflector).exists():
-            raise UserError(f"--reflector {self.reflector} is neither {', '.join(REFLECTORS)} nor a checkpoint")
 
 
 def defaults_of(method: str, preset: str = "paper", **_: object) -> dict[str, object]:
