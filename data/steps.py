@@ -12,7 +12,6 @@ are as small as SmolLM2-135M needs them: with four examples it is right on 20 to
 import itertools
 import math
 import random
-from itertools import zip_longest
 from typing import Any, ClassVar
 
 from data.answers import MARK, equal, final_answer
@@ -162,13 +161,13 @@ class Steps(Words):
 
     def worked_reflection(self, problem: WordProblem, attempt: str, peer: str | None) -> str:
         """Walks through both solutions line by line: a small model cannot see the error at once."""
-        pairs = zip_longest(attempt.splitlines(), (peer or "").splitlines(), fillvalue="-") if peer else ()
-        walk = []
+        walk = ""
+        pairs = itertools.zip_longest(attempt.splitlines(), peer.splitlines(), fillvalue="-") if peer else ()
         for line, right in pairs:
-            walk.append(f"{line} | {right} | {'same' if line == right else 'different'}\n")
+            walk += f"{line} | {right} | {'same' if line == right else 'different'}\n"
             if line != right:
                 break
-        return "".join(walk) + self.true_reflection(problem, attempt)
+        return walk + self.true_reflection(problem, attempt)
 
     def wrong_solution(self, problem: WordProblem) -> str:
         """The golden solution with a slip in one of its steps, and what follows from it."""

@@ -2,7 +2,7 @@
 
     python -m tools.selectivity                          measures the bases that are missing, fills in the tables
     python -m tools.selectivity --base out/base.pt       measures a base of your own and keeps nothing
-    python -m tools.selectivity --base smollm2 --task steps --shots 4 --problems 40 --calibration-size 100 --draws 3
+    python -m tools.selectivity --base smollm2 --task steps --shots 4 --problems 40 --calibration-size 60 --draws 3
 
 Golden solutions of training problems are read, with keys and values projected into a subspace:
 
