@@ -96,16 +96,8 @@ STUDIES = {
         flags="",
     ),
     "collapse": Study(
-        {
-            "suffix mask, frozen": "",
-            "span mask, frozen": "--mask span",
-            "suffix mask, EMA 0.03": "--ema 0.03",
-            "span mask, EMA 0.05": "--mask span --ema 0.05",
-            "GRPO": "--method grpo",
-        },
+        {"ROSD": "", "ROSD, EMA 0.03": "--ema 0.03", "GRPO": "--method grpo"},
         flags="--domain mix --steps 100 --eval-every 10",
-        bases=BASES[:3],
-        seeds=(0,),
         curve=("accuracy", "home", "away", "merged", "checked", "unfinished"),
     ),
     "moonshot": Study(  # can a reflection do as well as a reward, from as many rollouts?
@@ -125,8 +117,6 @@ STUDIES = {
     "curves": Study(
         {"ROSD": "", "wrong rollouts alone": WRONG, "SDPO": "--method sdpo", "GRPO": "--method grpo"},
         flags="--domain mix --eval-every 5",
-        bases=BASES[:3],
-        seeds=(0,),
         curve=("accuracy", "home", "away", "quote_match", "quote_accuracy", "error_position"),
     ),
     "evaluation": Study(THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95"),
