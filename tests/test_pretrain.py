@@ -242,6 +242,19 @@ def test_a_new_base_goes_to_out_and_leaves_the_shipped_one_alone(
     assert files.checksum(files.BASE_CHECKPOINT) == shipped
 
 
+def test_settling_shrinks_values_and_outputs_of_the_layers_that_see_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = files.load_checkpoint(files.BASE_CHECKPOINT).state_dict()
+    flags = ["--start", str(files.BASE_CHECKPOINT), "--settle", "2", "--settle-decay", "300", "--batch", "2"]
+    monkeypatch.setattr(sys, "argv", ["pretrain.py", *flags, "--out", str(tmp_path / "base.pt")])
+    monkeypatch.setattr(pretrain, "report", lambda model: None)
+    pretrain.main()
+    settled = files.load_checkpoint(tmp_path / "base.pt").state_dict()
+    shrunk = {name for name, weight in start.items() if settled[name].norm() < 0.98 * weight.norm()}
+    assert shrunk == {f"blocks.{i}.attn.{part}_proj.weight" for i in (1, 3) for part in "vo"}
+
+
 def test_the_first_batches_are_about_one_or_two_operations_and_later_ones_about_all_lengths() -> None:
     longest = []
     for batch, _ in zip(pretrain.batches(64, random.Random(0), short=16), range(32), strict=False):
