@@ -48,10 +48,10 @@ class Config:
     adamw_rate: float = option(1e-2, "peak learning rate of AdamW", minimum=0)
     weight_decay: float = option(0.1, "weight decay of the matrices", minimum=0)
     value_decay: float = option(0.2, "weight decay of the first layer's values, which AdamW trains", minimum=0)
-    layers: int = option(4, "layers", minimum=2, maximum=100)
     settle: int = option(0, "further updates by AdamW alone, which make room for SPD's projection", minimum=0)
     settle_decay: float = option(5.0, "their weight decay of values and outputs of layers 2, 4, ...", minimum=0)
     start: str = option("", "checkpoint to settle in place of a new model")
+    layers: int = option(4, "layers", minimum=2, maximum=100)
     window: int = option(4, "layers 1, 3, ... see only this many last tokens; 0: all tokens, as the others", minimum=0)
     width: int = option(64, "residual width, a multiple of 8; of four heads", minimum=8, maximum=4096)
     seed: int = option(0, "seed of the weights and the documents", minimum=0)
@@ -127,6 +127,7 @@ def settle(model: GPT, config: Config) -> GPT:
 
 
 def train(model: GPT, optimizers: list[Optimizer], count: int, documents: Iterator[list[Document]]) -> GPT:
+    """Make so many updates, a batch of documents each -> the model, in place."""
     rates = [LambdaLR(optimizer, lambda step: schedule(step, count)) for optimizer in optimizers]
     steps = progress_bar(range(count), "pretrain")
     for step, batch in zip(steps, documents, strict=False):
@@ -294,6 +295,8 @@ def main() -> None:
     config = parse_config(Config, __doc__)
     if config.width % 8:
         raise UserError(f"--width {config.width} does not go into four heads of even width; give a multiple of 8")
+    if config.start and not config.settle:
+        raise UserError("--start is a checkpoint to settle; give --settle 600 as well")
     use_threads()
     if not config.check_only:
         files.make_folder(Path(config.out).resolve().parent)

@@ -215,6 +215,7 @@ def test_checks_are_looked_for_behind_every_result_but_those_of_checks(
         (["--width", "12"], "--width"),
         (["--muon-rate", "1e30", "--steps", "2", "--batch", "2"], "not finite"),
         (["--check-only", "--out", "nowhere.pt"], "nowhere.pt"),
+        (["--start", "data/base.pt"], "--settle"),
     ],
     ids=" ".join,
 )
