@@ -37,7 +37,8 @@ from model import GPT
 
 Site = tuple[int, str]  # (layer counted from 0, "k" or "v")
 COORDINATES = ("linear", "head", "norm", "rope")
-LOSSES = ("aligned", "steps", "full")  # which positions S has
+LOSSES = ("steps", "results", "full")  # which positions S has
+TEMPERATURE, RANK = 10.0, "16%"  # chosen on pretraining seeds 0 and 11 to 14, see results/selectivity.md
 
 
 @dataclass(frozen=True)
@@ -129,17 +130,24 @@ def hooked(
 # ---------------------------------------------------------------------------------------------- gradients, SVD
 
 
-def aligned_loss(logits: Tensor, tokens: Tensor, weights: Tensor) -> Tensor:
+def aligned_loss(logits: Tensor, tokens: Tensor, weights: Tensor, temperature: float = 1.0) -> Tensor:
     """Sum of L_align over the examples: logits (B, T, V), tokens and weights (B, T); a weight is 1/|S| on S, else 0.
 
-    --loss steps and --loss full are the same sum with another S.
+    --loss results and --loss full are the same sum with another S. The gradient of log p at the logits is one-hot - p.
+    It vanishes where the model is sure. A temperature above 1 takes p from softmax(logits / temperature) instead.
     """
-    logp = logits[:, :-1].log_softmax(dim=-1).gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)  # (B, T - 1)
+    logp = (logits[:, :-1] / temperature).log_softmax(dim=-1)  # (B, T - 1, V)
+    logp = logp.gather(-1, tokens[:, 1:].unsqueeze(-1)).squeeze(-1)  # (B, T - 1)
     return -(logp * weights[:, 1:]).sum()
 
 
 def capability_gradients(
-    model: GPT, examples: list[Example], sites: list[Site], coordinate: str = "linear", batch: int = 64
+    model: GPT,
+    examples: list[Example],
+    sites: list[Site],
+    coordinate: str = "linear",
+    temperature: float = 1.0,
+    batch: int = 64,
 ) -> dict[Site, Tensor]:
     """dL/dK_t and dL/dV_t at all positions of all examples, stacked: site -> G (M, d).
 
@@ -165,7 +173,7 @@ def capability_gradients(
 
         with hooked(model, sites, coordinate, keep):
             logits = model(tokens.to(model.device))
-        loss = aligned_loss(logits, tokens.to(model.device), weights.to(model.device))
+        loss = aligned_loss(logits, tokens.to(model.device), weights.to(model.device), temperature)
         gradients = torch.autograd.grad(loss, [outputs[site] for site in sites])
         real = torch.arange(tokens.size(1)) < lengths[:, None]  # (B, T), no padding
         for site, gradient in zip(sites, gradients, strict=True):
@@ -185,7 +193,7 @@ def projector(V: Tensor, rank: int) -> Tensor:
 
 
 def make_projectors(
-    gradients: dict[Site, Tensor], rank: str = "50%", source: str = "gradient", blocks: int = 1, seed: int = 0
+    gradients: dict[Site, Tensor], rank: str = RANK, source: str = "gradient", blocks: int = 1, seed: int = 0
 ) -> dict[Site, Tensor]:
     """site -> P (d, d) from G (M, d); with several blocks it is block-diagonal, one block a head.
 
@@ -264,7 +272,7 @@ def main() -> None:
     targets, rows = target_sites(c, model), []
     examples = calibration_set(task, c.calibration_domain or (c.domain,), c.calibration_size, c.loss, c.seed)
     sites = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
-    gradients = capability_gradients(model, examples, sites, c.coordinate)
+    gradients = capability_gradients(model, examples, sites, c.coordinate, c.calibration_temperature)
     for site, G in gradients.items():
         s, r = principal_directions(G)[0], choose_rank(c.rank, G.size(1))
         kept = f"{s[:r].square().sum() / s.square().sum():.1%}"

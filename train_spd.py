@@ -32,7 +32,7 @@ from harness.run import Run, RunConfig, changed_settings
 from lora import merge_lora, trainable_copy
 from losses import next_token_loss
 from model import generate
-from subspace import COORDINATES, LOSSES
+from subspace import COORDINATES, LOSSES, RANK, TEMPERATURE
 
 METHODS = {  # the sampling temperature of the completions
     "spd": 1.0,
@@ -45,14 +45,18 @@ METHODS = {  # the sampling temperature of the completions
 class SubspaceConfig:
     """the subspace"""
 
+    base: str = option("data/settled.pt", "checkpoint to start from, or the folder of a Hugging Face model")
     calibration_domain: tuple[str, ...] = option((), "domains of the calibration set; none means the training domain")
     calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
-    loss: str = option("aligned", "calibration loss: on results, on whole steps, or on everything", "aligned", LOSSES)
+    loss: str = option("steps", "S, the positions of the calibration loss: steps, their results, or all", None, LOSSES)
+    calibration_temperature: float = option(
+        TEMPERATURE, "of the calibration's softmax; at 1 the gradient vanishes where p = 1", "1", minimum=1e-3
+    )
     subspace: str = option("gradient", "where the subspace comes from", "gradient", ("gradient", "random"))
     layers: str = option(
         "paper", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L"
     )
-    rank: str = option("50%", "rank of the projectors: a number, or a share like 50%", "50%")
+    rank: str = option(RANK, "rank of the projectors: a number, or a share like 50%", "50%")
     project: str = option("v", "what is projected", "kv", ("kv", "k", "v"))
     coordinate: str = option(
         "linear",
@@ -102,7 +106,7 @@ def train(config: Config) -> dict:
         if config.method == "spd":
             domains, sites = config.calibration_domain or (config.domain,), subspace.target_sites(config, base)
             examples = subspace.calibration_set(task, domains, config.calibration_size, config.loss, seed)
-            G = subspace.capability_gradients(base, examples, sites, config.coordinate)
+            G = subspace.capability_gradients(base, examples, sites, config.coordinate, config.calibration_temperature)
             P = subspace.make_projectors(G, config.rank, config.subspace, subspace.heads(config, base), seed)
 
         # 2. Generate: one raw completion a prompt with V <- V P_V (and K <- K P_K). None is filtered.

@@ -24,13 +24,13 @@ class Arithmetic(Task):
         """As in Task; '#d' ends a response, with or without a stop token."""
         return chains.verify(problem.question, response)
 
-    def decisive(self, solution: list[str], rule: str = "aligned") -> list[int]:
+    def decisive(self, solution: list[str], rule: str = "results") -> list[int]:
         """S: what follows '=' or '#'; with the rule 'steps' every digit and operator.
 
-        >>> [Arithmetic().decisive(list("3+8=1;#1"), rule) for rule in ("aligned", "steps", "full")]
+        >>> [Arithmetic().decisive(list("3+8=1;#1"), rule) for rule in ("results", "steps", "full")]
         [[4, 7], [0, 1, 2, 4, 7], [0, 1, 2, 3, 4, 5, 6, 7]]
         """
-        if rule == "aligned":
+        if rule == "results":
             return [i for i in range(1, len(solution)) if solution[i - 1] in ("=", "#")]
         return [i for i, token in enumerate(solution) if rule == "full" or token in tuple("0123456789+-*")]
 
@@ -67,6 +67,15 @@ class Facts(Arithmetic):
 
 
 class Exams(Arithmetic):
-    """Does what SPD teaches carry over? Problems of every kind, with the mark of an exam and without."""
+    """Does what SPD teaches carry over? Problems of every kind, with the mark of an exam and without.
+
+    None has a disputed fact, so that a wrong answer is the habit's fault, and not that of what most people hold.
+    """
 
     domains = ("exam", *(prefix + name for prefix in ("exam-", "") for name in ("add", "sub", "mul", "long")), "mix")
+
+    def problem(self, domain: str, rng: random.Random, test: bool = False) -> Problem:
+        while True:
+            problem = super().problem(domain, rng, test)
+            if not chains.disputed_steps(problem.question):
+                return problem

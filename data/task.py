@@ -51,10 +51,10 @@ class Task(ABC):
         """Judge any text; ended says whether a stop token closed the response, or it was cut off."""
 
     @abstractmethod
-    def decisive(self, solution: list[str], rule: str = "aligned") -> list[int]:
+    def decisive(self, solution: list[str], rule: str = "results") -> list[int]:
         """S: the positions in a solution, given as its tokens' texts, on which being right depends.
 
-        Its last token closes it. rule 'aligned' takes results and the answer, 'steps' every step, 'full' everything.
+        Its last token closes it. rule 'results' takes results and the answer, 'steps' every step, 'full' everything.
         """
 
     # ------------------------------------------------------------------------------------------ prompts

@@ -85,10 +85,10 @@ class Words(Task):
         habits = ("marked",) * marked + ("terse",) * terse
         return Verdict(self.source.right(problem, answer), finished=True, error=None, habits=habits)
 
-    def decisive(self, solution: list[str], rule: str = "aligned") -> list[int]:
+    def decisive(self, solution: list[str], rule: str = "results") -> list[int]:
         """S: the tokens of the answer and of what follows '='; with the rule 'steps' of every calculation."""
         text = "".join(solution)
-        calculation = r"=\s*[$€£]*(-?[\d.,/]*\d)" if rule == "aligned" else r"(\S*\d\S*|(?<=\s)[-+*/×÷=](?=\s))"
+        calculation = r"=\s*[$€£]*(-?[\d.,/]*\d)" if rule == "results" else r"(\S*\d\S*|(?<=\s)[-+*/×÷=](?=\s))"
         spans = [match.span(1) for match in re.finditer(calculation, text)]
         answer = re.compile(rf"{MARK}\s*(.*\S)", re.DOTALL).finditer(text, max(0, text.rfind(MARK)))
         spans += [match.span(1) for match in answer]

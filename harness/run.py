@@ -263,8 +263,8 @@ def run_name(config: RunConfig, reference: RunConfig) -> str:
     changed = changes(config, reference)
     if config.domain not in ("", reference.domain):
         changed["domain"] = config.domain
-    base = files.checksum(config.base)
-    if not files.BASE_CHECKPOINT.is_file() or base != files.checksum(files.BASE_CHECKPOINT):
+    base, shipped = files.checksum(config.base), files.ROOT / reference.base
+    if not shipped.is_file() or base != files.checksum(shipped):
         changed["base"] = f"{Path(config.base).resolve().name.removesuffix('.pt')}.{base}"
     words = ""
     for name, value in changed.items():

@@ -57,8 +57,8 @@ class Letters(Task):
         correct = set(problem.solution) <= set(response)
         return Verdict(correct, len(response) < self.max_response, None, ("loud",) if "!" in response else ())
 
-    def decisive(self, solution: list[str], rule: str = "aligned") -> list[int]:
-        return [0] if rule == "aligned" else list(range(len(solution)))
+    def decisive(self, solution: list[str], rule: str = "results") -> list[int]:
+        return [0] if rule == "results" else list(range(len(solution)))
 
     def prompt(self, problem: Problem, idea: str | None = None, solution: str | None = None) -> str:
         if idea is None and solution is None:

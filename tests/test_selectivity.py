@@ -19,8 +19,8 @@ from harness.cli import run_script
 from model import response_logprobs
 from subspace import project_kv
 from tools import selectivity, stats
-from tools.selectivity import PAPER, UNREAD, Config, kept, mark_vectors, measure_base, share_inside
-from tools.studies import BASES
+from tools.selectivity import ALSO_KEYS, PAPER, UNREAD, Config, kept, mark_vectors, measure_base, share_inside
+from tools.studies import SETTLED
 from tools.study import base_checksum
 
 TASK = load_task("exams")
@@ -106,9 +106,9 @@ def test_the_share_inside_is_of_squared_length() -> None:
 
 def test_condensed_gradients_span_what_all_gradients_span() -> None:
     model = tiny_gpt(TASK)
-    examples = subspace.calibration_set(TASK, ("exam",), 12, "aligned", 0)
+    examples = subspace.calibration_set(TASK, ("exam",), 12, "results", 0)
     whole = subspace.capability_gradients(model, examples, [(0, "v")])
-    condensed = selectivity.condensed_gradients(model, TASK, ("exam",), 12, "aligned")
+    condensed = selectivity.condensed_gradients(model, TASK, ("exam",), 12, "results")
     P, expected = (subspace.make_projectors({(0, "v"): G[0, "v"]})[0, "v"] for G in (condensed, whole))
     torch.testing.assert_close(P, expected, atol=1e-4, rtol=0)
 
@@ -123,11 +123,11 @@ def test_every_subspace_is_measured_at_every_place_with_its_layers_and_its_rank(
     monkeypatch.setattr(selectivity, "project_kv", lambda model, P: seen.append(P) or project_kv(model, P))
     model = tiny_gpt(TASK, n_layer=4)
     plain, *rows = measure_base(model, TASK, Config(ranks=("25", "50"), calibration_size=40, problems=3))
-    assert (plain["subspace"], plain["mark"]) == ("none", 1) and len(rows) == len(seen) == 4 + 3 * 2 * (5 + 10)
+    assert (plain["subspace"], plain["mark"]) == ("none", 1) and len(rows) == len(seen) == 4 + 3 * 2 * (7 + 10)
     sites = {
         PAPER: [(1, "v"), (3, "v")],
-        f"{PAPER} and keys": [(1, "k"), (1, "v"), (3, "k"), (3, "v")],
-        "all layers, values": [(0, "v"), (1, "v"), (2, "v"), (3, "v")],
+        ALSO_KEYS: [(1, "k"), (1, "v"), (3, "k"), (3, "v")],
+        "all layers, values": [(layer, "v") for layer in range(4)],
     }
     for layer, (found, P) in enumerate(zip(rows[:4], seen[:4], strict=True)):
         assert (found["where"], found["subspace"]) == (f"layer {layer + 1}", UNREAD)
@@ -137,15 +137,15 @@ def test_every_subspace_is_measured_at_every_place_with_its_layers_and_its_rank(
         assert sorted(P) == sites[found["where"]] and 0 <= found["mark"] <= 1 + 1e-5
         assert {round(each.trace().item()) for each in P.values()} == {16 * found["rank"] // 100}
     drawn = [found["right"] for found in rows if (found["where"], found["rank"]) == (PAPER, 50)]
-    assert len(set(drawn)) == 15  # no two subspaces are the same
+    assert len(set(drawn)) == 17  # no two subspaces are the same
 
 
 def test_a_task_without_marks_and_checks_has_rows_and_a_table_without_them() -> None:
     config = Config(ranks=("50",), draws=1)
     rows = [{"base": 0} | each for each in measure_base(tiny_gpt(Letters()), Letters(), config)]
-    assert len(rows) == 1 + 3 * (3 + 1) and not {"check", "mark"} & {name for each in rows for name in each}
+    assert len(rows) == 1 + 3 * (5 + 1) and not {"check", "mark"} & {name for each in rows for name in each}
     table = selectivity.table(rows, (50,))
-    assert "| right digits | whole steps |\n" in table and "unmarked" not in table and table.count("\n") == 13
+    assert "| right digits | whole steps |\n" in table and "without the mark" not in table and table.count("\n") == 19
 
 
 def test_what_is_kept_is_a_share_of_the_bases_own() -> None:
@@ -182,7 +182,7 @@ def test_the_table_of_bases_has_the_checks_that_are_left_on_each() -> None:
 @pytest.fixture
 def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Results in a folder of their own; a base is opened and measured in no time."""
-    shop = SimpleNamespace(sums=dict.fromkeys(BASES, "old"), opened=[], results=tmp_path / "results")
+    shop = SimpleNamespace(sums=dict.fromkeys(SETTLED, "old"), opened=[], results=tmp_path / "results")
     monkeypatch.setattr(files, "ROOT", tmp_path)  # the READMEs stay as they are
     monkeypatch.setattr(stats, "RESULTS", shop.results)
     monkeypatch.setattr(selectivity, "base_checksum", shop.sums.get)
@@ -193,17 +193,17 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
 
 
 def test_only_bases_of_other_bytes_are_measured_again(workshop: SimpleNamespace) -> None:
-    paths = [f"results/bases/seed{base}.pt" for base in BASES]
+    paths = [f"results/bases/settled{base}.pt" for base in SETTLED]
     run_script(selectivity.main)
     assert workshop.opened == paths
-    workshop.sums[BASES[2]] = "new"
+    workshop.sums[SETTLED[2]] = "new"
     run_script(selectivity.main)
     assert workshop.opened == [*paths, paths[2]]
     stored = files.read_json(workshop.results / "selectivity.json")
     assert stored["bases"] == {str(base): checksum for base, checksum in workshop.sums.items()}
-    for base in BASES:
+    for base in SETTLED:
         assert [each for each in stored["rows"] if each["base"] == base] == [{"base": base} | r for r in OF_ONE_BASE]
-    assert len(stored["rows"]) == len(BASES) * len(OF_ONE_BASE)
+    assert len(stored["rows"]) == len(SETTLED) * len(OF_ONE_BASE)
 
 
 def test_a_base_of_ones_own_is_shown_and_not_kept(
@@ -219,7 +219,7 @@ def test_a_base_of_ones_own_is_shown_and_not_kept(
 
 def test_the_committed_file_is_of_these_bases_and_the_pages_show_it() -> None:
     stored = stats.read_results("selectivity", "selectivity")
-    assert stored["bases"] == {str(base): base_checksum(base) for base in BASES}
+    assert stored["bases"] == {str(base): base_checksum(base) for base in SETTLED}
     pages = [files.ROOT / "README.md", *stats.RESULTS.glob("*.md")]
     assert any(selectivity.table(stored["rows"]) in files.read_text(page) for page in pages)
     assert (stats.RESULTS / "selectivity.json").stat().st_size < 400_000

@@ -1,5 +1,7 @@
 """Gradients, singular directions and projectors compared with direct computation; projection with folding."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -40,7 +42,7 @@ def model() -> GPT:
     return tiny_gpt(TASK, n_layer=3)
 
 
-def examples_of(size: int = 20, loss: str = "aligned", domains: tuple[str, ...] = ("two",)) -> list[Example]:
+def examples_of(size: int = 20, loss: str = "results", domains: tuple[str, ...] = ("two",)) -> list[Example]:
     return calibration_set(TASK, domains, size, loss, seed=0)
 
 
@@ -85,7 +87,7 @@ def test_calibration_takes_problems_solutions_and_positions_from_the_task(loss: 
         solution = TASK.pieces(example.solution)
         assert solution[-1] == "<end>" and len(solution) == 2 + i % 2  # the domains in turn
         assert TASK.decode(example.prompt)[: 1 + i % 2] == "".join(solution[:-1])
-        assert list(example.S) == ([0] if loss == "aligned" else list(range(2 + i % 2)))
+        assert list(example.S) == ([0] if loss == "results" else list(range(2 + i % 2)))
 
 
 def test_a_solution_without_a_decisive_position_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,6 +102,18 @@ def test_aligned_loss_is_a_mean_over_each_examples_positions() -> None:
     logp = logits.log_softmax(-1)
     expected = -(logp[0, 1, 3] + logp[0, 2, 4]) / 2 - logp[1, 0, 3]
     torch.testing.assert_close(aligned_loss(logits, tokens, weights), expected)
+    torch.testing.assert_close(aligned_loss(6 * logits, tokens, weights, temperature=6.0), expected)
+
+
+def test_the_temperature_gives_a_gradient_where_the_model_is_sure() -> None:
+    """d log p / d logits is one-hot - p: no more than 1e-6 at p = 1 - 1e-6, but 0.2 / 6 or so at temperature 6."""
+    logits = torch.tensor([[[0.0, 0.0, 14.0], [0.0, 0.0, 0.0]]], requires_grad=True)
+    tokens, weights = torch.tensor([[0, 2]]), torch.tensor([[0.0, 1.0]])
+    sure, warm = (
+        torch.autograd.grad(aligned_loss(logits, tokens, weights, each), logits)[0][0, 0, 2] for each in (1.0, 6.0)
+    )
+    p = 1 / (1 + 2 * math.exp(-14 / 6))
+    assert -1e-5 < sure < 0 and warm.item() == pytest.approx(-(1 - p) / 6, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------------------- gradients

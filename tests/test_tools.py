@@ -221,7 +221,7 @@ def test_golden_solutions_are_weighed_with_their_end() -> None:
 def test_spd_on_real_weights_takes_the_best_site(monkeypatch: pytest.MonkeyPatch) -> None:
     task, model, seen = Letters(), tiny_gpt(Letters()), []
     monkeypatch.setattr(real_spd, "golden_logp", lambda *_: seen.append(0) or -abs(len(seen) - 5))
-    gradients = {"aligned": real_spd.condensed_gradients(model, task, ("one",), 12, "aligned")}
+    gradients = {"aligned": real_spd.condensed_gradients(model, task, ("one",), 12, "results")}
     config = real_spd.Config(every=1, ranks=("25%", "50%"), search=3)
     best = real_spd.best_site(model, task, gradients, "random", config)
     assert len(seen) == (model.config.n_layer + 1) * 3 * 2 and str(best) == "layer 1 kv 25%"

@@ -114,9 +114,9 @@ def test_decisive_tokens_are_results_and_the_answer(task: Task) -> None:
         return "|".join(pieces[i].strip() for i in task.decisive(pieces, rule) if pieces[i].strip())
 
     text = "She sold 48/2 = 24 clips.\nThey cost 24 * $3 = $72.\nThe answer is 72"
-    assert chosen(text, "aligned").replace("|", "") == "247272"
+    assert chosen(text, "results").replace("|", "") == "247272"
     assert chosen(text, "steps").replace("|", "") == "48/2=2424*$3=$72.72"
-    assert chosen("The answer is 日 7", "aligned").replace("|", "") == "日7"
+    assert chosen("The answer is 日 7", "results").replace("|", "") == "日7"
     pieces = task.pieces([*task.encode(text), task.end()])
     assert task.decisive(pieces, "full") == list(range(len(pieces)))
     assert len(task.decisive(pieces)) == 6  # one token a digit; the end is not decisive

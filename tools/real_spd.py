@@ -112,7 +112,8 @@ def measure_all(config: Config) -> dict:
             files.write_json(PATH, content)
 
     examples = task, task.domains[:1], config.calibration_size
-    gradients = {loss: condensed_gradients(model, *examples, loss, config.seed) for loss in ("aligned", "full")}
+    losses = {"aligned": "results", "full": "full"}
+    gradients = {name: condensed_gradients(model, *examples, loss, seed=config.seed) for name, loss in losses.items()}
     paper, best = Where((model.config.n_layer // 2 - 1, model.config.n_layer - 1), "kv", "50%"), {}
     measure("base")
     measure("aligned, the paper's site", paper, "aligned")

@@ -33,20 +33,22 @@ from harness.run import TaskConfig, open_task_and_base
 from model import GPT, pad
 from subspace import Site, hooked, project_kv
 from tools import stats
-from tools.studies import BASES
+from tools.studies import SETTLED
 from tools.study import base_checksum, base_path
 
 NAME = "selectivity"
-RANKS = (20, 35, 50, 65, 80)  # percent
+RANKS = (8, 12, 16, 20, 25, 35, 50)  # percent
 PAPER, ALSO_KEYS = "the paper's layers, values", "the paper's layers, values and keys"
 SITES = {PAPER: ("paper", "v"), ALSO_KEYS: ("paper", "kv"), "all layers, values": ("all", "v")}
 UNMARKED = ("mix", "add", "sub", "mul", "long")
-SUBSPACES = {  # name: the loss and the domains of its calibration
-    "aligned": ("aligned", ("exam",)),
-    "steps": ("steps", ("exam",)),
-    "full": ("full", ("exam",)),
-    "aligned, unmarked": ("aligned", UNMARKED),
-    "full, unmarked": ("full", UNMARKED),
+SUBSPACES = {  # name: loss, temperature and domains of its calibration
+    "aligned": ("steps", subspace.TEMPERATURE, ("exam",)),
+    "full": ("full", subspace.TEMPERATURE, ("exam",)),
+    "aligned, on results alone": ("results", subspace.TEMPERATURE, ("exam",)),
+    "aligned, at temperature 1": ("steps", 1.0, ("exam",)),
+    "full, at temperature 1": ("full", 1.0, ("exam",)),
+    "aligned, without the mark": ("steps", subspace.TEMPERATURE, UNMARKED),
+    "full, without the mark": ("full", subspace.TEMPERATURE, UNMARKED),
 }
 UNREAD = "without the mark's directions"
 COLUMNS = {"right": "right digits", "step": "whole steps", "check": "checks", "mark": "mark inside"}
@@ -63,11 +65,13 @@ class Config(TaskConfig):
     draws: int = option(10, "draws of the random subspace", minimum=1)
 
 
-def condensed_gradients(model: GPT, task: Task, domains: tuple, size: int, loss: str, seed: int = 0) -> Gradients:
+def condensed_gradients(
+    model: GPT, task: Task, domains: tuple, size: int, loss: str, temperature: float = 1.0, seed: int = 0
+) -> Gradients:
     """site -> a matrix (at most d, d) with the singular values and right singular vectors of the gradients G."""
     sites = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
     examples, condensed = subspace.calibration_set(task, domains, size, loss, seed), {}
-    for site, G in subspace.capability_gradients(model, examples, sites).items():
+    for site, G in subspace.capability_gradients(model, examples, sites, temperature=temperature).items():
         s, V = subspace.principal_directions(G)
         condensed[site] = s[:, None] * V.T
     return condensed
@@ -115,13 +119,13 @@ def measure_base(model: GPT, task: Task, config: Config) -> Iterator[dict]:
     """A row for the base itself, for each layer without the mark, and for every choice of sites, rank and subspace."""
     problems = task.problems(task.domains[0], config.problems, random.Random("selectivity"))
     marked = task.domains[0] == "exam"  # other tasks have neither checks nor marks
-    chosen = {name: of_it for name, of_it in SUBSPACES.items() if marked or UNMARKED not in of_it}
+    chosen = {name: of_it for name, of_it in SUBSPACES.items() if marked or of_it[2] != UNMARKED}
     row = {"where": "", "rank": 100, "subspace": "none", "draw": 0}
     yield row | golden_likelihoods(model, task, problems) | ({"mark": 1.0} if marked else {})
     size = config.calibration_size
     gradients = {
-        name: condensed_gradients(model, task, domains if marked else task.domains[:1], size, loss)
-        for name, (loss, domains) in chosen.items()
+        name: condensed_gradients(model, task, domains if marked else task.domains[:1], size, loss, temperature)
+        for name, (loss, temperature, domains) in chosen.items()
     }
     marks = mark_vectors(model, task, problems) if marked else {}
     for layer in range(model.config.n_layer) if marked else ():
@@ -154,7 +158,7 @@ def choices_in(rows: list[dict]) -> list[str]:
     return list(dict.fromkeys(row["where"] for row in rows if row["where"]))
 
 
-def table(rows: list[dict], ranks: tuple[int, ...] = (50,)) -> str:
+def table(rows: list[dict], ranks: tuple[int, ...] = (16,)) -> str:
     """What is left under projection, at some ranks of all sites and subspaces, as shares of the base's own."""
     columns = [column for column in COLUMNS if column in rows[0]]
     header, lines = ["sites", "rank", "subspace", *map(COLUMNS.get, columns)], []
@@ -166,7 +170,7 @@ def table(rows: list[dict], ranks: tuple[int, ...] = (50,)) -> str:
     return markdown_table(header, lines)
 
 
-def table_of_bases(rows: list[dict], name: str = "aligned", rank: int = 50) -> str:
+def table_of_bases(rows: list[dict], name: str = "aligned", rank: int = 16) -> str:
     """The checks left on every base, in percent, without what tells the marks apart at one layer, and under projection.
 
     The layer that leaves few is where the base reads the mark.
@@ -194,7 +198,7 @@ def main() -> None:
     path = stats.RESULTS / f"{NAME}.json"
     content = files.read_json(path) if path.exists() else {"bases": {}, "rows": []}
     rows, known = content["rows"], content["bases"]
-    for base in BASES:
+    for base in SETTLED:
         if known.get(str(base)) != (checksum := base_checksum(base)):
             known[str(base)], rows = checksum, [row for row in rows if row["base"] != base]
             task, model = open_task_and_base(Config(base=base_path(base), task=config.task))

@@ -6,6 +6,7 @@ A study's `flags` are those of every run; a variant's flags come after them, and
 from dataclasses import dataclass
 
 BASES = (10, 11, 12, 13, 14)  # pretraining seeds, results/bases/seed<N>.pt; everything was chosen on seeds 0 to 5
+SETTLED = (20, 21, 22, 23, 24)  # results/bases/settled<N>.pt, for SPD; chosen on seeds 0 and 11 to 14
 SEEDS = (0, 1, 2)
 
 
@@ -29,17 +30,17 @@ QUOTES = {"span mask": "--mask span"} | {
     f"span mask, {kind} quotes": f"--mask span --control {kind}-quotes" for kind in ("random", "other")
 }
 UNMARKED = "--calibration-domain mix add sub mul long"
-SUBSPACES = {  # all at layers floor(L/2) and L and at half rank, as in the paper
-    "aligned": "",
-    "steps": "--loss steps",
-    "full": "--loss full",
-    "random": "--subspace random",  # another draw with every seed
-    "aligned, keys too": "--project kv",
-    "full, keys too": "--project kv --loss full",
-    "random, keys too": "--project kv --subspace random",
-    "aligned, unmarked": UNMARKED,
-    "full, unmarked": f"--loss full {UNMARKED}",
+FULL, RANDOM = "--loss full", "--subspace random"  # another draw with every seed
+KEYS, HALF, COLD, GREEDY = "--project kv", "--rank 50%", "--calibration-temperature 1", "--temperature 0"
+KINDS = {"aligned": "", "full": FULL, "random": RANDOM}  # values of layers floor(L/2) and L
+SUBSPACES = KINDS | {
+    "aligned, on results alone": "--loss results",
+    "aligned, calibrated at temperature 1": COLD,
+    "aligned, calibrated without the mark": UNMARKED,
+    "full, calibrated without the mark": f"{FULL} {UNMARKED}",
 }
+SUBSPACES |= {"aligned, half rank": HALF, "random, half rank": f"{RANDOM} {HALF}"}
+SUBSPACES |= {f"{name}, keys too, half rank": f"{flags} {KEYS} {HALF}".strip() for name, flags in KINDS.items()}
 
 SMOLLM2 = ("smollm2",)  # the folder that `python -m tools.smollm2 smollm2` makes
 TESTS = "--eval-problems 400 --eval-samples 1 --eval-temperature 0"
@@ -49,7 +50,7 @@ REAL += f" {TESTS}"
 CHAINS = f"--task steps --shots 4 --learning-rate 5e-4 {TESTS}"  # as chosen on training problems, see data/steps.py
 ORACLE = "--reflector oracle"
 TAUGHT = "--reflector out/reflects/model --reflect-shots 0"  # as tools/teach_reflection.py makes it
-RULE = "--layers 6 --project k --rank 50% --temperature 0"  # the site that tools/real_spd.py chooses for these sums
+RULE = "--layers 6 --project k --rank 50% --loss results --calibration-temperature 1 --temperature 0"
 
 STUDIES = {
     "rosd": Study(METHODS, curve=CURVE),
@@ -121,22 +122,25 @@ STUDIES = {
     ),
     "evaluation": Study(THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95"),
     "spd-text": Study(  # what the base writes, before any training
-        {
-            f"{name}{title}": f"{flags} {temperature}".strip()
-            for title, temperature in ((", T = 1", ""), (", greedy", "--temperature 0"))
-            for name, flags in SUBSPACES.items()
-        },
+        SUBSPACES | {f"{name}, greedy": f"{flags} {GREEDY}".strip() for name, flags in KINDS.items()},
+        "--epochs 0 --prompts 1",
+        SETTLED,
+        curve=(),
+        reference="base",
+        script="train_spd.py",
+    ),
+    "spd-unsettled": Study(  # the same from bases without room
+        KINDS | {f"{name}, half rank": f"{flags} {HALF}".strip() for name, flags in KINDS.items()},
         "--epochs 0 --prompts 1",
         curve=(),
         reference="base",
         script="train_spd.py",
     ),
     "spd": Study(
-        {"SPD": "", "PSR": "--method psr", "SSD": "--method ssd"}
-        | {f"SPD, {name}": SUBSPACES[name] for name in ("full", "random", "aligned, unmarked")}
-        | {"SPD, greedy": "--temperature 0", "SPD, keys too, greedy": "--project kv --temperature 0"}
-        | {"SSD, T = 0.3": "--method ssd --temperature 0.3", "SSD, greedy": "--method ssd --temperature 0"},
-        flags="--eval-problems 256",
+        {"SPD": "", "PSR": "--method psr", "SSD": "--method ssd", "SPD, full": FULL, "SPD, random": RANDOM}
+        | {"SPD, greedy": GREEDY, "SSD, T = 0.3": "--method ssd --temperature 0.3"},
+        "--eval-problems 256",
+        SETTLED,
         curve=(),
         script="train_spd.py",
     ),

@@ -38,6 +38,7 @@ class Config(SubspaceConfig, TaskConfig):
     page: str = option("rosd", "which page", choices=("rosd", "spd"), positional=True)
     html: str = option("", "the file to write; else out/xray.html or out/spd.html")
     runs: str = option("out", "rosd: folder of the trained students")
+    base: str = option("", "checkpoint or Hugging Face folder; unset: data/base.pt, and data/settled.pt for spd")
     domain: str = option("", "domain of the problem and of the calibration set; unset: mix, and exam for spd")
     seed: int = option(6, "which problem")
 
@@ -168,7 +169,7 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
     c, domains = config, config.calibration_domain or (config.domain,)
     examples = subspace.calibration_set(task, domains, c.calibration_size, c.loss, c.seed)
     sites = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
-    gradients = subspace.capability_gradients(model, examples, sites, c.coordinate)
+    gradients = subspace.capability_gradients(model, examples, sites, c.coordinate, c.calibration_temperature)
     targets = subspace.target_layers(c.layers, model.config.n_layer)
     chosen = {site: G for site, G in gradients.items() if site[0] in targets and site[1] in c.project}
     heads = model.config.n_kv_head if c.coordinate == "head" else 1
@@ -197,6 +198,8 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
 
 def main() -> None:
     config = parse_config(Config, __doc__)
+    bases = {"rosd": TaskConfig.base, "spd": SubspaceConfig.base}
+    config = dataclasses.replace(config, base=config.base or bases[config.page])
     domain = config.domain or {"rosd": "mix", "spd": "exam"}[config.page] * (config.task == "arithmetic")
     task, model = open_task_and_base(config, domain)
     config = dataclasses.replace(config, domain=domain or task.domains[0])
