@@ -237,7 +237,7 @@ def missed_gates(found: dict[str, float]) -> list[str]:
 
 
 ROOM = {  # where a subspace of SPD's rank comes from: loss and source, gates of whole steps and of checks
-    "aligned loss": ("steps", "gradient", (0.8, 1.2), (0.0, 0.6)),
+    "aligned loss": ("steps", "gradient", (0.7, 1.2), (0.0, 0.6)),
     "full-sequence loss": ("full", "gradient", (0.5, 1.2), (0.7, 1.2)),
     "random": ("steps", "random", (0.0, 0.2), (0.0, 1.2)),
 }

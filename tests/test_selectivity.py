@@ -123,7 +123,7 @@ def test_every_subspace_is_measured_at_every_place_with_its_layers_and_its_rank(
     monkeypatch.setattr(selectivity, "project_kv", lambda model, P: seen.append(P) or project_kv(model, P))
     model = tiny_gpt(TASK, n_layer=4)
     plain, *rows = measure_base(model, TASK, Config(ranks=("25", "50"), calibration_size=40, problems=3))
-    assert (plain["subspace"], plain["mark"]) == ("none", 1) and len(rows) == len(seen) == 4 + 3 * 2 * (7 + 10)
+    assert (plain["subspace"], plain["mark"]) == ("none", 1) and len(rows) == len(seen) == 5 + 3 * 2 * (7 + 10)
     sites = {
         PAPER: [(1, "v"), (3, "v")],
         ALSO_KEYS: [(1, "k"), (1, "v"), (3, "k"), (3, "v")],
@@ -133,7 +133,8 @@ def test_every_subspace_is_measured_at_every_place_with_its_layers_and_its_rank(
         assert (found["where"], found["subspace"]) == (f"layer {layer + 1}", UNREAD)
         assert sorted(P) == [(layer, "k"), (layer, "v")]
         assert {16 - round(each.trace().item()) for each in P.values()} == {4 if layer else 2}
-    for found, P in zip(rows[4:], seen[4:], strict=True):
+    assert (rows[4]["where"], rows[4]["subspace"], sorted(seen[4])) == (PAPER, UNREAD, sites[PAPER])
+    for found, P in zip(rows[5:], seen[5:], strict=True):
         assert sorted(P) == sites[found["where"]] and 0 <= found["mark"] <= 1 + 1e-5
         assert {round(each.trace().item()) for each in P.values()} == {16 * found["rank"] // 100}
     drawn = [found["right"] for found in rows if (found["where"], found["rank"]) == (PAPER, 50)]

@@ -116,7 +116,7 @@ def without(x: Tensor) -> Tensor:
 
 
 def measure_base(model: GPT, task: Task, config: Config) -> Iterator[dict]:
-    """A row for the base itself, for each layer without the mark, and for every choice of sites, rank and subspace."""
+    """Rows for the base itself, without the mark at some sites, and for every choice of sites, rank and subspace."""
     problems = task.problems(task.domains[0], config.problems, random.Random("selectivity"))
     marked = task.domains[0] == "exam"  # other tasks have neither checks nor marks
     chosen = {name: of_it for name, of_it in SUBSPACES.items() if marked or of_it[2] != UNMARKED}
@@ -128,9 +128,11 @@ def measure_base(model: GPT, task: Task, config: Config) -> Iterator[dict]:
         for name, (loss, temperature, domains) in chosen.items()
     }
     marks = mark_vectors(model, task, problems) if marked else {}
-    for layer in range(model.config.n_layer) if marked else ():
-        with project_kv(model, {(layer, kind): without(marks[layer, kind]) for kind in "kv"}):
-            row = {"where": f"layer {layer + 1}", "rank": 0, "subspace": UNREAD, "draw": 0, "mark": 0.0}
+    read = {f"layer {layer + 1}": [(layer, kind) for kind in "kv"] for layer in range(model.config.n_layer)}
+    read[PAPER] = [(layer, "v") for layer in subspace.target_layers("paper", model.config.n_layer)]
+    for where, sites in read.items() if marked else ():
+        with project_kv(model, {site: without(marks[site]) for site in sites}):
+            row = {"where": where, "rank": 0, "subspace": UNREAD, "draw": 0, "mark": 0.0}
             yield row | golden_likelihoods(model, task, problems)
     draws = [(name, 0) for name in gradients] + [("random", draw) for draw in range(config.draws)]
     for where, rank, (name, draw) in tqdm([*itertools.product(SITES, map(int, config.ranks), draws)], unit="row"):
@@ -152,6 +154,12 @@ def kept(rows: list[dict], where: str, name: str, column: str) -> dict[int, stat
             share = after / before if column in ("check", "mark") else math.exp(after - before)
             found.setdefault(row["rank"], {})[row["base"], row["draw"]] = share
     return found
+
+
+def suited_bases(rows: list[dict], rank: int = 16) -> list[int]:
+    """The bases that satisfy what SPD assumes: the aligned subspace leaves 70 % of the steps, 60 % of the checks."""
+    steps, checks = (kept(rows, PAPER, "aligned", column)[rank] for column in ("step", "check"))
+    return sorted(base for base, draw in steps if steps[base, draw] >= 0.7 and checks[base, draw] <= 0.6)
 
 
 def choices_in(rows: list[dict]) -> list[str]:
@@ -176,6 +184,7 @@ def table_of_bases(rows: list[dict], name: str = "aligned", rank: int = 16) -> s
     The layer that leaves few is where the base reads the mark.
     """
     places = [(f"{where} {UNREAD}", where, UNREAD, 0) for where in choices_in(rows) if where not in SITES]
+    places += [(f"{PAPER}, {UNREAD}", PAPER, UNREAD, 0)]
     places += [(f"{where}, {name}, {rank} %", where, name, rank) for where in SITES]
     header = ["checks left, %", *(f"base {row['base']}" for row in rows if row["subspace"] == "none")]
     lines = []
