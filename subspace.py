@@ -19,6 +19,7 @@ for correctness, rows of V from what later layers read for it, so that projectio
 `python subspace.py` prints every layer's spectrum, and how many of 200 answers are right with and without projection.
 """
 
+import math
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -32,13 +33,14 @@ from torch import Tensor, nn
 
 from data import Task
 from errors import UserError
+from evaluate import golden_likelihoods
 from harness.progress import inner_bar
 from model import GPT
 
 Site = tuple[int, str]  # (layer counted from 0, "k" or "v")
 COORDINATES = ("linear", "head", "norm", "rope")
 LOSSES = ("steps", "results", "full")  # which positions S has
-TEMPERATURE, RANK = 10.0, "16%"  # chosen on pretraining seeds 0 and 11 to 14, see results/selectivity.md
+TEMPERATURE, RANK = 10.0, "keep95%"  # chosen on pretraining seeds 0 and 10 to 14, see results/selectivity.md
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,36 @@ def choose_rank(spec: str, d: int) -> int:
     parsed = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", spec)
     rank = (round(d * float(parsed[1]) / 100) if parsed[2] else float(parsed[1])) if parsed else 0.0
     if not parsed or rank != int(rank) or rank > d or float(parsed[1]) == 0:
-        raise UserError(f"rank {spec!r}: give a number from 1 to {d}, the dimensions to project, or a share like 50%")
+        raise UserError(f"rank {spec!r}: give a number from 1 to {d}, a share of {d} like 50%, or keep95%")
     return max(1, int(rank))
+
+
+def smallest_rank(
+    spec: str,
+    model: GPT,
+    task: Task,
+    domains: tuple[str, ...],
+    gradients: dict[Site, Tensor],
+    coordinate: str = "linear",
+) -> str:
+    """The smallest rank under which golden steps keep a share of their probability, if spec is like keep95%; else spec.
+
+    Calibration problems decide, not what is tested: the steps of 100 golden solutions of training problems.
+    """
+    parsed = re.fullmatch(r"keep(\d+(?:\.\d+)?)%", spec)
+    if not parsed:
+        return spec
+    rng = random.Random("rank")
+    problems = [task.problem(domains[i % len(domains)], rng) for i in range(100)]
+    blocks, d = model.config.n_kv_head if coordinate == "head" else 1, min(G.size(1) for G in gradients.values())
+    principal = {site: principal_directions(G) for site, G in gradients.items()}
+    condensed = {site: s[:, None] * V.T for site, (s, V) in principal.items()}  # the same V, in fewer rows
+    plain = golden_likelihoods(model, task, problems)["step"]
+    for rank in range(1, d // blocks):
+        with project_kv(model, make_projectors(condensed, str(rank), blocks=blocks), coordinate):
+            if golden_likelihoods(model, task, problems)["step"] >= plain + math.log(float(parsed[1]) / 100):
+                return str(rank)
+    return str(d // blocks)
 
 
 def site_name(site: Site) -> str:
@@ -193,7 +223,7 @@ def projector(V: Tensor, rank: int) -> Tensor:
 
 
 def make_projectors(
-    gradients: dict[Site, Tensor], rank: str = RANK, source: str = "gradient", blocks: int = 1, seed: int = 0
+    gradients: dict[Site, Tensor], rank: str = "50%", source: str = "gradient", blocks: int = 1, seed: int = 0
 ) -> dict[Site, Tensor]:
     """site -> P (d, d) from G (M, d); with several blocks it is block-diagonal, one block a head.
 
@@ -273,14 +303,16 @@ def main() -> None:
     examples = calibration_set(task, c.calibration_domain or (c.domain,), c.calibration_size, c.loss, c.seed)
     sites = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"]
     gradients = capability_gradients(model, examples, sites, c.coordinate, c.calibration_temperature)
+    chosen = {site: gradients[site] for site in targets}
+    rank = smallest_rank(c.rank, model, task, c.calibration_domain or (c.domain,), chosen, c.coordinate)
     for site, G in gradients.items():
-        s, r = principal_directions(G)[0], choose_rank(c.rank, G.size(1))
+        s, r = principal_directions(G)[0], choose_rank(rank, G.size(1))
         kept = f"{s[:r].square().sum() / s.square().sum():.1%}"
         mark = "projected" if site in targets else ""
         rows.append([site_name(site), bars(s), f"{r} of {len(s)}", kept, mark])
     print(markdown_table(["site", "singular values s_i / s_1", "r", "energy kept", ""], rows))
 
-    P = make_projectors({site: gradients[site] for site in targets}, c.rank, c.subspace, heads(c, model), c.seed)
+    P = make_projectors(chosen, rank, c.subspace, heads(c, model), c.seed)
     problems = task.problems(c.domain, 200, random.Random(f"prompt {c.seed}"), test=True)
     for name, active in (("without", {}), ("with", P)):
         with project_kv(model, active, c.coordinate):

@@ -56,7 +56,7 @@ class SubspaceConfig:
     layers: str = option(
         "paper", "target layers: paper, last, all, or numbers counted from 1 like 3,4", "floor(L/2) and L"
     )
-    rank: str = option(RANK, "rank of the projectors: a number, or a share like 50%", "50%")
+    rank: str = option(RANK, "rank of the projectors: a number, 50%, or the smallest that keeps steps: keep95%", "50%")
     project: str = option("v", "what is projected", "kv", ("kv", "k", "v"))
     coordinate: str = option(
         "linear",
@@ -102,12 +102,13 @@ def train(config: Config) -> dict:
         config, task, base, seed = run.config, run.task, run.base, config.seed
         sampling = {"temperature": config.temperature, "top_k": config.top_k, "top_p": config.top_p}
         # 1. Calibrate: G = dL_align/dK and dL_align/dV, G = U diag(s) V^T, P = V_r V_r^T.
-        P = {}
+        P, rank = {}, ""
         if config.method == "spd":
             domains, sites = config.calibration_domain or (config.domain,), subspace.target_sites(config, base)
             examples = subspace.calibration_set(task, domains, config.calibration_size, config.loss, seed)
             G = subspace.capability_gradients(base, examples, sites, config.coordinate, config.calibration_temperature)
-            P = subspace.make_projectors(G, config.rank, config.subspace, subspace.heads(config, base), seed)
+            rank = subspace.smallest_rank(config.rank, base, task, domains, G, config.coordinate)
+            P = subspace.make_projectors(G, rank, config.subspace, subspace.heads(config, base), seed)
 
         # 2. Generate: one raw completion a prompt with V <- V P_V (and K <- K P_K). None is filtered.
         problems = task.problems(config.domain, config.prompts, run.random("prompts"))
@@ -143,7 +144,7 @@ def train(config: Config) -> dict:
         base_text = run.of_base("text", write, "domain", "temperature", "top_k", "top_p")
         before = run.of_base("before", partial(evaluate_run, base, task, config)) if config.epochs else None
         after = evaluate_run(student, task, config) if config.epochs else None
-        return run.finish(student, before=before, base_text=base_text, generation=[accuracy], after=after)
+        return run.finish(student, before=before, base_text=base_text, generation=[accuracy], after=after, rank=rank)
 
 
 def main() -> None:

@@ -173,10 +173,11 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
     targets = subspace.target_layers(c.layers, model.config.n_layer)
     chosen = {site: G for site, G in gradients.items() if site[0] in targets and site[1] in c.project}
     heads = model.config.n_kv_head if c.coordinate == "head" else 1
-    projectors = subspace.make_projectors(chosen, c.rank, c.subspace, heads, c.seed)
+    rank = subspace.smallest_rank(c.rank, model, task, domains, chosen, c.coordinate)
+    projectors = subspace.make_projectors(chosen, rank, c.subspace, heads, c.seed)
     spectra = []
     for site, G in gradients.items():
-        s, r = subspace.principal_directions(G)[0], subspace.choose_rank(c.rank, G.size(1))
+        s, r = subspace.principal_directions(G)[0], subspace.choose_rank(rank, G.size(1))
         says = [f"s_{i + 1} = {value:.3g}" for i, value in enumerate(s.tolist())]
         shown = [Token(bar, dimmed=i >= r, says=says[i]) for i, bar in enumerate(subspace.bars(s))]
         spectra.append(Strip(f"{site_name(site)}, {f'r = {r}' if site in projectors else 'not projected'}", shown))
