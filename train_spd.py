@@ -10,9 +10,10 @@ No teacher, no verifier, no reward:
     2. generate                     y ~ p(. | x) with V <- V P_V: a raw completion per prompt, none filtered
     3. fine-tune, unprojected       -sum_t log p(y_t | x, y_<t) over A and B of W + (alpha/r) B A (lora.py)
 
-Inference is unprojected. Two choices are ours (docs/deviations.md). Keys are left alone, because those of a small model
-have no room; --project kv projects both. The loss of 3 is not on x, because this base was pretrained on responses
-alone, and prompts would drown the rest; --no-completion-only follows the paper.
+Inference is unprojected. Four choices are ours (docs/deviations.md). Keys are left alone: a small model's have no
+room; --project kv projects both. The rank is the smallest that keeps the steps of golden solutions. The
+calibration loss has a temperature, because this base is so sure of what it copies that log p has no gradient there. The
+loss of 3 is not on x, because the pretraining was on responses alone; --no-completion-only follows the paper.
 """
 
 import math

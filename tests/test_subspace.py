@@ -1,6 +1,7 @@
 """Gradients, singular directions and projectors compared with direct computation; projection with folding."""
 
 import math
+import random
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ from conftest import Letters, tiny_gpt
 from torch import Tensor
 
 import subspace
+from data import load_task
 from errors import UserError
+from evaluate import golden_likelihoods
+from harness import files
 from harness.cli import run_script
 from model import GPT, generate
 from subspace import (
@@ -221,6 +225,22 @@ def test_gradients_that_span_too_little_are_refused_and_never_filled_up(broken: 
     gradients = capability_gradients(model, examples_of(2), [(2, "k")])
     with pytest.raises(UserError, match=r"layer 3 K span \d+ of the 16 directions of --rank 100%"):
         make_projectors(gradients, "100%")
+
+
+def test_the_smallest_rank_that_keeps_steps_keeps_them_and_the_next_lower_does_not() -> None:
+    model, task = files.load_checkpoint(files.ROOT / "data" / "settled.pt"), load_task("exams")
+    sites = target_sites(SubspaceConfig(), model)
+    examples = calibration_set(task, ("exam",), 60, "steps", 0)
+    G = capability_gradients(model, examples, sites, temperature=subspace.TEMPERATURE)
+    rank = int(subspace.smallest_rank("keep80%", model, task, ("exam",), G))
+    rng = random.Random("rank")
+    problems = [task.problem("exam", rng) for _ in range(100)]
+    plain, kept = golden_likelihoods(model, task, problems)["step"], []
+    for each in range(1, rank + 1):
+        with project_kv(model, make_projectors(G, str(each))):
+            kept.append(math.exp(golden_likelihoods(model, task, problems)["step"] - plain))
+    assert 1 < rank < 32 and kept[-1] >= 0.8 and max(kept[:-1]) < 0.8
+    assert subspace.smallest_rank("50%", model, task, ("exam",), G) == "50%"
 
 
 # ---------------------------------------------------------------------------------------------- projection

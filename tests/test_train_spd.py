@@ -115,7 +115,7 @@ def test_only_spd_projects_what_it_writes(
 ) -> None:
     sites, project = [], subspace.project_kv
     monkeypatch.setattr(subspace, "project_kv", lambda model, P, *rest: sites.extend(P) or project(model, P, *rest))
-    result = train(train_spd, base, tmp_path, "--method", method, "--eval-problems", "20")
+    result = train(train_spd, base, tmp_path, "--method", method, "--eval-problems", "20", "--rank", "50%")
     assert sites == ([(0, "v"), (1, "v")] if projected else [])
     assert (result["generation"][0] == result["base_text"]) != projected
 
@@ -156,8 +156,8 @@ def test_the_method_chooses_the_temperature_and_layers_are_the_papers() -> None:
     for flags, temperature in (("", 1.0), ("--method ssd", 0.6), ("--method ssd --temperature 0.5", 0.5)):
         config = train_spd.parse_config(train_spd.Config, "", flags.split(), train_spd.defaults_of)
         assert config == train_spd.configure(config.method, temperature=temperature)
-    assert (config.task, config.layers, config.rank) == ("exams", "paper", "16%")
-    assert subspace.target_layers(config.layers, 24) == [11, 23] and subspace.choose_rank(config.rank, 64) == 10
+    assert (config.task, config.layers, config.rank) == ("exams", "paper", "keep95%")
+    assert subspace.target_layers(config.layers, 24) == [11, 23]
 
 
 # ---------------------------------------------------------------------------------------------- both loops
