@@ -6,7 +6,7 @@ A study's `flags` are those of every run; a variant's flags come after them, and
 from dataclasses import dataclass
 
 BASES = (10, 11, 12, 13, 14)  # pretraining seeds, results/bases/seed<N>.pt; everything was chosen on seeds 0 to 5
-SETTLED = (20, 21, 22, 23, 24)  # results/bases/settled<N>.pt, for SPD; chosen on seeds 0 and 11 to 14
+SETTLED = (20, 21, 22, 23, 24)  # results/bases/settled<N>.pt, for SPD; chosen on seeds 0 and 10 to 14
 SEEDS = (0, 1, 2)
 
 
