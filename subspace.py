@@ -106,6 +106,9 @@ def smallest_rank(
     parsed = re.fullmatch(r"keep(\d+(?:\.\d+)?)%", spec)
     if not parsed:
         return spec
+    share = float(parsed[1]) / 100
+    if not 0 < share < 1:
+        raise UserError(f"rank {spec!r}: give a share above 0 and below 100, like keep95%")
     rng = random.Random("rank")
     problems = [task.problem(domains[i % len(domains)], rng) for i in range(100)]
     blocks, d = model.config.n_kv_head if coordinate == "head" else 1, min(G.size(1) for G in gradients.values())
@@ -114,7 +117,7 @@ def smallest_rank(
     plain = golden_likelihoods(model, task, problems)["step"]
     for rank in range(1, d // blocks):
         with project_kv(model, make_projectors(condensed, str(rank), blocks=blocks), coordinate):
-            if golden_likelihoods(model, task, problems)["step"] >= plain + math.log(float(parsed[1]) / 100):
+            if golden_likelihoods(model, task, problems)["step"] >= plain + math.log(share):
                 return str(rank)
     return str(d // blocks)
 
@@ -294,6 +297,7 @@ def main() -> None:
 
     @dataclass(frozen=True)
     class Config(SubspaceConfig, TaskConfig):
+        task: str = option("exams", "the problems: exams, arithmetic, steps, gym:NAME[,NAME] or FILE.jsonl")
         domain: str = option("exam", "domain of the calibration set and the prompts")
         temperature: float = option(1.0, "sampling temperature of the answers; 0 is greedy", minimum=1e-3, or_zero=True)
 

@@ -241,6 +241,9 @@ def test_the_smallest_rank_that_keeps_steps_keeps_them_and_the_next_lower_does_n
             kept.append(math.exp(golden_likelihoods(model, task, problems)["step"] - plain))
     assert 1 < rank < 32 and kept[-1] >= 0.8 and max(kept[:-1]) < 0.8
     assert subspace.smallest_rank("50%", model, task, ("exam",), G) == "50%"
+    for spec in ("keep0%", "keep100%"):
+        with pytest.raises(UserError, match="above 0 and below 100"):
+            subspace.smallest_rank(spec, model, task, ("exam",), G)
 
 
 # ---------------------------------------------------------------------------------------------- projection
