@@ -115,7 +115,8 @@ def smallest_rank(
     principal = {site: principal_directions(G) for site, G in gradients.items()}
     condensed = {site: s[:, None] * V.T for site, (s, V) in principal.items()}  # the same V, in fewer rows
     plain = golden_likelihoods(model, task, problems)["step"]
-    for rank in range(1, d // blocks):
+    step = max(1, d // 64)  # at most 64 ranks are tried
+    for rank in inner_bar(range(step, d // blocks, step), "rank"):
         with project_kv(model, make_projectors(condensed, str(rank), blocks=blocks), coordinate):
             if golden_likelihoods(model, task, problems)["step"] >= plain + math.log(share):
                 return str(rank)
