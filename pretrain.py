@@ -291,7 +291,7 @@ def report(model: GPT) -> None:
     header = [f"left under projection, rank {ROOM_RANK}", "right digits", "whole steps (gate)", "checks (gate)"]
     print(f"\n{markdown_table(header, rows)}")
     missed = missed_room(left)
-    print("All gates hold." if not missed else f"Missed: {', '.join(missed)}. --settle makes room; ROSD needs none.")
+    print("All gates hold." if not missed else f"Missed, so SPD will not help this base: {', '.join(missed)}.")
 
 
 def main() -> None:

@@ -31,6 +31,7 @@ from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import TaskConfig, open_task_and_base
 from model import GPT, pad
+from pretrain import ROOM
 from subspace import Site, hooked, project_kv
 from tools import stats
 from tools.studies import SETTLED
@@ -157,9 +158,10 @@ def kept(rows: list[dict], where: str, name: str, column: str) -> dict[int, stat
 
 
 def suited_bases(rows: list[dict], rank: int = 16) -> list[int]:
-    """The bases that satisfy what SPD assumes: the aligned subspace leaves 70 % of the steps, 60 % of the checks."""
+    """The bases whose aligned subspace passes the gates of pretrain.py: enough steps are left, and few checks."""
     steps, checks = (kept(rows, PAPER, "aligned", column)[rank] for column in ("step", "check"))
-    return sorted(base for base, draw in steps if steps[base, draw] >= 0.7 and checks[base, draw] <= 0.6)
+    (fewest, _), (_, most) = ROOM["aligned loss"][2:]
+    return sorted(base for base, draw in steps if steps[base, draw] >= fewest and checks[base, draw] <= most)
 
 
 def choices_in(rows: list[dict]) -> list[str]:
@@ -206,7 +208,8 @@ def main() -> None:
         return
     path = stats.RESULTS / f"{NAME}.json"
     content = files.read_json(path) if path.exists() else {"bases": {}, "rows": []}
-    rows, known = content["rows"], content["bases"]
+    known = {base: checksum for base, checksum in content["bases"].items() if int(base) in SETTLED}
+    rows = [row for row in content["rows"] if row["base"] in SETTLED]
     for base in SETTLED:
         if known.get(str(base)) != (checksum := base_checksum(base)):
             known[str(base)], rows = checksum, [row for row in rows if row["base"] != base]
