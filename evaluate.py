@@ -11,7 +11,8 @@ from harness.cli import markdown_table
 from harness.files import checksum
 from harness.run import RunConfig, seeded
 from losses import token_logprobs
-from model import GPT, generate, pad, response_logprobs
+from model import GPT, pad, response_logprobs
+from sampling import generate
 
 
 def answer(

@@ -11,7 +11,6 @@ torch.Size([1, 3, 10])
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -20,7 +19,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from errors import UserError
-from harness.progress import inner_bar
 from hub.weights import read_shape, read_weights
 
 
@@ -59,17 +57,28 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class KVCache:
-    """The keys and values that one layer has computed so far, (B, n_kv_head, S, head_dim) each, and their positions."""
+    """The keys and values that one layer has computed so far, (B, n_kv_head, S, head_dim) each, and their positions.
+
+    Those of a beginning that all rows share, such as worked examples, are kept once: (1, n_kv_head, P, head_dim).
+    """
 
     def __init__(self) -> None:
-        self.k = self.v = self.positions = None
+        self.k = self.v = self.positions = self.beginning = None
+
+    def share(self) -> None:
+        """What is held so far, in one row, becomes the beginning of every row."""
+        self.beginning, self.k, self.v = (self.k, self.v), None, None
 
     def append(self, k: Tensor, v: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Add the keys and values of T further tokens at positions (1 or B, T), and return those of all S."""
+        """Add keys and values of T further tokens at positions (1 or B, T), and return all S behind the beginning.
+
+        Returns the positions of the beginning, too: (B, P + S).
+        """
         positions = positions.expand(len(k), -1)
         self.k = k if self.k is None else torch.cat((self.k, k), dim=2)
         self.v = v if self.v is None else torch.cat((self.v, v), dim=2)
-        self.positions = positions if self.positions is None else torch.cat((self.positions, positions), dim=1)
+        before = [] if self.positions is None else [self.positions.expand(len(k), -1)]
+        self.positions = torch.cat((*before, positions), dim=1)
         return self.k, self.v, self.positions
 
     def select(self, rows: Tensor) -> None:
@@ -87,6 +96,25 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     if T == 1:
         return F.scaled_dot_product_attention(q.reshape(B, k.size(1), -1, D), k, v, mask).reshape(B, n_head, 1, D)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=mask is None, enable_gqa=True)
+
+
+def attend_behind(beginning: tuple[Tensor, Tensor], q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The same behind a beginning that all rows share, whose keys and values are (1, n_kv_head, P, D).
+
+    A single new token a row, T = 1, looks at one copy of it: 4 of 5 tokens are worked examples in our longest prompts.
+    """
+    (B, H, _, D), (first_k, first_v) = k.shape, beginning
+    if q.size(2) > 1:
+        k, v = (torch.cat((x.expand(B, -1, -1, -1), y), dim=2) for x, y in ((first_k, k), (first_v, v)))
+        return attend(q, k, v, mask)
+    q = q.reshape(B, H, -1, D)  # (B, n_kv_head, queries of a key head, D)
+    first = (first_k[0] @ q.transpose(0, 1).reshape(H, -1, D).mT).mT  # (n_kv_head, B * queries, P)
+    scores = torch.cat((first.reshape(H, B, -1, first.size(-1)).transpose(0, 1), q @ k.mT), dim=-1)
+    scores = scores.float() * D**-0.5  # (B, n_kv_head, queries, P + S)
+    scores = scores if mask is None else scores.masked_fill(~mask, float("-inf"))
+    first, own = scores.softmax(dim=-1).to(v.dtype).tensor_split([first.size(-1)], dim=-1)
+    y = first.transpose(0, 1).flatten(1, 2) @ first_v[0]  # (n_kv_head, B * queries, D)
+    return (y.view(H, B, -1, D).transpose(0, 1) + own @ v).reshape(B, -1, 1, D)
 
 
 class Attention(nn.Module):
@@ -109,11 +137,12 @@ class Attention(nn.Module):
         q, k = apply_rope(self.q_norm(q), *rope), self.k_out(apply_rope(self.k_norm(k), *rope))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, head_dim)
         k, v, keys_at = (k, v, at) if cache is None else cache.append(k, v, at)  # (B, n_kv_head, S, head_dim), (B, S)
+        beginning = cache.beginning if cache else None
         if self.window:
             back = at[:, None, :, None] - keys_at[:, None, None, :]  # (1 or B, 1, T, S)
             near = (back >= 0) & (back < self.window)
             mask = near if mask is None else near & mask
-        y = attend(q, k, v, mask)  # (B, n_head, T, head_dim)
+        y = attend_behind(beginning, q, k, v, mask) if beginning else attend(q, k, v, mask)  # (B, n_head, T, head_dim)
         return self.o_proj(y.transpose(1, 2).flatten(2))
 
 
@@ -216,8 +245,7 @@ def pad(rows: list[list], value: float = 0) -> Tensor:
 def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, list[KVCache]]:
     """Read B prompts -> the hidden state after each (B, n_embd), True where a key is not padding (B, P), the caches.
 
-    Padding is on the right. A long beginning that all prompts share, such as worked examples, is read once: that
-    makes reflections of SmolLM2-135M three times as fast.
+    Padding is on the right. A long beginning that all prompts share, such as worked examples, is read and kept once.
     """
     device, caches = model.device, [KVCache() for _ in model.blocks]
     lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)  # (B,)
@@ -227,7 +255,8 @@ def read_prompts(model: GPT, prompts: list[list[int]]) -> tuple[Tensor, Tensor, 
     if len(prompts) > 1 and common >= 16:
         start = common
         model.hidden(tokens[:1, :start], caches=caches)
-        select_rows(caches, torch.zeros_like(lengths))
+        for cache in caches:
+            cache.share()
         mask = position <= position[start:, None]  # (P - start, P)
     hidden = model.hidden(tokens[:, start:], position[None, start:], mask, caches)  # (B, P - start, n_embd)
     last_hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1 - start]
@@ -259,91 +288,3 @@ def response_logprobs(model: GPT, prompts: list[list[int]], responses: list[list
     positions = positions.clamp(max=model.config.block_size - 1)  # of padding
     hidden = model.hidden(inputs.to(model.device), positions, mask[:, None], caches)  # (B, T, n_embd)
     return model.logits(torch.cat((last_hidden, hidden), dim=1)).float().log_softmax(dim=-1)
-
-
-# ---------------------------------------------------------------------------------------------- sampling
-
-
-def next_token_probs(logits: Tensor, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """Sampling distribution over the next token, not renormalized: logits (B, V) -> (B, V), float32.
-
-    top_k = 0 and top_p = 1 keep every token; temperatures below 0.001 keep only the likeliest.
-    """
-    if temperature < 1e-3:  # a division by less can overflow, and would leave no other token
-        return F.one_hot(logits.argmax(dim=-1), logits.size(-1)).float()
-    logits = logits.float() / temperature
-    if 0 < top_k < logits.size(-1):
-        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
-    probs = logits.softmax(dim=-1)
-    if top_p < 1:
-        ordered, index = probs.sort(dim=-1, descending=True)
-        outside = ordered.cumsum(dim=-1) - ordered >= top_p  # the tokens before this one already reach top_p
-        outside[:, 0] = False  # the likeliest token always stays
-        probs = probs.masked_fill(torch.zeros_like(outside).scatter(-1, index, outside), 0.0)
-    return probs
-
-
-@torch.inference_mode()
-def sample(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tuple[int, ...], samples: int = 1,
-    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, generator: torch.Generator | None = None,
-) -> tuple[list[list[int]], list[list[float]]]:  # fmt: skip
-    """Sample responses, `samples` per prompt, side by side -> their tokens, and the log-probability of each token.
-
-    A response ends with its first stop token. Log-probabilities are those of the sampling distribution: after
-    temperature, top_k and top_p. Raises UserError if the longest prompt and max_new_tokens exceed block_size.
-    Each row inverts the cumulative distribution at uniform numbers of its own: neither padding nor the other rows
-    change what it samples. The generator must be a CPU generator.
-    """
-    if not prompts:
-        return [], []
-    model.check_length(max(map(len, prompts)) + max_new_tokens)
-    device, total = model.device, len(prompts) * samples
-    uniform = torch.rand(max_new_tokens, total, generator=generator).to(device)
-    stops = torch.tensor(stop, device=device)
-    tokens = torch.full((total, max_new_tokens), -1, device=device)
-    logprobs = torch.zeros(total, max_new_tokens, device=device)
-
-    last_hidden, is_token, caches = read_prompts(model, prompts)
-    rows = torch.arange(total, device=device)  # the responses that are not finished
-    logits, is_token = model.logits(last_hidden)[rows // samples], is_token[rows // samples]  # (rows, V), (rows, P)
-    position, padded = is_token.sum(dim=1, keepdim=True), not is_token.all()  # (rows, 1)
-    select_rows(caches, rows // samples)
-    for t in range(max_new_tokens):
-        probs = next_token_probs(logits, temperature, top_k, top_p)  # (rows, V)
-        cdf = probs.cumsum(dim=-1)
-        token = torch.searchsorted(cdf, uniform[t, rows, None] * cdf[:, -1:], right=True)  # (rows, 1)
-        token = token.clamp(max=cdf.size(1) - 1)
-        tokens[rows, t] = token[:, 0]
-        logprobs[rows, t] = (probs.gather(1, token) / cdf[:, -1:]).log()[:, 0]
-        going = (token != stops).all(dim=1).nonzero()[:, 0]
-        if len(going) == 0 or t == max_new_tokens - 1:
-            break
-        if len(going) < len(rows):  # finished responses leave the batch
-            rows, token, position, is_token = rows[going], token[going], position[going], is_token[going]
-            select_rows(caches, going)
-        is_token = F.pad(is_token, (0, 1), value=True)
-        mask = is_token[:, None, None] if padded else None  # (rows, 1, 1, S)
-        logits = model.logits(model.hidden(token, position, mask, caches))[:, 0]  # (rows, V)
-        position = position + 1
-    lengths = (tokens >= 0).sum(dim=1).tolist()
-    cut = [[row[:n] for row, n in zip(rows, lengths, strict=True)] for rows in (tokens.tolist(), logprobs.tolist())]
-    return cut[0], cut[1]
-
-
-def generate(
-    model: GPT, prompts: list[list[int]], max_new_tokens: int, stop: tuple[int, ...], samples: int = 1,
-    label: str = "responses", **sampling: Any,
-) -> list[list[int]]:  # fmt: skip
-    """The tokens that `sample` draws, for any number of prompts: under a progress bar where that takes long."""
-    step = max(1, rows_at_once(model, max(map(len, prompts), default=0) + max_new_tokens) // samples)
-    parts = inner_bar([prompts[i : i + step] for i in range(0, len(prompts), step)], label)
-    return [tokens for part in parts for tokens in sample(model, part, max_new_tokens, stop, samples, **sampling)[0]]
-
-
-def rows_at_once(model: GPT, length: int) -> int:
-    """How many responses to write side by side: their caches take at most 256 MB, on a GPU a quarter of its memory."""
-    shape, weight = model.config, model.embed.weight
-    row = 2 * shape.n_layer * shape.n_kv_head * shape.head_dim * length * weight.element_size()  # bytes
-    room = torch.cuda.get_device_properties(weight.device).total_memory // 4 if weight.is_cuda else 256 << 20
-    return max(1, min(512, room // row))  # more than 512 are no faster on a CPU

@@ -33,7 +33,8 @@ from data import Problem, Task, Verdict
 from errors import UserError
 from harness.files import load_checkpoint
 from losses import group_advantage
-from model import GPT, generate, sample
+from model import GPT
+from sampling import generate, sample
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ def write_reflections(
         right_solution = peer.text if peer else y.problem.solution
         solution = None if y.verdict.correct else right_solution  # a correct rollout is read alone
         prompts.append(task.reflector_prompt(y.problem, y.text, solution, give_answer))
-    unique = list(dict.fromkeys(prompts)) if temperature == 0 else prompts  # greedily, equal prompts have equal answers
+    # Greedily, equal prompts have equal answers; sorted, those with the same examples are read together.
+    unique = sorted(set(prompts)) if temperature == 0 else prompts
     tokens = [task.encode(prompt) for prompt in unique]
     sampling = {"temperature": temperature, "generator": generator, "label": "reflections"}
     texts = list(map(task.decode, generate(reflector, tokens, task.max_reflection, task.stop, **sampling)))

@@ -32,7 +32,7 @@ from harness.progress import inner_bar
 from harness.run import Run, RunConfig, changed_settings
 from lora import merge_lora, trainable_copy
 from losses import next_token_loss
-from model import generate
+from sampling import generate
 from subspace import COORDINATES, LOSSES, RANK, TEMPERATURE
 
 METHODS = {  # the sampling temperature of the completions

@@ -17,7 +17,8 @@ from test_hub_tokenizer import SAMPLE, TEXTS, write, write_tokenizer
 from errors import UserError
 from harness import files
 from hub.tokenizer import Tokenizer
-from model import GPT, generate
+from model import GPT
+from sampling import generate
 
 SHAPE = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4)
 SHAPE |= dict(num_key_value_heads=2, max_position_embeddings=64, rms_norm_eps=1e-5)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from model import GPT, GPTConfig, KVCache, generate, response_logprobs
+from model import GPT, GPTConfig, KVCache, response_logprobs
+from sampling import generate
 
 SMALL = {"vocab_size": 12, "block_size": 64, "n_layer": 2, "n_embd": 16, "n_head": 4, "head_dim": 8, "n_hidden": 24}
 PROMPTS = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]

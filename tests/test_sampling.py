@@ -5,8 +5,11 @@ import torch
 from test_model import PROMPTS, SMALL, STOP, random_model, seeded
 from torch import Tensor
 
-import model as model_module
-from model import GPT, generate, next_token_probs, rows_at_once, sample
+import sampling as sampling_module
+from model import GPT
+from sampling import batches, generate, next_token_probs, rows_at_once, sample
+
+EXAMPLES = [8] * 20  # a beginning long enough to be kept once
 
 
 def distribution(probs: list[float], **sampling: float) -> list[float]:
@@ -65,7 +68,11 @@ def write_alone(
 
 
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 1.5, "top_k": 6, "top_p": 0.9}], ids=str)
-@pytest.mark.parametrize("prompts", [PROMPTS, [[1, 2], [3, 4]]], ids=["ragged", "equal"])
+@pytest.mark.parametrize(
+    "prompts",
+    [PROMPTS, [[1, 2], [3, 4]], [EXAMPLES + end for end in PROMPTS], [EXAMPLES + end for end in ([1], [2])]],
+    ids=["ragged", "equal", "ragged behind examples", "equal behind examples"],
+)
 @pytest.mark.parametrize("stop", [STOP, (3, *STOP)], ids=["one stop", "two stops"])
 def test_batched_sampling_equals_a_loop_over_single_rows(
     prompts: list[list[int]], stop: tuple[int, ...], sampling: dict[str, float]
@@ -143,7 +150,7 @@ def test_samples_are_distributed_as_the_softmax_says() -> None:
 
 def test_prompts_are_sampled_as_many_at_once_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[int] = []
-    whole = model_module.sample
+    whole = sampling_module.sample
 
     def counted(model: GPT, part: list, *more: object, **named: object) -> tuple:
         seen.append(len(part))
@@ -151,12 +158,23 @@ def test_prompts_are_sampled_as_many_at_once_as_there_is_room_for(monkeypatch: p
 
     model, prompts = random_model(seed=1), [[1], [2], [3, 4], [5], [6]]
     greedy = generate(model, prompts, 6, STOP, temperature=0)
-    monkeypatch.setattr(model_module, "sample", counted)
-    monkeypatch.setattr(model_module, "rows_at_once", lambda model, length: 7 if length == 8 else 1)
+    monkeypatch.setattr(sampling_module, "sample", counted)
+    monkeypatch.setattr(sampling_module, "rows_at_once", lambda model, length: 7 if length in (7, 8) else 1)
     assert len(generate(model, prompts, 6, STOP, samples=3, generator=seeded(0))) == 15 and seen == [2, 2, 1]
-    monkeypatch.setattr(model_module, "rows_at_once", lambda model, length: 1)
+    monkeypatch.setattr(sampling_module, "rows_at_once", lambda model, length: 1)
     assert generate(model, prompts, 6, STOP, temperature=0) == greedy
     assert generate(model, [], 6, STOP) == []
+
+
+def test_a_batch_ends_where_other_worked_examples_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows keep for themselves what they do not share: here at most 1 token of their prompt and 6 new ones."""
+    first, second = 70 * [1], 80 * [2]
+    prompts = [[*first, 3], [*first, 4], first, *([*second, end] for end in (3, 4, 5, 6))]
+    monkeypatch.setattr(sampling_module, "rows_at_once", lambda model, own: {6: 3, 7: 3}.get(own, 1))
+    assert list(map(len, batches(random_model(), prompts, 6, 1))) == [3, 3, 1]
+    short = [prompt[-20:] for prompt in prompts]  # too short to be worth a batch of their own
+    monkeypatch.setattr(sampling_module, "rows_at_once", lambda model, own: 512)
+    assert list(map(len, batches(random_model(), short, 6, 1))) == [7]
 
 
 def test_caches_of_all_rows_at_once_fit_in_256_megabytes() -> None:

@@ -15,7 +15,8 @@ from errors import UserError
 from evaluate import golden_likelihoods
 from harness import files
 from harness.cli import run_script
-from model import GPT, generate
+from model import GPT
+from sampling import generate
 from subspace import (
     COORDINATES,
     LOSSES,

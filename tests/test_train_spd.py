@@ -15,7 +15,8 @@ import train_spd
 from harness import files
 from lora import LoRALinear
 from losses import next_token_loss
-from model import GPT, generate
+from model import GPT
+from sampling import generate
 from subspace import TEMPERATURE, calibration_set, capability_gradients, make_projectors, project_kv
 
 PAPER = "--rank 50% --loss results --calibration-temperature 1"

@@ -36,8 +36,9 @@ from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import find_task, peak_memory_mb, seeded
 from lessons import Lesson, pairs_to_learn_from, teacher_prompt
 from lora import TARGETS, trainable_copy
-from model import pad, sample
+from model import pad
 from reflect import sample_rollouts
+from sampling import sample
 from tools.memory import update
 from train_rosd import configure
 

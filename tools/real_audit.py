@@ -31,7 +31,7 @@ from errors import UserError
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import TaskConfig, open_task_and_base, provenance, seeded
-from model import GPT, generate, response_logprobs
+from model import GPT, response_logprobs
 from reflect import (
     Rollout,
     locate,
@@ -42,6 +42,7 @@ from reflect import (
     token_at,
     true_position,
 )
+from sampling import generate
 from tools import stats
 
 BATCH = 16  # sequences that are read at once

@@ -25,8 +25,9 @@ from harness import files
 from harness.cli import option, parse_config, run_script
 from harness.run import TaskConfig, open_task_and_base, seeded
 from losses import divergence
-from model import GPT, generate, response_logprobs
+from model import GPT, response_logprobs
 from reflect import Pair, Rollout, locate, sample_rollouts, write_reflections
+from sampling import generate
 from subspace import Site, hooked, project_kv, site_name
 from train_spd import SubspaceConfig
 
