@@ -1,16 +1,9 @@
 """The requests to student, teacher and reflector for problems in words; `words.py` puts them into the chat format."""
 
-from data.answers import MARK
-
 # The teacher's context follows the question, without instructions: after a worked example a model of 135M parameters
 # overlooks ideas in longer forms, and repeats instructions that come after a solution.
 IDEA = "\n\nHint: {idea}"
 SOLUTION = "\n\nOne way to solve it, known to be right:\n{solution}"
-
-# Only for files. Questions of Reasoning Gym say how to answer; with this added, small models are right less often.
-ENDING = f"""
-
-Work in short steps where that helps. End with the words "{MARK}" and the result."""
 
 REFLECT_WRONG = """\
 Find the first mistake in an attempt at a problem.

@@ -57,7 +57,7 @@ class Gym:
     """
 
     max_response = 128  # tokens that suffice, as a rule
-    asks_for_ending = False  # the questions say themselves how to end
+    ending = ""  # the questions say themselves how to end
     checksum = ""
     problems: ClassVar[list[WordProblem]] = []  # those of a file
 
@@ -146,7 +146,7 @@ class Lines:
     """A file of JSON lines with a question and an answer, which may end as in GSM8K: its work, then '#### 42'."""
 
     max_response = 256
-    asks_for_ending = True
+    ending = f'\n\nWork in short steps where that helps. End with the words "{MARK}" and the result.'
 
     def __init__(self, path: str) -> None:
         self.problems, self.domains = read_lines(Path(path)), (Path(path).stem,)

@@ -1,6 +1,6 @@
 """Sums worked in steps by a real language model: the task in words whose verifier knows the first wrong step.
 
-    question   What is 8 + 5 - 2? Work step by step.     or the same told as a story about marbles
+    question   What is 8 + 5 - 2?     or the same told as a story about marbles; then: Work step by step.
     solution   8 + 5 = 13
                13 - 2 = 11
                The answer is 11
@@ -22,7 +22,6 @@ from data.working import Mistake, Term, first_mistake
 from errors import UserError
 
 QUESTION = "What is {}?"
-REQUEST = " Work step by step."
 MINUS = 0.25  # the share of terms that are subtracted, where the total allows it
 SCENES = [  # the start, more, less, the question
     ("There are {} marbles in a box.", "Then {} are put in.", "Then {} are taken out.", "How many are in the box now?"),
@@ -47,7 +46,7 @@ class Sums:
 
     domains = ("sums", "longer", "stories", "products")
     max_response = 96  # tokens that suffice for six terms of two digits
-    asks_for_ending = False
+    ending = "\nWork step by step."  # behind the teacher's idea, too
     checksum = ""
     problems: ClassVar[list[WordProblem]] = []  # those of a file
 
@@ -69,7 +68,6 @@ class Sums:
                 return problems
             terms = self.terms(domain, rng)
             question = story(terms, rng.choice(SCENES)) if domain == "stories" else QUESTION.format(expression(terms))
-            question += REQUEST
             if is_test(question) == test and (question not in seen or tries > 100 * count):
                 seen.add(question)
                 solution = solve(terms)
@@ -158,6 +156,15 @@ class Steps(Words):
         ):  # '3 - 2 = 1' is also in '13 - 2 = 11'
             end += 1
         return f"<error_quote>{response[start:end]}</error_quote><explanation>{remedy}</explanation>"
+
+    def worked_context(self, problem: WordProblem, number: int, idea: bool, solution: bool) -> tuple:
+        """A golden step, or the golden solution, where the teacher reads one.
+
+        Without them SmolLM2 stops behind the step that its hint names: it ends at 22 % of wrong rollouts' line breaks,
+        the student at 2 %, and a student taught by it stops after the first step.
+        """
+        steps = problem.solution.splitlines()[:-1]
+        return steps[number % len(steps)] if idea else None, problem.solution if solution else None
 
     def worked_reflection(self, problem: WordProblem, attempt: str, peer: str | None) -> str:
         """Walks through both solutions line by line: a small model cannot see the error at once."""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from data.answers import MARK, MARKS, falsify, final_answer
-from data.requests import ENDING, problem_request, reflection_request
+from data.requests import problem_request, reflection_request
 from data.sources import Gym, Lines, WordProblem
 from data.task import Task, Verdict
 from errors import UserError
@@ -45,7 +45,7 @@ class Words(Task):
         self.problems_checksum = source.checksum
         self.max_response = max_response or source.max_response
         self.vocab_size, self.stop = self.tokenizer.vocab_size, self.tokenizer.stops
-        self.ending = ENDING * source.asks_for_ending
+        self.ending = source.ending
         rng = random.Random("examples")  # one to spare: a problem is never an example of itself
         count = max(shots, self.reflect_shots) + 1
         self.worked = {domain: source.draw(domain, count, rng, False) for domain in self.domains}
@@ -104,8 +104,10 @@ class Words(Task):
     # ------------------------------------------------------------------------------------------ prompts
 
     def prompt(self, problem: WordProblem, idea: str | None = None, solution: str | None = None) -> str:
-        others = self.others(problem, self.shots)
-        examples = [(problem_request(other.question, self.ending), other.solution) for other in others]
+        examples = []
+        for i, other in enumerate(self.others(problem, self.shots)):
+            context = self.worked_context(other, i, idea is not None, solution is not None)
+            examples.append((problem_request(other.question, self.ending, *context), other.solution))
         return self.chat(problem_request(problem.question, self.ending, idea, solution), examples)
 
     def reflector_prompt(self, problem: WordProblem, attempt: str, peer: str | None, give_answer: bool) -> str:
@@ -119,6 +121,10 @@ class Words(Task):
             example = (other.solution, None) if peer is None else (self.wrong_solution(other), other.solution)
             examples.append((request(other, *example), self.worked_reflection(other, *example)))
         return self.chat(request(problem, attempt, peer), examples)
+
+    def worked_context(self, problem: WordProblem, number: int, idea: bool, solution: bool) -> tuple:
+        """The idea and the solution that worked example `number` is given in a teacher's prompt: none, but in Steps."""
+        return None, None
 
     def worked_reflection(self, problem: WordProblem, attempt: str, peer: str | None) -> str:
         """What a worked example answers to a request for a reflection."""
