@@ -231,6 +231,20 @@ def test_reflections_are_taught_by_slips_in_any_step(task: Steps) -> None:
     assert quoted == {0, 1, 2}
 
 
+def test_the_teachers_examples_hold_what_the_teacher_holds(folder: Path) -> None:
+    """Examples without a hint teach the teacher to stop behind the step that its own hint names."""
+    task = load_task("steps", folder, shots=2, max_response=48, reflect_shots=0)
+    asked = task.problem("sums", random.Random(0))
+    others, request = task.others(asked, 2), "\nWork step by step."
+    student, hinted, shown = task.prompt(asked), task.prompt(asked, "6 * 7 = 42"), task.prompt(asked, None, "It is 42.")
+    assert student.count("?" + request) == 3 and "Hint" not in student
+    for i, other in enumerate(others):
+        assert f"{other.question}\n\nHint: {other.solution.splitlines()[i]}{request}" in hinted
+        assert f"{other.question}\n\nOne way to solve it, known to be right:\n{other.solution}{request}" in shown
+        assert all(other.solution in text for text in (student, hinted))
+    assert f"{asked.question}\n\nHint: 6 * 7 = 42{request}" in hinted
+
+
 def test_problems_are_many_and_different_and_split_by_the_question(task: Steps) -> None:
     for domain in task.domains:
         for test in (False, True):

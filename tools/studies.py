@@ -47,7 +47,7 @@ TESTS = "--eval-problems 400 --eval-samples 1 --eval-temperature 0"
 REAL = "--task gym:chain_sum:max_digits=1:seed=4,products:seed=4 --shots 2"  # the best of 18 prompts
 REAL += " --max-response 40 --learning-rate 5e-4"
 REAL += f" {TESTS}"
-CHAINS = f"--task steps --shots 4 --learning-rate 5e-4 {TESTS}"  # as chosen on training problems, see data/steps.py
+CHAINS = "--task steps --shots 4 --learning-rate 5e-4 --eval-problems 200 --eval-samples 1 --eval-temperature 0"
 ORACLE = "--reflector oracle"
 TAUGHT = "--reflector out/reflects/model --reflect-shots 0"  # as tools/teach_reflection.py makes it
 RULE = "--layers 6 --project k --rank 50% --loss results --calibration-temperature 1 --temperature 0"
@@ -145,22 +145,32 @@ STUDIES = {
         script="train_spd.py",
     ),
     "real-rosd": Study(  # chains: an oracle separates the method from its reflector, a mask from its place
-        THREE
-        | {
+        {
             "ROSD, an oracle reflects": ORACLE,
-            "ROSD, a taught reflector": TAUGHT,
-            "ROSD, an oracle reflects falsely": f"{ORACLE} --control false-ideas",
-            "ROSD, ideas of other problems": "--control other-ideas",
             "ROSD, an oracle reflects, whole mask": f"{ORACLE} --mask whole",
-            "ROSD, an oracle reflects, span mask": f"{ORACLE} --mask span",
-            "ROSD, random quotes": "--control random-quotes",
-            "ROSD, quotes of other rollouts": "--control other-quotes",
-            "ROSD, wrong rollouts alone": WRONG,
-            "ROSD, correct rollouts alone": "--learn-from right",
+            "ROSD, an oracle reflects falsely": f"{ORACLE} --control false-ideas",
+            "SDPO": METHODS["SDPO"],
+            "GRPO": METHODS["GRPO"],
+            "ROSD, a taught reflector": TAUGHT,
+            "ROSD": "",
         },
         f"{CHAINS} --finetune lora --steps 20 --batch 4 --group 4",
         SMOLLM2,
         curve=("accuracy", "quote_match", "quote_accuracy"),
+        reference="base",
+    ),
+    "real-rosd-more": Study(  # what has to be right of an oracle's reflections, and which rollouts teach
+        {
+            "ideas of other problems": f"{ORACLE} --control other-ideas",
+            "span mask": f"{ORACLE} --mask span",
+            "random quotes": f"{ORACLE} --control random-quotes",
+            "quotes of other rollouts": f"{ORACLE} --control other-quotes",
+            "wrong rollouts alone": f"{ORACLE} {WRONG}",
+            "correct rollouts alone": f"{ORACLE} --learn-from right",
+        },
+        f"{CHAINS} --finetune lora --steps 20 --batch 4 --group 4",
+        SMOLLM2,
+        reference="base",
     ),
     "real-sums": Study(  # responses of one sentence, "The answer is 7"
         THREE
