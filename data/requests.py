@@ -1,7 +1,7 @@
 """The requests to student, teacher and reflector for problems in words; `words.py` puts them into the chat format."""
 
-# The teacher's context follows the question, without instructions: after a worked example a model of 135M parameters
-# overlooks ideas in longer forms, and repeats instructions that come after a solution.
+# The teacher's context follows the question, without a word about its use: after a worked example a model of 135M
+# parameters overlooks ideas in longer forms, and repeats what it is told after a solution.
 IDEA = "\n\nHint: {idea}"
 SOLUTION = "\n\nOne way to solve it, known to be right:\n{solution}"
 

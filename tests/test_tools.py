@@ -90,7 +90,7 @@ def test_the_documents_memory_table_is_what_the_tool_prints(
 def test_the_benchmark_teaches_every_rollout_over_its_full_length(
     method: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("reasoning_gym")
+    monkeypatch.setattr(bench, "SHOTS", 1)  # the folder's model reads 2,048 tokens
     batches = []
     monkeypatch.setattr(bench, "update", lambda *given: batches.append(given[4]))
     bench.our_step(method, str(folder))
@@ -102,8 +102,8 @@ def test_the_benchmark_teaches_every_rollout_over_its_full_length(
 def test_both_sides_of_the_benchmark_write_as_many_tokens_as_they_are_timed_for(
     may_end: bool, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("reasoning_gym")
-    monkeypatch.setattr(bench, "LONGEST", 96)  # the folder's model reads 2,048 tokens
+    monkeypatch.setattr(bench, "SHOTS", 1)  # the folder's model reads 2,048 tokens
+    monkeypatch.setattr(bench, "LONGEST", 96)
     monkeypatch.setattr(bench, "rollout_time", lambda run, stop: (run(0), stop))
     (ours, stop), (theirs, _) = (run(may_end, str(folder)) for run in (bench.our_rollouts, bench.their_rollouts))
     assert len(ours) == len(theirs) == bench.BATCH * bench.GROUP

@@ -42,7 +42,8 @@ from sampling import sample
 from tools.memory import update
 from train_rosd import configure
 
-TASK, BATCH, GROUP, NEW, RATE = "gym:chain_sum:max_digits=1", 4, 4, 48, 1e-4  # problems, rollouts each, their tokens
+TASK, SHOTS = "steps", 4  # whose prompts share their worked examples: 230 of 250 tokens
+BATCH, GROUP, NEW, RATE = 4, 4, 48, 1e-4  # problems, rollouts each, their tokens
 LONGEST, STEPS = 160, 2  # tokens of a rollout that may end by itself; steps that are timed, after one that is not
 SAMPLING = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
 SAMPLING |= {"max_new_tokens": NEW, "min_new_tokens": NEW, "pad_token_id": 0}
@@ -56,7 +57,7 @@ class Config:
 
 def bench_task(folder: str, may_end: bool = False) -> Words:
     """The task, with responses that may end by themselves, or only when they are full."""
-    task = find_task(configure(task=TASK, base=folder, max_response=LONGEST if may_end else NEW))
+    task = find_task(configure(task=TASK, shots=SHOTS, base=folder, max_response=LONGEST if may_end else NEW))
     task.stop = task.stop if may_end else (-1,)
     return task
 
@@ -67,6 +68,15 @@ def draw(task: Words, step: int) -> list[WordProblem]:
 
 def prompts_of(task: Words, step: int) -> list[list[int]]:
     return [task.encode(task.prompt(problem)) for problem in draw(task, step)]
+
+
+def messages(task: Words, problem: WordProblem) -> list[dict[str, str]]:
+    """The prompt as turns of a chat: those of the worked examples, then the problem."""
+    turns = []
+    for other in task.others(problem, task.shots):
+        turns += [("user", problem_request(other.question, task.ending)), ("assistant", other.solution)]
+    turns.append(("user", problem_request(problem.question, task.ending)))
+    return [{"role": role, "content": text} for role, text in turns]
 
 
 def best_step(run: Callable[[int], object]) -> float:
@@ -155,7 +165,7 @@ def trl_step(method: str, folder: str) -> float:
     Settings, Trainer = (getattr(trl, method.upper() + name) for name in ("Config", "Trainer"))
     task, seconds = bench_task(folder), []
     problems = [problem for step in range(1 + STEPS) for problem in draw(task, step)]
-    requests = [[{"role": "user", "content": problem_request(x.question, task.ending)}] for x in problems]
+    requests = [messages(task, problem) for problem in problems]
 
     class Clock(TrainerCallback):
         def on_step_begin(self, *_: Any, **__: Any) -> None:

@@ -48,6 +48,7 @@ REAL = "--task gym:chain_sum:max_digits=1:seed=4,products:seed=4 --shots 2"  # t
 REAL += " --max-response 40 --learning-rate 5e-4"
 REAL += f" {TESTS}"
 CHAINS = "--task steps --shots 4 --learning-rate 5e-4 --eval-problems 200 --eval-samples 1 --eval-temperature 0"
+FASTER = "--learning-rate 1e-3"  # better for SDPO and GRPO there, for ROSD no better
 ORACLE = "--reflector oracle"
 TAUGHT = "--reflector out/reflects/model --reflect-shots 0"  # as tools/teach_reflection.py makes it
 RULE = "--layers 6 --project k --rank 50% --loss results --calibration-temperature 1 --temperature 0"
@@ -149,10 +150,11 @@ STUDIES = {
             "ROSD, an oracle reflects": ORACLE,
             "ROSD, an oracle reflects, whole mask": f"{ORACLE} --mask whole",
             "ROSD, an oracle reflects falsely": f"{ORACLE} --control false-ideas",
-            "SDPO": METHODS["SDPO"],
-            "GRPO": METHODS["GRPO"],
+            "ROSD, an oracle reflects, wrong rollouts alone": f"{ORACLE} {WRONG}",
             "ROSD, a taught reflector": TAUGHT,
             "ROSD": "",
+            "SDPO": f"{METHODS['SDPO']} {FASTER}",
+            "GRPO": f"{METHODS['GRPO']} {FASTER}",
         },
         f"{CHAINS} --finetune lora --steps 20 --batch 4 --group 4",
         SMOLLM2,
