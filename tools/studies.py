@@ -151,6 +151,7 @@ STUDIES = {
             "ROSD, an oracle reflects, whole mask": f"{ORACLE} --mask whole",
             "ROSD, an oracle reflects falsely": f"{ORACLE} --control false-ideas",
             "ROSD, an oracle reflects, wrong rollouts alone": f"{ORACLE} {WRONG}",
+            "ROSD, an oracle reflects, correct rollouts alone": f"{ORACLE} --learn-from right",
             "ROSD, a taught reflector": TAUGHT,
             "ROSD": "",
             "SDPO": f"{METHODS['SDPO']} {FASTER}",
@@ -161,14 +162,12 @@ STUDIES = {
         curve=("accuracy", "quote_match", "quote_accuracy"),
         reference="base",
     ),
-    "real-rosd-more": Study(  # what has to be right of an oracle's reflections, and which rollouts teach
+    "real-rosd-more": Study(  # what has to be right of an oracle's reflections
         {
             "ideas of other problems": f"{ORACLE} --control other-ideas",
             "span mask": f"{ORACLE} --mask span",
             "random quotes": f"{ORACLE} --control random-quotes",
             "quotes of other rollouts": f"{ORACLE} --control other-quotes",
-            "wrong rollouts alone": f"{ORACLE} {WRONG}",
-            "correct rollouts alone": f"{ORACLE} --learn-from right",
         },
         f"{CHAINS} --finetune lora --steps 20 --batch 4 --group 4",
         SMOLLM2,
