@@ -160,8 +160,8 @@ class Steps(Words):
     def worked_context(self, problem: WordProblem, number: int, idea: bool, solution: bool) -> tuple:
         """A golden step, or the golden solution, where the teacher reads one.
 
-        Without them SmolLM2 stops behind the step that its hint names: it ends at 22 % of wrong rollouts' line breaks,
-        the student at 2 %, and a student taught by it stops after the first step.
+        SmolLM2 tends to stop behind the step that its hint names, and a student taught by it does so too. Against that
+        stand these examples, and the request behind the hint: see docs/real_models.md.
         """
         steps = problem.solution.splitlines()[:-1]
         return steps[number % len(steps)] if idea else None, problem.solution if solution else None

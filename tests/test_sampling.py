@@ -170,11 +170,17 @@ def test_a_batch_ends_where_other_worked_examples_begin(monkeypatch: pytest.Monk
     """Rows keep for themselves what they do not share: here at most 1 token of their prompt and 6 new ones."""
     first, second = 70 * [1], 80 * [2]
     prompts = [[*first, 3], [*first, 4], first, *([*second, end] for end in (3, 4, 5, 6))]
-    monkeypatch.setattr(sampling_module, "rows_at_once", lambda model, own: {6: 3, 7: 3}.get(own, 1))
+    room = {6: 3, 7: 3}
+    monkeypatch.setattr(sampling_module, "rows_at_once", lambda model, own: room.get(own, 512 * (not room)))
     assert list(map(len, batches(random_model(), prompts, 6, 1))) == [3, 3, 1]
-    short = [prompt[-20:] for prompt in prompts]  # too short to be worth a batch of their own
-    monkeypatch.setattr(sampling_module, "rows_at_once", lambda model, own: 512)
-    assert list(map(len, batches(random_model(), short, 6, 1))) == [7]
+    room.clear()  # for all of them: reading 3 * 70 tokens costs more than 6 steps, and less than 60
+    assert list(map(len, batches(random_model(), prompts, 6, 1))) == [3, 4]
+    assert list(map(len, batches(random_model(), prompts, 60, 1))) == [7]
+
+
+def test_long_prompts_without_worked_examples_are_sampled_together() -> None:
+    prompts = [[end, *90 * [1]] for end in range(9)] + [[1, *90 * [2], end] for end in range(2)]
+    assert list(batches(random_model(), prompts, 24, 1)) == [prompts]
 
 
 def test_caches_of_all_rows_at_once_fit_in_256_megabytes() -> None:
