@@ -168,6 +168,7 @@ STUDIES = {
             "span mask": f"{ORACLE} --mask span",
             "random quotes": f"{ORACLE} --control random-quotes",
             "quotes of other rollouts": f"{ORACLE} --control other-quotes",
+            "wrong rollouts alone, whole mask": f"{ORACLE} {WRONG} --mask whole",
         },
         f"{CHAINS} --finetune lora --steps 20 --batch 4 --group 4",
         SMOLLM2,
