@@ -2,11 +2,10 @@
 
     python pretrain.py                                   writes out/base.pt, made as data/base.pt was
     python pretrain.py --check-only --out data/base.pt   measures a checkpoint: the hint audit, and accuracies
-    python pretrain.py --start data/base.pt --settle 600 makes room for SPD's projection: data/settled.pt
 
 Next-token loss on the responses of five kinds of documents (data/documents.py). Muon trains the matrices, in far fewer
-updates than AdamW; AdamW trains the embedding, the norms and the first layer's values. Muon spreads a
-matrix over its full rank; AdamW with weight decay leaves room to spare, as in large models.
+updates than AdamW; AdamW trains the embedding, the norms and the first layer's values. Muon spreads a matrix over its
+full rank. So the base settles at the end: AdamW alone, with weight decay, leaves room to spare, as in large models.
 """
 
 import itertools
@@ -48,9 +47,8 @@ class Config:
     adamw_rate: float = option(1e-2, "peak learning rate of AdamW", minimum=0)
     weight_decay: float = option(0.1, "weight decay of the matrices", minimum=0)
     value_decay: float = option(0.2, "weight decay of the first layer's values, which AdamW trains", minimum=0)
-    settle: int = option(0, "further updates by AdamW alone, which make room for SPD's projection", minimum=0)
+    settle: int = option(600, "further updates by AdamW alone, which make room for SPD's projection", minimum=0)
     settle_decay: float = option(5.0, "their weight decay of values and outputs of layers 2, 4, ...", minimum=0)
-    start: str = option("", "checkpoint to settle in place of a new model")
     layers: int = option(4, "layers", minimum=2, maximum=100)
     window: int = option(4, "layers 1, 3, ... see only this many last tokens; 0: all tokens, as the others", minimum=0)
     width: int = option(64, "residual width, a multiple of 8; of four heads", minimum=8, maximum=4096)
@@ -108,7 +106,8 @@ def pretrain(config: Config) -> GPT:
         torch.optim.Muon(matrices, lr=config.muon_rate, weight_decay=config.weight_decay),
         torch.optim.AdamW(groups, lr=config.adamw_rate, betas=(0.9, 0.95)),
     ]
-    return train(model, optimizers, config.steps, batches(config.batch, random.Random(config.seed), config.steps // 2))
+    documents = batches(config.batch, random.Random(config.seed), config.steps // 2)
+    return train(model, optimizers, config.steps, documents, "pretrain")
 
 
 def settle(model: GPT, config: Config) -> GPT:
@@ -116,20 +115,20 @@ def settle(model: GPT, config: Config) -> GPT:
 
     What these layers pass on then lies mostly in 11 to 23 of 64 directions, so that a small subspace can hold it.
     """
-    model = model.to(pick_device(config.device))
     strong = [w for b in model.blocks[1::2] for w in (b.attn.v_proj.weight, b.attn.o_proj.weight)]
     weak = [p for p in model.blocks.parameters() if p.ndim == 2 and not any(p is other for other in strong)]
     others = [model.embed.weight, *(p for p in model.parameters() if p.ndim == 1)]
     decays = (others, 0.0), (weak, config.weight_decay), (strong, config.settle_decay)
     groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays]
     optimizer = torch.optim.AdamW(groups, lr=0.3 * config.adamw_rate, betas=(0.9, 0.95))
-    return train(model, [optimizer], config.settle, batches(config.batch, random.Random(f"settle {config.seed}")))
+    documents = batches(config.batch, random.Random(f"settle {config.seed}"))
+    return train(model, [optimizer], config.settle, documents, "settle")
 
 
-def train(model: GPT, optimizers: list[Optimizer], count: int, documents: Iterator[list[Document]]) -> GPT:
+def train(model: GPT, optimizers: list[Optimizer], count: int, documents: Iterator[list[Document]], label: str) -> GPT:
     """Make so many updates, a batch of documents each -> the model, in place."""
     rates = [LambdaLR(optimizer, lambda step: schedule(step, count)) for optimizer in optimizers]
-    steps = progress_bar(range(count), "pretrain")
+    steps = progress_bar(range(count), label)
     for step, batch in zip(steps, documents, strict=False):
         loss = next_token_loss(model, batch)
         loss.backward()
@@ -298,13 +297,11 @@ def main() -> None:
     config = parse_config(Config, __doc__)
     if config.width % 8:
         raise UserError(f"--width {config.width} does not go into four heads of even width; give a multiple of 8")
-    if config.start and not config.settle:
-        raise UserError("--start is a checkpoint to settle; give --settle 600 as well")
     use_threads()
     if not config.check_only:
         files.make_folder(Path(config.out).resolve().parent)
         started = time.time()
-        model = files.load_checkpoint(config.start) if config.start else pretrain(config)
+        model = pretrain(config)
         if config.settle:
             model = settle(model, config)
         files.save_checkpoint(Path(config.out), model.half())

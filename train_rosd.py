@@ -235,7 +235,7 @@ def main() -> None:
     configs = [config]
     if config.baseline and config.method != "sdpo":  # SDPO with the same flags, but its own context and mask
         sdpo = [f"--{name}={getattr(METHODS['sdpo'], name)}" for name in ("context", "mask")]
-        configs.append(parse([*sys.argv[1:], "--method=sdpo", *sdpo]))
+        configs.append(parse([*sys.argv[1:], "--method=sdpo", "--reflector=base", *sdpo]))
     results = train_all(train, configs)
     rows = {"base, before training": results[0]["before"]}
     for c, result in zip(configs, results, strict=True):

@@ -46,7 +46,6 @@ METHODS = {  # the sampling temperature of the completions
 class SubspaceConfig:
     """the subspace"""
 
-    base: str = option("data/settled.pt", "checkpoint to start from, or the folder of a Hugging Face model")
     calibration_domain: tuple[str, ...] = option((), "domains of the calibration set; none means the training domain")
     calibration_size: int = option(500, "calibration examples, N_cal", "20 to 500", minimum=1)
     loss: str = option("steps", "S, the positions of the calibration loss: steps, their results, or all", None, LOSSES)

@@ -22,7 +22,7 @@ TEXT = "".join(map(files.read_text, PAGES))
 SMALL = {
     "train_rosd.py": "--steps 1 --batch 2 --group 2 --eval-problems 1 --eval-samples 1 --no-baseline",
     "train_spd.py": "--prompts 4 --calibration-size 100 --eval-problems 1 --eval-samples 1 --epochs 1 --no-baseline",
-    "pretrain.py": "--steps 1 --batch 2 --layers 2 --width 8 --out out/base.pt",
+    "pretrain.py": "--steps 1 --settle 1 --batch 2 --layers 2 --width 8 --out out/base.pt",
 }
 # Run by CI or by the tests of tools and processes, or no whole command:
 ELSEWHERE = ("-m pytest", "tests/", "-m tools", "pip", "NAME", "--base out/", "--base models/", "--base smollm2")

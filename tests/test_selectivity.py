@@ -20,7 +20,7 @@ from model import response_logprobs
 from subspace import project_kv
 from tools import selectivity, stats
 from tools.selectivity import ALSO_KEYS, PAPER, UNREAD, Config, kept, mark_vectors, measure_base, share_inside
-from tools.studies import SETTLED
+from tools.studies import BASES
 from tools.study import base_checksum
 
 TASK = load_task("exams")
@@ -183,7 +183,7 @@ def test_the_table_of_bases_has_the_checks_that_are_left_on_each() -> None:
 @pytest.fixture
 def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Results in a folder of their own; a base is opened and measured in no time."""
-    shop = SimpleNamespace(sums=dict.fromkeys(SETTLED, "old"), opened=[], results=tmp_path / "results")
+    shop = SimpleNamespace(sums=dict.fromkeys(BASES, "old"), opened=[], results=tmp_path / "results")
     monkeypatch.setattr(files, "ROOT", tmp_path)  # the READMEs stay as they are
     monkeypatch.setattr(stats, "RESULTS", shop.results)
     monkeypatch.setattr(selectivity, "base_checksum", shop.sums.get)
@@ -194,17 +194,17 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
 
 
 def test_only_bases_of_other_bytes_are_measured_again(workshop: SimpleNamespace) -> None:
-    paths = [f"results/bases/settled{base}.pt" for base in SETTLED]
+    paths = [f"results/bases/seed{base}.pt" for base in BASES]
     run_script(selectivity.main)
     assert workshop.opened == paths
-    workshop.sums[SETTLED[2]] = "new"
+    workshop.sums[BASES[2]] = "new"
     run_script(selectivity.main)
     assert workshop.opened == [*paths, paths[2]]
     stored = files.read_json(workshop.results / "selectivity.json")
     assert stored["bases"] == {str(base): checksum for base, checksum in workshop.sums.items()}
-    for base in SETTLED:
+    for base in BASES:
         assert [each for each in stored["rows"] if each["base"] == base] == [{"base": base} | r for r in OF_ONE_BASE]
-    assert len(stored["rows"]) == len(SETTLED) * len(OF_ONE_BASE)
+    assert len(stored["rows"]) == len(BASES) * len(OF_ONE_BASE)
 
 
 def test_a_base_of_ones_own_is_shown_and_not_kept(
@@ -220,7 +220,7 @@ def test_a_base_of_ones_own_is_shown_and_not_kept(
 
 def test_the_committed_file_is_of_these_bases_and_the_pages_show_it() -> None:
     stored = stats.read_results("selectivity", "selectivity")
-    assert stored["bases"] == {str(base): base_checksum(base) for base in SETTLED}
+    assert stored["bases"] == {str(base): base_checksum(base) for base in BASES}
     pages = [files.ROOT / "README.md", *stats.RESULTS.glob("*.md")]
     assert any(selectivity.table(stored["rows"]) in files.read_text(page) for page in pages)
     assert (stats.RESULTS / "selectivity.json").stat().st_size < 400_000

@@ -229,7 +229,7 @@ def test_gradients_that_span_too_little_are_refused_and_never_filled_up(broken: 
 
 
 def test_the_smallest_rank_that_keeps_steps_keeps_them_and_the_next_lower_does_not() -> None:
-    model, task = files.load_checkpoint(files.ROOT / "data" / "settled.pt"), load_task("exams")
+    model, task = files.load_checkpoint(files.BASE_CHECKPOINT), load_task("exams")
     sites = target_sites(SubspaceConfig(), model)
     examples = calibration_set(task, ("exam",), 60, "steps", 0)
     G = capability_gradients(model, examples, sites, temperature=subspace.TEMPERATURE)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import sys
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -178,6 +179,21 @@ def test_teacher_follows_the_student_at_the_rate_of_its_average(
 
 def weights(out: Path) -> list[Tensor]:
     return list(files.load_checkpoint(file_of(out, "model.pt")).parameters())
+
+
+def test_the_sdpo_beside_a_run_has_its_own_context_and_mask_and_no_reflector(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def stop(_: Any, configs: list) -> None:
+        seen.extend(configs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_rosd, "train_all", stop)
+    flags = ["--mask", "span", "--reflector", "oracle", "--steps", "3"]
+    monkeypatch.setattr(sys, "argv", ["train_rosd.py", *flags])
+    with pytest.raises(KeyboardInterrupt):
+        train_rosd.main()
+    assert seen == [configure(mask="span", reflector="oracle", steps=3), configure("sdpo", steps=3)]
 
 
 @pytest.mark.parametrize("who", ["base", "student", "another checkpoint"])

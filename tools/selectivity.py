@@ -34,7 +34,7 @@ from model import GPT, pad
 from pretrain import ROOM
 from subspace import Site, hooked, project_kv
 from tools import stats
-from tools.studies import SETTLED
+from tools.studies import BASES
 from tools.study import base_checksum, base_path
 
 NAME = "selectivity"
@@ -208,9 +208,9 @@ def main() -> None:
         return
     path = stats.RESULTS / f"{NAME}.json"
     content = files.read_json(path) if path.exists() else {"bases": {}, "rows": []}
-    known = {base: checksum for base, checksum in content["bases"].items() if int(base) in SETTLED}
-    rows = [row for row in content["rows"] if row["base"] in SETTLED]
-    for base in SETTLED:
+    known = {base: checksum for base, checksum in content["bases"].items() if int(base) in BASES}
+    rows = [row for row in content["rows"] if row["base"] in BASES]
+    for base in BASES:
         if known.get(str(base)) != (checksum := base_checksum(base)):
             known[str(base)], rows = checksum, [row for row in rows if row["base"] != base]
             task, model = open_task_and_base(Config(base=base_path(base), task=config.task))

@@ -5,8 +5,7 @@ A study's `flags` are those of every run; a variant's flags come after them, and
 
 from dataclasses import dataclass
 
-BASES = (10, 11, 12, 13, 14)  # pretraining seeds, results/bases/seed<N>.pt; everything was chosen on seeds 0 to 5
-SETTLED = (20, 21, 22, 23, 24)  # results/bases/settled<N>.pt, for SPD; chosen on seeds 0 and 10 to 14
+BASES = (20, 21, 22, 23, 24)  # pretraining seeds, results/bases/seed<N>.pt; everything was chosen on seeds 0 to 14
 SEEDS = (0, 1, 2)
 
 
@@ -125,14 +124,6 @@ STUDIES = {
     "spd-text": Study(  # what the base writes, before any training
         SUBSPACES | {f"{name}, greedy": f"{flags} {GREEDY}".strip() for name, flags in KINDS.items()},
         "--epochs 0 --prompts 1",
-        SETTLED,
-        curve=(),
-        reference="base",
-        script="train_spd.py",
-    ),
-    "spd-unsettled": Study(  # the same from bases without room
-        KINDS | {f"{name}, half rank": f"{flags} {HALF}".strip() for name, flags in KINDS.items()},
-        "--epochs 0 --prompts 1",
         curve=(),
         reference="base",
         script="train_spd.py",
@@ -141,7 +132,6 @@ STUDIES = {
         {"SPD": "", "PSR": "--method psr", "SSD": "--method ssd", "SPD, full": FULL, "SPD, random": RANDOM}
         | {"SPD, greedy": GREEDY},
         "--eval-problems 256",
-        SETTLED,
         curve=(),
         script="train_spd.py",
     ),

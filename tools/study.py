@@ -30,7 +30,7 @@ from harness import files
 from harness.cli import option, parse_config, run_script
 from harness.run import run_name
 from tools import stats
-from tools.studies import SETTLED, STUDIES, Study, flags_of, planned
+from tools.studies import STUDIES, Study, flags_of, planned
 
 
 @dataclass(frozen=True)
@@ -62,8 +62,7 @@ def base_path(base: int | str) -> str:
     """The checkpoint of a pretraining seed, or the folder that is named."""
     if isinstance(base, str):
         return base
-    kind = "settled" if base in SETTLED else "seed"
-    return "data/base.pt" if base == 0 else f"results/bases/{kind}{base}.pt"
+    return "data/base.pt" if base == 0 else f"results/bases/seed{base}.pt"
 
 
 def base_checksum(base: int | str) -> str:
@@ -71,9 +70,7 @@ def base_checksum(base: int | str) -> str:
     try:
         return files.checksum(path)
     except UserError as error:
-        settle = " --settle 600" * (base in SETTLED)
-        made = f"pretrain.py --seed {base}{settle} --out {path}"
-        command = f"-m tools.smollm2 {path}" if isinstance(base, str) else made
+        command = f"-m tools.smollm2 {path}" if isinstance(base, str) else f"pretrain.py --seed {base} --out {path}"
         raise UserError(f"there is no base {path}; `python {command}` makes it") from error
 
 

@@ -39,7 +39,6 @@ class Config(SubspaceConfig, TaskConfig):
     page: str = option("rosd", "which page", choices=("rosd", "spd"), positional=True)
     html: str = option("", "the file to write; else out/xray.html or out/spd.html")
     runs: str = option("out", "rosd: folder of the trained students")
-    base: str = option("", "checkpoint or Hugging Face folder; unset: data/base.pt, and data/settled.pt for spd")
     domain: str = option("", "domain of the problem and of the calibration set; unset: mix, and exam for spd")
     seed: int = option(6, "which problem")
 
@@ -200,8 +199,6 @@ def spd_page(model: GPT, task: Task, config: Config) -> str:
 
 def main() -> None:
     config = parse_config(Config, __doc__)
-    bases = {"rosd": TaskConfig.base, "spd": SubspaceConfig.base}
-    config = dataclasses.replace(config, base=config.base or bases[config.page])
     domain = config.domain or {"rosd": "mix", "spd": "exam"}[config.page] * (config.task == "arithmetic")
     task, model = open_task_and_base(config, domain)
     config = dataclasses.replace(config, domain=domain or task.domains[0])
