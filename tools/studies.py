@@ -47,7 +47,7 @@ REAL = "--task gym:chain_sum:max_digits=1:seed=4,products:seed=4 --shots 2"  # t
 REAL += " --max-response 40 --learning-rate 5e-4"
 REAL += f" {TESTS}"
 CHAINS = "--task steps --shots 4 --learning-rate 5e-4 --eval-problems 200 --eval-samples 1 --eval-temperature 0"
-FASTER = "--learning-rate 1e-3"  # the best of 2e-4, 5e-4, 1e-3 and 2e-3 for both; ROSD does as well at either of two
+FASTER = "--learning-rate 1e-3"  # the best of four for both; ROSD does as well at 5e-4
 ORACLE = "--reflector oracle"
 TAUGHT = "--reflector out/reflects/model --reflect-shots 0"  # as tools/teach_reflection.py makes it
 RULE = "--layers 6 --project k --rank 50% --loss results --calibration-temperature 1 --temperature 0"
