@@ -78,11 +78,11 @@ def score(**means: float) -> dict[str, dict]:
 
 
 def test_elsewhere_is_the_mean_of_other_domains_and_exams_are_apart_from_unmarked_problems() -> None:
-    assert elsewhere(score(mix=0.9, add=0.1, exam=0.3), "mix") == {"elsewhere": pytest.approx(0.2)}
+    assert elsewhere(score(mix=0.9, add=0.1, exam=0.3), "mix") == {"elsewhere": pytest.approx(0.1)}
     assert elsewhere(score(mix=0.9), "mix") == {} == elsewhere({}, "mix")
     exams = score(exam=0.9, exam_add=0.1, exam_mul=0.2, add=0.4, mul=0.5, mix=0.9)
     assert elsewhere(exams, "exam") == pytest.approx({"other exams": 0.15, "unmarked": 0.6})
-    assert elsewhere(exams, "exam-add") == pytest.approx({"other exams": 0.2, "unmarked": 0.675})
+    assert elsewhere(exams, "exam-add") == pytest.approx({"other exams": 0.55, "unmarked": 0.6})
 
 
 def test_the_closing_table_has_a_column_and_a_legend_for_every_group() -> None:

@@ -224,7 +224,8 @@ def workshop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace
             scores = {d: {"mean": 1 / 3, "unfinished": 0.0, "problems": 9, "samples": 9} for d in ("mix", "add")}
             about = {"config": files.plain(config) | {"domain": "mix", "minibatches": 2}, "commit": "c" * 40}
             files.write_json(folder / "results.json", about | {"seconds": 1.25, "before": scores, "after": scores})
-            rows = [{"step": 0, "accuracy": 0.123456}, {"step": 1, "accuracy": 0.5, "tested": {"mix": 0.4, "add": 0.2}}]
+            tested = {"mix": 0.4, "add": 0.2, "exam": 0.9}
+            rows = [{"step": 0, "accuracy": 0.123456}, {"step": 1, "accuracy": 0.5, "tested": tested}]
             files.write_lines(folder / "metrics.jsonl", rows)
 
         def poll(self) -> int:

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from errors import UserError
+from evaluate import elsewhere
 from harness import files
 from harness.cli import option, parse_config, run_script
 from harness.run import run_name
@@ -144,11 +145,11 @@ def compact_scores(scores: dict[str, dict] | None) -> dict[str, dict] | None:
 
 def curve_column(rows: list[dict], column: str, home: str) -> list[float | None]:
     """A column of the metrics, a value a step, None where it has none; [] where no step has one."""
-    values = [row.get(column) for row in rows]
-    if column in ("home", "away"):
-        tested = [row.get("tested", {}).items() for row in rows]
-        chosen = [[value for domain, value in test if (domain == home) == (column == "home")] for test in tested]
-        values = [sum(each) / len(each) if each else None for each in chosen]
+    values, tests = [row.get(column) for row in rows], [row.get("tested", {}) for row in rows]
+    if column == "home":
+        values = [test.get(home) for test in tests]
+    if column == "away":
+        values = [elsewhere({d: {"mean": x} for d, x in test.items()}, home).get("elsewhere") for test in tests]
     return values if any(value is not None for value in values) else []
 
 
