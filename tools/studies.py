@@ -53,7 +53,7 @@ TAUGHT = "--reflector out/reflects/model --reflect-shots 0"  # as tools/teach_re
 RULE = "--layers 6 --project k --rank 50% --loss results --calibration-temperature 1 --temperature 0"
 
 STUDIES = {
-    "rosd": Study(METHODS, curve=CURVE),
+    "rosd": Study(METHODS | {"ROSD, whole mask": "--mask whole"}, seeds=SEEDS[:2], curve=CURVE),
     "corrections": Study(  # do wrong rollouts teach, and what has to be right for it?
         {
             "wrong rollouts alone": WRONG,
@@ -68,6 +68,7 @@ STUDIES = {
             "GRPO from wrong rollouts alone": f"--method grpo {WRONG}",
             "GRPO from correct rollouts alone": "--method grpo --learn-from right",
         },
+        seeds=SEEDS[:2],
         curve=CURVE,
     ),
     "ablations": Study(
@@ -77,6 +78,7 @@ STUDIES = {
         | {"random quotes": "--control random-quotes", "quotes of other rollouts": "--control other-quotes"}
         | {f"{dose:.0%} of the ideas false": f"--control false-ideas --dose {dose}" for dose in (0.25, 0.5)}
         | {"all ideas false": "--control false-ideas", "ideas of other problems": "--control other-ideas"},
+        seeds=SEEDS[:1],
         curve=CURVE,
     ),
     "quotes": Study(QUOTES),  # the same with the loss on the quote alone
@@ -86,8 +88,8 @@ STUDIES = {
         | {f"EMA {rate}": f"--ema {rate}" for rate in (0.02, 0.05, 0.1, 0.2)}
         | {"span mask, frozen": "--mask span", "span mask, EMA 0.05": "--mask span --ema 0.05"}
     ),
-    "rosd-released": Study({"ROSD": ""} | RELEASED),
-    "facts": Study({"ROSD": "", "GRPO": "--method grpo"}, flags="--task facts"),  # is a fact learned, or a skill?
+    "rosd-released": Study({"ROSD": ""} | RELEASED, seeds=SEEDS[:1]),
+    "facts": Study({"ROSD": "", "GRPO": "--method grpo"}, "--task facts", seeds=SEEDS[:1]),  # a fact, or a skill?
     "rosd-domains": Study(
         {
             f"{name} on {domain}": f"--domain {domain} {flags}".strip()
@@ -99,6 +101,7 @@ STUDIES = {
     "collapse": Study(
         {"ROSD": "", "ROSD, EMA 0.03": "--ema 0.03", "GRPO": "--method grpo"},
         flags="--domain mix --steps 100 --eval-every 10",
+        seeds=SEEDS[:1],
         curve=("accuracy", "home", "away", "merged", "checked", "unfinished"),
     ),
     "moonshot": Study(  # can a reflection do as well as a reward, from as many rollouts?
@@ -118,6 +121,7 @@ STUDIES = {
     "curves": Study(
         {"ROSD": "", "wrong rollouts alone": WRONG, "SDPO": "--method sdpo", "GRPO": "--method grpo"},
         flags="--domain mix --eval-every 5",
+        seeds=SEEDS[:1],
         curve=("accuracy", "home", "away", "quote_match", "quote_accuracy", "error_position"),
     ),
     "evaluation": Study(THREE, flags="--domain mix --eval-temperature 0.6 --eval-top-p 0.95"),
