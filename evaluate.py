@@ -137,6 +137,6 @@ def comparison(rows: dict[str, dict[str, dict]], home: str, habits: dict[str, st
     table = markdown_table(header, [line(name, scores) for name, scores in rows.items()])
     legend = dict.fromkeys(others, "mean over domains that were not trained on")
     if "elsewhere" in others and "exam" in next(iter(rows.values())):
-        legend["elsewhere"] += ", but exams"
+        legend["elsewhere"] += ", without exam"
     legend |= {**habits, "unfinished": "no answer in time"}
     return "\n".join([table, *(f"{name}: {meaning}" for name, meaning in legend.items())])

@@ -88,7 +88,7 @@ def learning_curves() -> None:
     variants = by_variant(read_results("curves"))
     with picture("curves", "Tested while training on mix alone") as ((home, away),):
         curves(home, variants, "home", "in domain", "rollouts")
-        curves(away, variants, "away", "mean of the other domains, but exam", "rollouts")
+        curves(away, variants, "away", "mean of the other domains, without exam", "rollouts")
         home.legend()
 
 
@@ -108,7 +108,7 @@ def collapse() -> None:
     variants = by_variant(read_results("collapse"))
     with picture("collapse", "What 100 steps do", rows=2) as ((home, away), (checked, unfinished)):
         curves(home, variants, "home", "in domain")
-        curves(away, variants, "away", "mean of the other domains, but exam")
+        curves(away, variants, "away", "mean of the other domains, without exam")
         curves(checked, variants, "checked", "rollouts with a checked step", ylabel="%")
         curves(unfinished, variants, "unfinished", "rollouts without an answer in time", ylabel="%")
         unfinished.legend(loc="upper left")
