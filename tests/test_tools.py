@@ -41,18 +41,22 @@ def test_selectivity_is_drawn_over_rank_as_a_share_of_the_bases_own(
     for base in (0, 1):
         plain = {"base": base, "draw": 0, "right": -1.0, "step": -2.0, "check": 0.8, "mark": 1.0}
         rows.append(plain | {"where": "", "rank": 100, "subspace": "none"})
-        for where, name, rank in itertools.product(selectivity.SITES, ("aligned", "full", "random"), (16, 50)):
-            left = 0.6 if base or rank == 50 else 0.2
+        names = ("aligned", "full", "random", "aligned, on results alone")
+        for where, name, rank in itertools.product(selectivity.SITES, names, (16, 50)):
+            left = 0.4 if where == selectivity.ALL_LAYERS else 0.6 if base or rank == 50 else 0.2
             rows.append(plain | {"where": where, "rank": rank, "subspace": name, "check": left})
     files.write_json(tmp_path / "selectivity.json", {"bases": {}, "rows": rows})
     monkeypatch.setattr(plots, "line", lambda axis, points, *more: lines.append(points) or line(axis, points, *more))
     plots.PICTURES["selectivity"]()
-    assert lines[0] == {rank: {(0, 0): 1.0} for rank in (16, 50)} and len(lines) == 2 * 3 * 3
-    assert lines[6] == {16: {(0, 0): 0.25}, 50: {(0, 0): pytest.approx(0.75)}}  # base 0 passes
-    assert lines[15] == {rank: {(1, 0): pytest.approx(0.75)} for rank in (16, 50)}  # and base 1 does not
+    assert lines[0] == {rank: {(0, 0): 1.0} for rank in (16, 50)} and len(lines) == 2 * 3 * 4
+    assert lines[8] == {16: {(0, 0): 0.25}, 50: {(0, 0): pytest.approx(0.75)}}  # base 0 passes
+    assert lines[20] == {rank: {(1, 0): pytest.approx(0.75)} for rank in (16, 50)}  # and base 1 does not
     drawn = files.read_text(tmp_path / "selectivity.svg")
     for text in ("whole steps", "the habit of checking", "random, ten draws", "bases that do not, % of their own"):
         assert f">{text}<" in drawn
+    plots.PICTURES["selectivity-all"]()
+    assert len(lines) == 48 and lines[32] == {rank: {(0, 0): 0.5} for rank in (16, 50)}
+    assert ">What survives a projection of values at all layers<" in files.read_text(tmp_path / "selectivity-all.svg")
 
 
 def test_curves_start_at_the_base_and_count_updates_and_rollouts() -> None:

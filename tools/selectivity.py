@@ -39,8 +39,8 @@ from tools.study import base_checksum, base_path
 
 NAME = "selectivity"
 RANKS = (8, 12, 16, 20, 25, 35, 50)  # percent
-PAPER, ALSO_KEYS = "the paper's layers, values", "the paper's layers, values and keys"
-SITES = {PAPER: ("paper", "v"), ALSO_KEYS: ("paper", "kv"), "all layers, values": ("all", "v")}
+PAPER, ALSO_KEYS, ALL_LAYERS = "the paper's layers, values", "the paper's layers, values and keys", "all layers, values"
+SITES = {PAPER: ("paper", "v"), ALSO_KEYS: ("paper", "kv"), ALL_LAYERS: ("all", "v")}
 UNMARKED = ("mix", "add", "sub", "mul", "long")
 SUBSPACES = {  # name: loss, temperature and domains of its calibration
     "aligned": ("steps", subspace.TEMPERATURE, ("exam",)),
