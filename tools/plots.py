@@ -121,8 +121,8 @@ def selectivity(name: str = "selectivity", where: str = PAPER, layers: str = "th
     suited = suited_bases(rows)
     groups = {"pass": suited, "do not": sorted({row["base"] for row in rows} - set(suited))}
     columns = {"right": "right digits", "step": "whole steps", "check": "the habit of checking"}
-    names = {"aligned": "aligned loss", "full": "full-sequence loss", "random": "random, ten draws"}
-    names |= {"aligned, on results alone": "aligned, on results alone"}
+    alone = "aligned, on results alone"
+    names = {"aligned": "aligned loss", "full": "full-sequence loss", "random": "random, ten draws", alone: alone}
     with picture(name, f"What survives a projection of values at {layers}", 2, 3) as axes:
         for line_of_axes, (verdict, bases) in zip(axes, groups.items(), strict=True):
             for axis, (column, title) in zip(line_of_axes, columns.items(), strict=True):
@@ -137,7 +137,7 @@ def selectivity(name: str = "selectivity", where: str = PAPER, layers: str = "th
 
 
 PICTURES = {"curves": learning_curves, "reflection": reflection, "collapse": collapse, "selectivity": selectivity}
-PICTURES["selectivity-all"] = partial(selectivity, "selectivity-all", ALL_LAYERS, "all layers")
+PICTURES |= {"selectivity-all": partial(selectivity, "selectivity-all", ALL_LAYERS, "all layers")}
 
 
 @dataclass(frozen=True)

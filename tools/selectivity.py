@@ -157,11 +157,12 @@ def kept(rows: list[dict], where: str, name: str, column: str) -> dict[int, stat
     return found
 
 
-def suited_bases(rows: list[dict], rank: int = 16) -> list[int]:
-    """The bases whose aligned subspace passes the gates of pretrain.py: enough steps are left, and few checks."""
-    steps, checks = (kept(rows, PAPER, "aligned", column)[rank] for column in ("step", "check"))
-    (fewest, _), (_, most) = ROOM["aligned loss"][2:]
-    return sorted(base for base, draw in steps if steps[base, draw] >= fewest and checks[base, draw] <= most)
+def suited_bases(rows: list[dict]) -> list[int]:
+    """The bases that pass pretrain.py's gate of checks at the lowest of these ranks that keeps 95 % of the steps."""
+    steps, checks = (kept(rows, PAPER, "aligned", column) for column in ("step", "check"))
+    lowest = {run: rank for rank in sorted(steps, reverse=True) for run, share in steps[rank].items() if share >= 0.95}
+    _, most = ROOM["aligned loss"][3]
+    return sorted(run[0] for run, rank in lowest.items() if checks[rank][run] <= most)
 
 
 def choices_in(rows: list[dict]) -> list[str]:
