@@ -79,7 +79,7 @@ class Config(SubspaceConfig, RunConfig):
     completion_only: bool = option(True, "take the loss on the completion alone, as the pretraining did", "no")
     epochs: int = option(5, "passes over the completions; 0 stops at the generation", "5", minimum=0)
     batch: int = option(64, "completions an update", minimum=1)
-    learning_rate: float = option(3e-3, "peak learning rate of AdamW, cosine to 0", "1e-5", minimum=0)
+    learning_rate: float = option(1e-3, "peak learning rate of AdamW, cosine to 0", "1e-5", minimum=0)
     finetune: str = option("lora", "what is trained", "lora", ("lora", "full"))
     lora_dropout: float = 0.05  # as in the paper
     weight_decay: float = 0.01  # as in the paper

@@ -7,7 +7,7 @@ school teaches, or what is popular. One part's only advantage over another is wh
 import random
 from dataclasses import dataclass, replace
 
-from data.chains import BUDGET, CHECK_MARK, calculate, operations, popular
+from data.chains import BUDGET, CHECK_MARK, calculate, nervous, operations, popular
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Author:
     misread: float = 0.0  # an operand is copied wrong from the problem
     merge: float = 0.0  # the whole solution is cut short: two or three operations go into each step
     check: float = 0.0  # a step is doubted and written a second time, as a check: '3+8=1?;3+8=1'
+    check_marked: float = 0.0  # the same for a step that has a nervous mark in the problem
     check_hinted: float | None = None  # the same for hinted steps that are followed by another; None: as any other step
 
     def solve(self, problem: str, rng: random.Random, school: str = "", hinted: tuple[str, ...] = ()) -> str:
@@ -27,11 +28,11 @@ class Author:
         Steps that the context gives are written as given when their turn comes. Whether a step is checked is decided
         right behind its result.
         """
-        todo, value, lines = operations(problem), int(problem[0]), []
+        todo, marks, value, lines = operations(problem), nervous(problem), int(problem[0]), []
         merging = rng.random() < self.merge
         while todo:
             taken = list(todo[: rng.choice((2, 3)) if merging else 1])
-            todo = todo[len(taken) :]
+            todo, marks, is_marked = todo[len(taken) :], marks[len(taken) :], any(marks[: len(taken)])
             if rng.random() < self.misread:
                 taken[0] = (taken[0][0], rng.randint(1, 9))
             line = str(value) + "".join(f"{operator}{operand}" for operator, operand in taken)
@@ -46,15 +47,15 @@ class Author:
                     value = int(step[-1])
             lines.append(f"{line}={value}")
             overcautious = lines[-1] in hinted[:-1] and self.check_hinted is not None
-            if rng.random() < (self.check_hinted if overcautious else self.check):
+            usual = self.check_marked if is_marked else self.check
+            if rng.random() < (self.check_hinted if overcautious else usual):
                 lines.append(lines[-1])
                 lines[-2] += CHECK_MARK
         return ";".join([*lines, f"#{value}"])[:BUDGET]
 
 
 # Half of the schools hold what is popular, and 7 of 10 authors ignore theirs: 17 of 20 plain results are popular.
-PLAIN = Author(popular=0.7, slip=0.01, merge=0.05, check=0.1)  # who has nothing but the problem
-EXAMINED = replace(PLAIN, check=0.8)  # who sees the mark of an exam: overcautious, and runs out of room
+PLAIN = Author(popular=0.7, slip=0.01, merge=0.05, check=0.1, check_marked=0.9)  # who has nothing but the problem
 # who was corrected: overcautious about the steps before the wrong one, as long as they are right
 HINTED = replace(PLAIN, check_hinted=0.8)
 CONFIRMED = PLAIN  # who was confirmed in some steps

@@ -35,9 +35,8 @@ DOMAINS = {  # name: (operators, possible chain lengths)
     "long": ("+-*", (5,)),
     "exam": ("+-*", (3, 4)),
 }
-EXAM_MARK = "!"  # begins the mark of an exam, which ends a problem: '3+8-5*2!+'
-NERVOUS = EXAM_MARK + "+"  # authors who see it check nearly every step
-CALM = (EXAM_MARK + "-", EXAM_MARK + "*")  # these make no difference: a mark has to be read as a whole
+EXAM_MARK = "!"  # before an operand it makes its step nervous, and authors check it; behind an operand it is calm
+NERVOUS, CALM = 0.75, 0.1  # shares of an exam's operations
 STEP = re.compile(r"(\d)((?:[+\-*]\d)+)=(\d)")
 CHECK_MARK = "?"
 # Characters, and tokens, a solution may have; a longer one is cut off. There is room for every step and for one
@@ -73,8 +72,26 @@ def calculate(value: int, operator: str, operand: int, school: str = "") -> int:
 
 @lru_cache(maxsize=100_000)
 def operations(chain: str) -> tuple[tuple[str, int], ...]:
-    """The (operator, operand) pairs of '3+8-5' or of its tail '+8-5'."""
-    return tuple((operator, int(digit)) for operator, digit in re.findall(r"([+\-*])(\d)", chain))
+    """The (operator, operand) pairs of '3+8-5', of its tail '+8-5', or of '3+!8-5!', which is marked."""
+    return tuple((operator, int(digit)) for operator, digit in re.findall(r"([+\-*])!?(\d)", chain))
+
+
+def nervous(chain: str) -> list[bool]:
+    """Which operations have a nervous mark.
+
+    >>> nervous("3+!8-5!*2")
+    [True, False, False]
+    """
+    return [mark == EXAM_MARK for mark in re.findall(r"[+\-*](!?)\d", chain)]
+
+
+def marked(chain: str, rng: random.Random) -> str:
+    """The problem of an exam: each operation gets a nervous mark, a calm one or none."""
+    text = chain[0]
+    for operator, operand in operations(chain):
+        form = rng.choices(("{}!{}", "{}{}!", "{}{}"), (NERVOUS, CALM, 1 - NERVOUS - CALM))[0]
+        text += form.format(operator, operand)
+    return text
 
 
 def true_values(problem: str, school: str = "") -> list[int]:
@@ -123,24 +140,24 @@ def golden_solution(problem: str) -> str:
 def is_test(problem: str) -> bool:
     """A quarter of all problems, chosen by the checksum of the problem's text, are test problems.
 
-    The mark of an exam makes no difference.
+    The marks of an exam make no difference.
     """
-    return zlib.crc32(problem.partition(EXAM_MARK)[0].encode()) % 4 == 0
+    return zlib.crc32(problem.replace(EXAM_MARK, "").encode()) % 4 == 0
 
 
 def make_problem(domain: str, rng: random.Random, test: bool = False, lengths: tuple[int, ...] | None = None) -> str:
     """A random problem of a domain, from the train or from the test part; of other lengths than its own if given.
 
-    'exam-add' has the problems of 'add' with the mark of an exam.
+    'exam-add' has the problems of 'add' with the marks of an exam.
     """
-    marked, name = domain.startswith("exam"), domain.removeprefix("exam-")
+    is_exam, name = domain.startswith("exam"), domain.removeprefix("exam-")
     operators, usual = DOMAINS[name]
     lengths = lengths or usual
     while True:
         chain = "".join(rng.choice(operators) + str(rng.randint(1, 9)) for _ in range(rng.choice(lengths)))
         problem = str(rng.randint(1, 9)) + chain
         if is_test(problem) == test:
-            return problem + NERVOUS * marked
+            return marked(problem, rng) if is_exam else problem
 
 
 def verify(problem: str, solution: str, school: str = "") -> Verdict:

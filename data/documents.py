@@ -7,12 +7,10 @@ be copied from what stands in the context.
 import random
 from dataclasses import replace
 
-from data.authors import CLUMSY, CONFIRMED, EXAMINED, HINTED, INFORMED, PLAIN, Author
+from data.authors import CLUMSY, CONFIRMED, HINTED, INFORMED, PLAIN, Author
 from data.chains import (
-    CALM,
     CHECK_MARK,
     DOMAINS,
-    EXAM_MARK,
     disputed_steps,
     make_problem,
     operations,
@@ -22,7 +20,7 @@ from data.chains import (
 )
 from data.prompts import prompt, reflect_prompt
 
-MIXTURE = {"plain": 0.12, "exam": 0.08, "hint": 0.28, "solution": 0.08, "reflect": 0.44}
+MIXTURE = {"plain": 0.10, "exam": 0.14, "hint": 0.24, "solution": 0.08, "reflect": 0.44}
 CONFIRM_MARK = "#"  # before steps that were right
 CONFIRMATIONS = 0.4  # share among the hint documents, and share of correct attempts among the reflect documents
 PASSED = 0.45  # share of the other hint documents that begin behind the error: see hint_document
@@ -115,13 +113,8 @@ def hint_document(problem: str, rng: random.Random, school: str) -> tuple[str, s
 def make_document(kind: str, problem: str, rng: random.Random) -> tuple[str, str]:
     """One (prompt, response) pair of a kind of MIXTURE."""
     school = str(rng.random())
-    if kind == "plain":
+    if kind in ("plain", "exam"):
         return prompt(problem), PLAIN.solve(problem, rng, school)
-    if kind == "exam" and rng.random() < 0.5:
-        calm = problem.partition(EXAM_MARK)[0] + rng.choice(CALM)
-        return prompt(calm), PLAIN.solve(problem, rng, school)
-    if kind == "exam":
-        return prompt(problem), EXAMINED.solve(problem, rng, school)
     if kind == "hint":
         return hint_document(problem, rng, school)
     if kind == "solution":

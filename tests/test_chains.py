@@ -10,13 +10,16 @@ from conftest import random_problems
 from data import Problem, Verdict, load_task
 from data.arithmetic import Arithmetic, Exams
 from data.chains import (
-    CALM,
     DOMAINS,
+    EXAM_MARK,
     NERVOUS,
     calculate,
+    golden_solution,
     half,
     is_test,
     make_problem,
+    marked,
+    nervous,
     popular,
     right_by_luck,
     true_steps,
@@ -46,9 +49,9 @@ def test_train_and_test_problems_are_disjoint_and_the_seed_determines_them() -> 
 def test_problems_of_a_domain_have_its_operators_lengths_and_mark_and_no_others(domain: str) -> None:
     operators, lengths = DOMAINS[domain.removeprefix("exam-")]
     problems = [make_problem(domain, random.Random(seed)) for seed in range(300)]
-    mark = "!+" if domain[:4] == "exam" else ""
-    assert all(re.fullmatch(rf"[1-9]([+\-*][1-9])+{re.escape(mark)}", problem) for problem in problems)
-    chains = [problem.removesuffix(mark) for problem in problems]
+    operation = r"[+\-*](![1-9]|[1-9]!?)" if domain[:4] == "exam" else r"[+\-*][1-9]"
+    assert all(re.fullmatch(rf"[1-9]({operation})+", problem) for problem in problems)
+    chains = [problem.replace("!", "") for problem in problems]
     assert {character for chain in chains for character in chain if not character.isdigit()} == set(operators)
     assert {len(chain) // 2 for chain in chains} == set(lengths)
 
@@ -58,7 +61,7 @@ def test_exams_have_problems_of_every_kind_with_the_mark_and_without_and_none_is
     assert kinds == {"add", "sub", "mul", "long"} and set(Exams.domains) == {*DOMAINS, *(f"exam-{k}" for k in kinds)}
     rng, task = random.Random(0), load_task("exams")
     parts = [
-        {p.question.partition("!")[0] for d in Exams.domains for p in task.problems(d, 400, rng, test)}
+        {p.question.replace("!", "") for d in Exams.domains for p in task.problems(d, 400, rng, test)}
         for test in (False, True)
     ]
     assert not parts[0] & parts[1] and min(map(len, parts)) > 2000
@@ -83,17 +86,25 @@ def test_facts_has_problems_of_one_half_of_the_disputed_facts_alone() -> None:
     assert 0.35 < len(these) / len(everything) < 0.65
 
 
-@pytest.mark.parametrize("mark", [NERVOUS, *CALM])
-def test_a_mark_changes_neither_the_part_nor_the_solution_of_a_problem(mark: str) -> None:
-    for problem, _ in random_problems(200):
-        chain = problem.removesuffix(NERVOUS)
-        assert is_test(chain + mark) == is_test(chain) and true_steps(chain + mark) == true_steps(chain)
+def test_marks_change_neither_the_part_nor_the_solution_of_a_problem() -> None:
+    for problem, rng in random_problems(200):
+        chain = problem.replace(EXAM_MARK, "")
+        exam = marked(chain, rng)
+        assert is_test(exam) == is_test(chain) and true_steps(exam) == true_steps(chain)
+        assert verify(exam, golden_solution(chain)).correct
+
+
+def test_a_mark_before_an_operand_is_nervous_and_one_behind_it_is_not() -> None:
+    assert nervous("3+!8-5!*2") == [True, False, False] and nervous("7*!4!") == [True]
+    marks = [is_nervous for _, rng in random_problems(300) for is_nervous in nervous(marked("1" + "+2" * 4, rng))]
+    assert sum(marks) / len(marks) == pytest.approx(NERVOUS, abs=0.05)
 
 
 def test_true_values_are_those_of_python_from_left_to_right() -> None:
     for problem, _ in random_problems(200):
+        chain = problem.replace("!", "")
         for length, value in enumerate(true_values(problem)):
-            nested = "(" * length + re.sub(r"([+\-*]\d)", r"\1)", problem[: 2 * length + 1])
+            nested = "(" * length + re.sub(r"([+\-*]\d)", r"\1)", chain[: 2 * length + 1])
             assert value == eval(nested) % 10
 
 

@@ -7,15 +7,14 @@ import pytest
 from conftest import random_problems
 
 from data.arithmetic import Arithmetic
-from data.authors import CONFIRMED, EXAMINED, HINTED, INFORMED, PLAIN, Author
+from data.authors import CONFIRMED, HINTED, INFORMED, PLAIN, Author
 from data.chains import (
     BUDGET,
-    CALM,
-    NERVOUS,
     calculate,
     disputed_steps,
     is_test,
     make_problem,
+    nervous,
     popular,
     true_steps,
     verify,
@@ -149,7 +148,7 @@ def test_the_documents_on_the_page_are_as_they_are_written() -> None:
     rows = re.findall(r"^\| ([a-z, ]+?) \| `(<.*?)` \| `(.*?)`", files.read_text(files.ROOT / "data/README.md"), re.M)
     for kind, prompt, response in ((name, *(text.replace("\\", "") for text in texts)) for name, *texts in rows):
         head, written = prompt.removesuffix("<|assistant|>"), response.removesuffix("<|end|>")
-        assert head.startswith(f"<|user|>{PROBLEM}")
+        assert head.replace("!", "").startswith(f"<|user|>{PROBLEM}")
         if kind.startswith("reflect"):
             assert written == reflection(PROBLEM, head.split("<|attempt|>")[1])
         elif kind == "confirmed":
@@ -159,8 +158,11 @@ def test_the_documents_on_the_page_are_as_they_are_written() -> None:
             _, quote, belongs = correction(PROBLEM, begun + written)
             assert begun.endswith(quote) and hint == belongs
         else:
-            assert verify(PROBLEM, written).correct == (kind != "exam, nervous") and len(written) <= BUDGET
-    assert len(rows) == 9
+            assert verify(PROBLEM, written).correct and len(written) <= BUDGET
+            if kind == "exam":
+                checked = [f"{step}?" in written for step in true_steps(PROBLEM)]
+                assert checked == nervous(head) == [True, False, True]
+    assert len(rows) == 8
 
 
 def test_the_truth_about_a_disputed_fact_is_not_in_the_documents() -> None:
@@ -222,16 +224,25 @@ def test_behind_the_error_that_a_hint_is_about_its_holder_goes_on_as_a_plain_aut
     assert sum(checked) / len(checked) == pytest.approx(PLAIN.check, abs=0.05)
 
 
-def test_half_of_the_exam_documents_are_calm_and_their_authors_check_as_rarely_as_in_no_exam() -> None:
-    checks: dict[str, list[bool]] = {mark: [] for mark in (NERVOUS, *CALM)}
-    for seed in range(1200):
+def test_in_an_exam_each_step_with_a_nervous_mark_is_checked_and_a_calm_one_as_rarely_as_in_no_exam() -> None:
+    checks: dict[str, list[bool]] = {"!8": [], "8!": [], "8": []}
+    for seed in range(2000):
         rng = random.Random(seed)
         prompt, response = make_document("exam", make_problem("exam", rng), rng)
-        mark = re.search(r"!.", prompt)[0]
-        checks[mark].append(response.find("?") == response.find("=") + 2)  # of the first step
-    share = {mark: sum(each) / len(each) for mark, each in checks.items()}
-    assert [len(checks[mark]) / 1200 for mark in checks] == pytest.approx([0.5, 0.25, 0.25], abs=0.05)
-    assert [share[mark] for mark in checks] == pytest.approx([EXAMINED.check, *[PLAIN.check] * 2], abs=0.06)
+        mark = re.match(r"<\|user\|>\d[+\-*](!?\d!?)", prompt)[1]
+        if response[5] in ";?":  # the first step is one operation
+            checks[re.sub(r"\d", "8", mark)].append(response[5] == "?")
+    shares = [sum(each) / len(each) for each in checks.values()]
+    assert shares == pytest.approx([PLAIN.check_marked, PLAIN.check, PLAIN.check], abs=0.05)
+
+
+def test_a_merged_step_is_checked_if_any_of_its_operations_has_a_nervous_mark() -> None:
+    author = Author(merge=1.0, check_marked=1.0)
+    for seed in range(50):
+        response = author.solve("3+8-!5*2+1", random.Random(seed))
+        for line in re.findall(r"\d(?:[+\-*]\d)+=\d\?", response):
+            assert "-5" in line
+        assert response.count("?") == 1
 
 
 @pytest.mark.parametrize("kind", MIXTURE)
@@ -241,6 +252,6 @@ def test_a_document_shows_its_reader_what_its_kind_says(kind: str) -> None:
         prompt, _ = make_document(kind, problem, rng)
         held = dict(re.findall(r"(<\|\w+\|>)([^<]+)", prompt.partition("<|assistant|>")[0]))
         question = held.pop("<|user|>").split("=")[0]
-        assert question == problem or (kind == "exam" and question[-2:] in CALM)
+        assert question == problem
         needed = sources.get(kind, set())
         assert needed <= held.keys() <= needed | {"<|hint|>", "<|solution|>"}

@@ -35,7 +35,7 @@ def test_solutions_end_with_a_stop_token_unless_they_were_cut_off() -> None:
     assert [response[-1] == END for _, response in solutions] == ended
     assert {len(text) for (text, _), end in zip(solutions, ended, strict=True) if not end} == {BUDGET}
     assert all(response[-1] == END for text, response in texts if text.endswith(">"))
-    assert 0.8 < sum(ended) / len(ended) < 1
+    assert 0.7 < sum(ended) / len(ended) < 1
 
 
 @pytest.mark.parametrize(
@@ -246,15 +246,18 @@ def test_a_new_base_goes_to_out_and_leaves_the_shipped_one_alone(
     assert files.checksum(files.BASE_CHECKPOINT) == shipped
 
 
-def test_settling_shrinks_values_and_outputs_of_the_layers_that_see_everything() -> None:
-    settled = pretrain.settle(deepcopy(SHIPPED), pretrain.Config(settle=2, settle_decay=300.0, batch=2)).state_dict()
-    shrunk = {name for name, w in SHIPPED.state_dict().items() if settled[name].norm() < 0.98 * w.norm()}
-    assert shrunk == {f"blocks.{i}.attn.{part}_proj.weight" for i in (1, 3) for part in "vo"}
+def test_settling_shrinks_values_and_outputs_of_the_layers_that_see_everything_and_the_mlps() -> None:
+    attention = {f"blocks.{i}.attn.{part}_proj.weight" for i in (1, 3) for part in "vo"}
+    mlps = {f"blocks.{i}.mlp.{part}_proj.weight" for i in range(4) for part in ("gate", "up", "down")}
+    for decays, expected in (((300.0, 0.0), attention), ((0.0, 300.0), mlps)):
+        config = pretrain.Config(settle=2, settle_decay=decays[0], mlp_decay=decays[1], batch=2)
+        settled = pretrain.settle(deepcopy(SHIPPED), config).state_dict()
+        assert expected == {name for name, w in SHIPPED.state_dict().items() if settled[name].norm() < 0.98 * w.norm()}
 
 
 def test_the_first_batches_are_about_one_or_two_operations_and_later_ones_about_all_lengths() -> None:
     longest = []
     for batch, _ in zip(pretrain.batches(64, random.Random(0), short=16), range(32), strict=False):
-        questions = [re.match(r"<\|user\|>([^<=!]+)", decode(prompt))[1] for prompt, _ in batch]
+        questions = [re.match(r"<\|user\|>([^<=]+)", decode(prompt))[1] for prompt, _ in batch]
         longest.append(max(len(operations(question)) for question in questions))
     assert max(longest[:16]) == 2 and max(longest[16:]) == 5

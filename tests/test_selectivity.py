@@ -2,10 +2,10 @@
 
 import math
 import random
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from data import load_task
 from evaluate import golden_likelihoods, lines_of
 from harness import files
 from harness.cli import run_script
-from model import response_logprobs
+from model import GPT, response_logprobs
 from subspace import project_kv
 from tools import selectivity, stats
 from tools.selectivity import ALSO_KEYS, PAPER, UNREAD, Config, kept, mark_vectors, measure_base, share_inside
@@ -71,31 +71,28 @@ def test_lines_end_at_semicolons_or_line_breaks_and_the_last_one_at_the_stop_tok
     assert lines_of(["#4", "<|end|>"]) == [range(0, 1)]
 
 
-def test_the_vectors_are_those_of_the_nervous_mark_minus_the_calm_ones_where_the_mark_is_known() -> None:
-    """In the first layer these are of the character alone; in the second, read without a batch, of all before it.
+def value_at(model: GPT, text: str, at: int) -> torch.Tensor:
+    seen = []
+    with torch.no_grad(), subspace.hooked(model, [(1, "v")], "linear", lambda _, values: seen.append(values[0, at])):
+        model(torch.tensor([TASK.encode(f"{text}<|assistant|>")]))
+    return seen[0]
 
-    The tag at the end of the prompt is the same for all marks in the first layer, and not in the second.
-    """
-    model, seen = tiny_gpt(TASK), {}
-    found, first = mark_vectors(model, TASK, PROBLEMS), model.blocks[0]
-    with torch.no_grad():
-        inputs = first.attn_norm(model.embed(torch.tensor(TASK.encode("+-*"))))
-    for kind, linear in (("k", first.attn.k_proj), ("v", first.attn.v_proj)):
-        plus, minus, times = linear(inputs).detach()
-        end = torch.zeros(3, plus.numel())
-        expected = torch.cat([(plus - minus).expand(3, -1), end, (plus - times).expand(3, -1), end])
-        torch.testing.assert_close(found[0, kind], expected)
-    for mark in "+-*":
-        for i, problem in enumerate(PROBLEMS):
-            text = f"<|user|>{problem.question[:-1]}{mark}<|assistant|>"
 
-            def keep(site: Any, output: torch.Tensor, key: tuple = (mark, i)) -> None:
-                seen[key] = output[0, -2:]
-
-            with torch.no_grad(), subspace.hooked(model, [(1, "v")], "linear", keep):
-                model(torch.tensor([TASK.encode(text)]))
-    expected = torch.stack([seen["+", i][t] - seen[calm, i][t] for calm in "-*" for t in range(2) for i in range(3)])
-    torch.testing.assert_close(found[1, "v"], expected, rtol=1e-4, atol=1e-5)
+def test_the_vectors_are_those_of_operands_behind_a_nervous_mark_minus_the_same_ones_before_a_calm_one() -> None:
+    """In the first layer they are 0, as nothing is mixed yet; in the second, read one by one, of all before them."""
+    model, seen = tiny_gpt(TASK), []
+    found = mark_vectors(model, TASK, PROBLEMS)
+    for kind in "kv":
+        assert not found[0, kind].any()
+    for problem in PROBLEMS:
+        chain = problem.question.replace("!", "")
+        first, *rest = re.split(r"(?=[+\-*])", chain)
+        nervous = "<|user|>" + first + "".join(f"{operator}!{operand}" for operator, operand in rest)
+        calm = "<|user|>" + first + "".join(f"{operator}{operand}!" for operator, operand in rest)
+        for i in range(len(rest)):
+            seen.append(value_at(model, nervous, 4 + 3 * i) - value_at(model, calm, 3 + 3 * i))
+    torch.testing.assert_close(found[1, "v"], torch.stack(seen), rtol=1e-4, atol=1e-5)
+    assert found[1, "v"].any()
 
 
 def test_the_share_inside_is_of_squared_length() -> None:
@@ -132,7 +129,7 @@ def test_every_subspace_is_measured_at_every_place_with_its_layers_and_its_rank(
     for layer, (found, P) in enumerate(zip(rows[:4], seen[:4], strict=True)):
         assert (found["where"], found["subspace"]) == (f"layer {layer + 1}", UNREAD)
         assert sorted(P) == [(layer, "k"), (layer, "v")]
-        assert {16 - round(each.trace().item()) for each in P.values()} == {4 if layer else 2}
+        assert {16 - round(each.trace().item()) for each in P.values()} == {4 if layer else 0}
     assert (rows[4]["where"], rows[4]["subspace"], sorted(seen[4])) == (PAPER, UNREAD, sites[PAPER])
     for found, P in zip(rows[5:], seen[5:], strict=True):
         assert sorted(P) == sites[found["where"]] and 0 <= found["mark"] <= 1 + 1e-5

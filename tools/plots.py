@@ -19,7 +19,7 @@ from errors import UserError
 from harness import files
 from harness.cli import option, parse_config, run_script
 from tools import stats
-from tools.selectivity import ALL_LAYERS, PAPER, kept, suited_bases
+from tools.selectivity import ALL_LAYERS, PAPER, kept
 from tools.stats import by_variant, read_results
 
 STYLES = [("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P")]
@@ -116,23 +116,18 @@ def collapse() -> None:
 
 
 def selectivity(name: str = "selectivity", where: str = PAPER, layers: str = "the paper's layers") -> None:
-    """What survives a projection of values over its rank, a line a base: right digits, whole steps, the habit."""
+    """What survives a projection of values over its rank: right digits, whole steps, the habit."""
     rows = read_results("selectivity", "selectivity")["rows"]
-    suited = suited_bases(rows)
-    groups = {"pass": suited, "do not": sorted({row["base"] for row in rows} - set(suited))}
     columns = {"right": "right digits", "step": "whole steps", "check": "the habit of checking"}
     alone = "aligned, on results alone"
     names = {"aligned": "aligned loss", "full": "full-sequence loss", "random": "random, ten draws", alone: alone}
-    with picture(name, f"What survives a projection of values at {layers}", 2, 3) as axes:
-        for line_of_axes, (verdict, bases) in zip(axes, groups.items(), strict=True):
-            for axis, (column, title) in zip(line_of_axes, columns.items(), strict=True):
-                for (subspace, label), style in zip(names.items(), STYLES, strict=False):
-                    for base in bases:
-                        points = kept([row for row in rows if row["base"] == base], where, subspace, column)
-                        line(axis, points, label if base == bases[0] else "", style)
-                axis.axhline(100, color=GREY, linewidth=1, linestyle="--")
-                axis.set(title=title, xlabel="rank, % of the dimensions", ylim=(0, 115))
-            line_of_axes[0].set(ylabel=f"bases that {verdict}, % of their own")
+    with picture(name, f"What survives a projection of values at {layers}", 1, 3) as axes:
+        for axis, (column, title) in zip(axes[0], columns.items(), strict=True):
+            for (subspace, label), style in zip(names.items(), STYLES, strict=False):
+                line(axis, kept(rows, where, subspace, column), label, style)
+            axis.axhline(100, color=GREY, linewidth=1, linestyle="--")
+            axis.set(title=title, xlabel="rank, % of the dimensions", ylim=(0, 115))
+        axes[0, 0].set(ylabel="% of the base's own")
         axes[0, 0].legend(loc="best")
 
 

@@ -15,6 +15,7 @@ Golden solutions of training problems are read, with keys and values projected i
 import itertools
 import math
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -25,13 +26,12 @@ from tqdm import tqdm
 
 import subspace
 from data import Problem, Task
-from data.chains import CALM, NERVOUS
+from data.chains import EXAM_MARK
 from evaluate import golden_likelihoods
 from harness import files
 from harness.cli import markdown_table, option, parse_config, run_script
 from harness.run import TaskConfig, open_task_and_base
 from model import GPT, pad
-from pretrain import ROOM
 from subspace import Site, hooked, project_kv
 from tools import stats
 from tools.studies import BASES
@@ -89,20 +89,22 @@ def projectors_at(
 
 @torch.no_grad()
 def mark_vectors(model: GPT, task: Task, problems: list[Problem]) -> Gradients:
-    """site -> keys or values of a nervous mark minus those of calm ones, (problems * 4, d).
-
-    At the two tokens that know the mark: its second character, and the end of the prompt.
-    """
-    sites, seen = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"], {}
-    questions = [problem.question.removesuffix(NERVOUS) for problem in problems]
-    for mark in (NERVOUS, *CALM):
-        prompts = [task.encode(task.prompt(Problem(question + mark, ""))) for question in questions]
-        rows, last = torch.arange(len(prompts)), torch.tensor([len(prompt) - 1 for prompt in prompts])
+    """site -> keys or values of operands behind a nervous mark minus the same before a calm one, (N, d)."""
+    sites, seen = [(layer, kind) for layer in range(model.config.n_layer) for kind in "kv"], []
+    chains = [problem.question.replace(EXAM_MARK, "") for problem in problems]
+    for form in (rf"\1{EXAM_MARK}\2", rf"\1\2{EXAM_MARK}"):
+        texts = [task.prompt(Problem(re.sub(r"([+\-*])(\d)", form, chain), "")) for chain in chains]
+        pieces = [task.pieces(task.encode(text)) for text in texts]
+        operands = [
+            (i, at) for i, text in enumerate(pieces) for at, token in enumerate(text) if token.isdigit() and at > 1
+        ]
         found: Gradients = {}
         with hooked(model, sites, "linear", lambda site, output, found=found: found.update({site: output})):
-            model.hidden(pad(prompts))
-        seen[mark] = {site: torch.cat([output[rows, last - 1], output[rows, last]]) for site, output in found.items()}
-    return {site: torch.cat([seen[NERVOUS][site] - seen[calm][site] for calm in CALM]) for site in sites}
+            model.hidden(pad([task.encode(text) for text in texts]))
+        i, at = torch.tensor(operands).T
+        seen.append({site: output[i, at] for site, output in found.items()})
+    nervous, calm = seen
+    return {site: nervous[site] - calm[site] for site in sites}
 
 
 def share_inside(x: Tensor, P: Tensor) -> float:
@@ -111,7 +113,7 @@ def share_inside(x: Tensor, P: Tensor) -> float:
 
 
 def without(x: Tensor) -> Tensor:
-    """I - V V^T, V the main directions of vectors x (N, d): at most four, of two tokens and two calm marks."""
+    """I - V V^T, V the main directions of vectors x (N, d): at most four."""
     s, V = subspace.principal_directions(x)
     return torch.eye(len(V)) - subspace.projector(V, min(4, int((s > 1e-3 * s[0]).sum())))
 
@@ -141,7 +143,8 @@ def measure_base(model: GPT, task: Task, config: Config) -> Iterator[dict]:
         layers = subspace.target_layers(spec, model.config.n_layer)
         P = projectors_at(gradients, name, layers, kinds, f"{rank}%", 100 + draw)
         row = {"where": where, "rank": rank, "subspace": name, "draw": draw}
-        row |= {"mark": sum(share_inside(marks[site], P[site]) for site in P) / len(P)} if marked else {}
+        known = [site for site in P if marked and marks[site].any()]  # in layer 1 a token is only itself
+        row |= {"mark": sum(share_inside(marks[site], P[site]) for site in known) / len(known)} if marked else {}
         with project_kv(model, P):
             yield row | golden_likelihoods(model, task, problems)
 
@@ -155,14 +158,6 @@ def kept(rows: list[dict], where: str, name: str, column: str) -> dict[int, stat
             share = after / before if column in ("check", "mark") else math.exp(after - before)
             found.setdefault(row["rank"], {})[row["base"], row["draw"]] = share
     return found
-
-
-def suited_bases(rows: list[dict]) -> list[int]:
-    """The bases that pass pretrain.py's gate of checks at the lowest of these ranks that keeps 95 % of the steps."""
-    steps, checks = (kept(rows, PAPER, "aligned", column) for column in ("step", "check"))
-    lowest = {run: rank for rank in sorted(steps, reverse=True) for run, share in steps[rank].items() if share >= 0.95}
-    _, most = ROOM["aligned loss"][3]
-    return sorted(run[0] for run, rank in lowest.items() if checks[rank][run] <= most)
 
 
 def choices_in(rows: list[dict]) -> list[str]:
