@@ -48,14 +48,14 @@ def test_selectivity_is_drawn_over_rank_as_a_share_of_the_bases_own(
     files.write_json(tmp_path / "selectivity.json", {"bases": {}, "rows": rows})
     monkeypatch.setattr(plots, "line", lambda axis, points, *more: lines.append(points) or line(axis, points, *more))
     plots.PICTURES["selectivity"]()
-    assert lines[0] == {rank: {(0, 0): 1.0} for rank in (16, 50)} and len(lines) == 2 * 3 * 4
-    assert lines[8] == {16: {(0, 0): 0.25}, 50: {(0, 0): pytest.approx(0.75)}}  # base 0 passes
-    assert lines[20] == {rank: {(1, 0): pytest.approx(0.75)} for rank in (16, 50)}  # and base 1 does not
+    assert lines[0] == {rank: {(0, 0): 1.0, (1, 0): 1.0} for rank in (16, 50)} and len(lines) == 3 * 4
+    most = pytest.approx(0.75)
+    assert lines[8] == {16: {(0, 0): 0.25, (1, 0): most}, 50: {(0, 0): most, (1, 0): most}}
     drawn = files.read_text(tmp_path / "selectivity.svg")
-    for text in ("whole steps", "the habit of checking", "random, ten draws", "bases that do not, % of their own"):
+    for text in ("whole steps", "the habit of checking", "random, ten draws", "% of the base's own"):
         assert f">{text}<" in drawn
     plots.PICTURES["selectivity-all"]()
-    assert len(lines) == 48 and lines[32] == {rank: {(0, 0): 0.5} for rank in (16, 50)}
+    assert len(lines) == 24 and lines[20] == {rank: {(0, 0): 0.5, (1, 0): 0.5} for rank in (16, 50)}
     assert ">What survives a projection of values at all layers<" in files.read_text(tmp_path / "selectivity-all.svg")
 
 
