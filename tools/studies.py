@@ -72,11 +72,14 @@ STUDIES = {
         curve=CURVE,
     ),
     "ablations": Study(
-        {"ROSD": ""}
-        | {"whole mask": "--mask whole"}
-        | {"without reflection": "--context peer"}
-        | {"half of the ideas false": "--control false-ideas --dose 0.5"}
-        | {"all ideas false": "--control false-ideas", "ideas of other problems": "--control other-ideas"},
+        {
+            "ROSD": "",
+            "whole mask": "--mask whole",
+            "without reflection": "--context peer",
+            "half of the ideas false": "--control false-ideas --dose 0.5",
+            "all ideas false": "--control false-ideas",
+            "ideas of other problems": "--control other-ideas",
+        },
         seeds=SEEDS[:1],
         curve=CURVE,
     ),
